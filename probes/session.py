@@ -1,0 +1,177 @@
+"""One model, one nnsight trace per batch, many readers.
+
+A *reader* wants some sites of the model (the roles of every block, the MLP activation, the residual stream after a
+block, the final state) and reduces each value as it passes, inside the trace; nothing whole is kept unless a
+reader keeps it. However many readers there are, the model runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from pruning.anatomy import BLOCK_SITES, Anatomy
+from pruning.errors import TextError
+from pruning.text import Segment
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Segments as token ids, padded to one length.
+
+    Attributes
+    ----------
+    segments
+        Index of each row's segment in the list that the batches were made from.
+    ids
+        Token ids, int64 ``[batch, tokens]``.
+    real
+        1 where a token is real, 0 where it is padding, int64 ``[batch, tokens]``.
+    counted
+        1.0 where a token counts in means and frequencies: real, and not a special one such as BOS unless these were
+        asked for, float32 ``[batch, tokens]``.
+    """
+
+    segments: tuple[int, ...]
+    ids: Tensor
+    real: Tensor
+    counted: Tensor
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each token in its segment, whichever side is padded, int64 ``[batch, tokens]``."""
+        return (self.real.cumsum(dim=1) - 1).clamp(min=0)
+
+
+class Reader(Protocol):
+    """What a session needs of a reader."""
+
+    #: The sites it wants: any of ``q k v o gate activation up down residual final``.
+    sites: frozenset[str]
+
+    def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
+        """Take in the output of one site, ``[batch, tokens, width]``; `layer` counts blocks from 0."""
+
+
+class Session:
+    """A model wrapped once by nnsight, and the batches it reads.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`pruning.load_model` gives them. Changing the model's weights afterwards (a variant applied, say)
+        changes what the session reads.
+    max_length
+        Segments are cut after this many tokens, special ones included.
+    batch_tokens
+        Tokens of a batch at most, padding included; bounds the memory.
+    padding
+        Side that short segments are padded on. Makes no difference beyond rounding.
+    special_tokens
+        Whether special tokens count in means, frequencies and signal. The first token (BOS) of every text has by far
+        the largest states of all, the same in every text, and would swamp the rest.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int = 256,
+        batch_tokens: int = 1024,
+        padding: Literal["left", "right"] = "right",
+        special_tokens: bool = False,
+    ) -> None:
+        from nnsight.modeling.transformers import TransformersModel
+
+        self.model = model
+        self.tokenizer = tokenizer
+        self.anatomy = Anatomy(model)
+        self.max_length = max_length
+        self.batch_tokens = batch_tokens
+        self.padding = padding
+        self.special_tokens = special_tokens
+        self._traced = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+
+    def batches(self, segments: Sequence[Segment]) -> list[Batch]:
+        """Cut segments into batches of similar length.
+
+        Raises
+        ------
+        TextError
+            If a segment has no tokens but special ones.
+        """
+        encoded = [
+            self.tokenizer(s.text, truncation=True, max_length=self.max_length)["input_ids"] for s in segments
+        ]
+        special = set(self.tokenizer.all_special_ids)
+        for segment, ids in zip(segments, encoded, strict=True):
+            if len(ids) < 2 or special.issuperset(ids):
+                raise TextError(f'segment "{segment.id}" is too short to read: {segment.text!r}')
+        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
+        return [self._batch(rows, encoded, special) for rows in _grouped(order, encoded, self.batch_tokens)]
+
+    def read(self, batch: Batch, readers: Sequence[Reader]) -> None:
+        """Run the model once on a batch, in one nnsight trace, and let every reader take what it wants."""
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
+        wanted = self._wanted(readers)
+        with torch.no_grad():
+            with self._traced.trace(inputs, use_cache=False, logits_to_keep=1) as trace:
+                for layer, site, module, interested in wanted:
+                    value = module.output
+                    for reader in interested:
+                        reader.read(layer, site, value, batch)
+                trace.stop()
+
+    def _wanted(self, readers: Sequence[Reader]) -> list[tuple[int, str, Any, list[Reader]]]:
+        """List what to read in the order in which the model computes it: nnsight accepts no other."""
+        layers = len(self.anatomy.blocks)
+        places = [
+            (layer, site, self.anatomy.path(layer, site)) for layer in range(layers) for site in BLOCK_SITES
+        ]
+        places.append((layers, "final", self.anatomy.final_norm_path))
+        wanted = []
+        for layer, site, path in places:
+            interested = [reader for reader in readers if site in reader.sites]
+            if interested:
+                wanted.append((layer, site, _envoy(self._traced, path), interested))
+        return wanted
+
+    def _batch(self, rows: list[int], encoded: list[list[int]], special: set[int]) -> Batch:
+        width = max(len(encoded[i]) for i in rows)
+        filler = self.tokenizer.pad_token_id or 0
+        ids = torch.full((len(rows), width), filler)
+        real = torch.zeros_like(ids)
+        for row, i in enumerate(rows):
+            tokens = torch.tensor(encoded[i])
+            place = slice(0, len(tokens)) if self.padding == "right" else slice(width - len(tokens), width)
+            ids[row, place] = tokens
+            real[row, place] = 1
+        counted = real.bool()
+        if not self.special_tokens:
+            counted &= ~torch.isin(ids, torch.tensor(sorted(special)))
+        device = self.model.device
+        return Batch(tuple(rows), ids.to(device), real.to(device), counted.float().to(device))
+
+
+def _envoy(traced: Any, path: str) -> Any:
+    for name in path.split("."):
+        traced = traced[int(name)] if name.isdigit() else attrgetter(name)(traced)
+    return traced
+
+
+def _grouped(order: list[int], encoded: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield runs of `order` (by rising length) whose padded size stays within `batch_tokens`."""
+    group: list[int] = []
+    for i in order:
+        if group and (len(group) + 1) * len(encoded[i]) > batch_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

@@ -1,0 +1,21 @@
+"""Magnitude pruning: a weight matters as much as it is large."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..statistics import InputStatistics
+from .registry import Method, register
+
+
+def score(
+    weight: Float[Tensor, "outputs inputs"], statistics: InputStatistics | None = None
+) -> Float[Tensor, "outputs inputs"]:
+    """Return ``|W|`` in float32; `statistics` are not used."""
+    return weight.float().abs()
+
+
+METHOD = register(
+    Method("magnitude", score, calibrated=False, pattern="matrix", source="Han et al., NeurIPS 2015, 1506.02626")
+)

@@ -1,0 +1,25 @@
+"""Wanda: a weight matters as much as it is large and its input is strong."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..statistics import InputStatistics
+from .registry import Method, register
+
+
+def score(
+    weight: Float[Tensor, "outputs inputs"], statistics: InputStatistics | None
+) -> Float[Tensor, "outputs inputs"]:
+    """Return ``|W_ij| · ‖X_j‖₂`` in float32 (Sun et al., ICLR 2024, 2306.11695, eq. 1).
+
+    The published code divides the norm by the number of samples; that scales all scores alike and moves no rank.
+    """
+    assert statistics is not None, "Wanda needs the statistics of its inputs"
+    return weight.float().abs() * statistics.norms.to(weight.device)
+
+
+METHOD = register(
+    Method("wanda", score, calibrated=True, pattern="row", source="Sun et al., ICLR 2024, 2306.11695")
+)
