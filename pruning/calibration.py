@@ -40,8 +40,8 @@ class CalibrationSet(BaseModel):
 
     name: str
     languages: tuple[str, ...]
-    samples: int = Field(default=128, ge=1)
-    length: int = Field(default=512, ge=8)
+    samples: int = Field(default=32, ge=1)
+    length: int = Field(default=256, ge=8)
     seed: int = Field(default=0, ge=0)
 
     @field_validator("languages")
@@ -60,7 +60,7 @@ class CalibrationSet(BaseModel):
 
     @classmethod
     def named(
-        cls, name: str, *, all_languages: tuple[str, ...] = (), samples: int = 128, length: int = 512, seed: int = 0
+        cls, name: str, *, all_languages: tuple[str, ...] = (), samples: int = 32, length: int = 256, seed: int = 0
     ) -> CalibrationSet:
         """Build the set that a name stands for: a language, languages joined by ``+``, or ``all``.
 

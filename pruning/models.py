@@ -14,7 +14,7 @@ from .anatomy import Anatomy
 from .errors import ModelError
 from .files import disk_errors, whole_folder
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 
 DEMO = "demo"
 #: What frames and reports call the embedded model.
@@ -29,7 +29,7 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> tup
     name
         ``"demo"`` (base Gemma 3 270M from the ``demo`` extra), a hub id, or a folder with a checkpoint.
     dtype
-        ``auto``: float32 on a CPU, the checkpoint's own on an accelerator.
+        ``checkpoint``: the one its weights are stored in; ``auto``: float32 on a CPU, else ``checkpoint``.
     device
         ``auto``: ``cuda`` where there is one, else ``cpu``.
 
@@ -48,9 +48,8 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> tup
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        wanted: Any = torch.float32 if device == "cpu" else "auto"
-    else:
-        wanted = getattr(torch, dtype)
+        dtype = "float32" if device == "cpu" else "checkpoint"
+    wanted: Any = "auto" if dtype == "checkpoint" else getattr(torch, dtype)
     source = str(demo_checkpoint()) if name == DEMO else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -1,0 +1,71 @@
+"""The command line: thin doors to what the packages do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pruning.errors import PrunescopeError, StudyError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Look inside pruned multilingual language models.",
+)
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(help='A study file (TOML), or "demo" for the embedded study.')],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it.")
+    ] = None,
+) -> None:
+    """Carry out a study: prune, read, analyze, draw, report. Finished stages are skipped."""
+    from .run import run_study
+    from .study import demo_study, load_study
+
+    resolved = demo_study() if study == "demo" else load_study(Path(study))
+    report = run_study(resolved, out or Path("runs") / Path(study).stem)
+    typer.echo(f"report: {report}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.")],
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the checkpoint.")],
+    variant: Annotated[str, typer.Option(help="Id of the variant: a folder below DIR/variants.")],
+) -> None:
+    """Write a pruned variant as an ordinary checkpoint that from_pretrained loads."""
+    from pruning import Variant, load_model
+    from pruning.errors import did_you_mean
+
+    from .run import STUDY_FILE
+    from .study import load_study
+
+    resolved = load_study(folder / STUDY_FILE)
+    place = folder / "variants" / variant
+    if not place.is_dir():
+        known = sorted(p.name for p in (folder / "variants").glob("*") if p.is_dir())
+        raise StudyError(f'there is no variant "{variant}" in {folder}; {did_you_mean(variant, known)}')
+    opened = Variant.open(place)
+    model, tokenizer = load_model(resolved.model, dtype="checkpoint", device="cpu")
+    opened.export(model, tokenizer, target)
+    typer.echo(f"checkpoint: {target}")
+
+
+def main() -> None:
+    """Run the command line; errors of the user's making are one line and exit status 2."""
+    try:
+        app()
+    except PrunescopeError as error:
+        Console(stderr=True, soft_wrap=True).print(f"prunescope: {error}", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("prunescope: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

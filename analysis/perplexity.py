@@ -1,0 +1,60 @@
+"""Perplexity: how well each model predicts held-out text of each language."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from probes import DENSE, Readings
+
+from . import figures
+from .frames import tidy
+from .intervals import segment_interval
+
+
+def analyze(
+    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]
+) -> pd.DataFrame:
+    """Return the frame ``perplexity``.
+
+    Parameters
+    ----------
+    readings
+        ``(variant, language)`` to what was read; the dense model is the variant ``"dense"``.
+    columns
+        Variant to the columns that describe it.
+    """
+    rows = []
+    for (variant, language), read in readings.items():
+        data = np.stack([read.nll, read.predicted, read.utf8_bytes], axis=1).astype(np.float64)
+
+        def of(weights: np.ndarray, data: np.ndarray = data) -> np.ndarray:
+            nll, predicted, utf8 = np.moveaxis(weights @ data, -1, 0)
+            return np.stack([np.exp(nll / predicted), nll / np.log(2) / utf8], axis=-1)
+
+        value, low, high = segment_interval(of, len(data))
+        row = {**columns[variant], "language": language, "n": len(data)}
+        row |= {"metric": ["perplexity", "bits_per_byte"], "value": value, "low": low, "high": high}
+        rows.append(row)
+    return tidy("perplexity", rows)
+
+
+def plot(frame: pd.DataFrame, sparsity: float) -> Figure:
+    """Draw the perplexity of each model at one sparsity in each language, coloured by the rise over the dense model."""
+    shown = frame[(frame["metric"] == "perplexity") & frame["sparsity"].isin([0.0, sparsity])].copy()
+    shown["variant"] = figures.variant_labels(shown)
+    table = shown.pivot_table(index="variant", columns="language", values="value", sort=False, observed=True)
+    table = table[figures.in_order(table.columns)]
+    rise = np.log2(table / table.loc[DENSE])
+    return figures.heatmap(
+        rise,
+        labels=table.map(figures.three_digits),
+        title=f"Perplexity at sparsity {sparsity:g}",
+        colour_label="doublings of the dense perplexity",
+        x_label="evaluated in",
+        y_label="pruned with",
+    )

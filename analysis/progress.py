@@ -1,0 +1,72 @@
+"""What is running, and how long it will still take."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+
+class WorkProgress:
+    """A progress bar over work in one unit (multiply-adds), with the time left; plain lines where there is no terminal.
+
+    The time left is the work left at the rate of the work done so far, so that stages of different kinds add up.
+
+    Parameters
+    ----------
+    total
+        Work of the whole run.
+    console
+        Where to draw; standard error by default.
+    """
+
+    def __init__(self, total: float, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._done = 0.0
+        self._total = max(total, 1.0)
+        self._started = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=self._total, left="")
+
+    def __enter__(self) -> WorkProgress:
+        """Start drawing."""
+        self._started = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop drawing."""
+        self._bar.stop()
+
+    def stage(self, name: str) -> None:
+        """Say what is running now."""
+        self._bar.update(self._task, description=name)
+        if not self.console.is_terminal:
+            left = self.left()
+            share = f"{100 * self._done / self._total:3.0f} %"
+            self.console.print(f"[{share}] {name}" + (f" ({left})" if left else ""), highlight=False, markup=False)
+
+    def advance(self, work: float) -> None:
+        """Add work that is done."""
+        self._done = min(self._done + work, self._total)
+        self._bar.update(self._task, completed=self._done, left=self.left())
+
+    def left(self) -> str:
+        """Return the time left in words; nothing before it can be told."""
+        elapsed = time.monotonic() - self._started
+        if self._done < 0.01 * self._total or elapsed < 2:
+            return ""
+        seconds = elapsed * (self._total - self._done) / self._done
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"

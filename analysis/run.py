@@ -1,0 +1,446 @@
+"""From a study to its folder: variants, readings, frames, figures and report, a stage at a time.
+
+A stage is keyed by a hash of all that it depends on and recorded when its files are whole. A run that is killed is
+started again and does what is missing; a changed study redoes only what it touches.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from probes import DENSE, Readings, Session, pooled_states, read_against_dense
+from pruning import Anatomy, CalibrationSet, Corpus, Recipe, Segment, Variant, load_model, prune
+from pruning.calibration import calibration_fingerprint, calibration_tokens
+from pruning.errors import StudyError
+from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
+from pruning.sweep import sweep_work
+from pruning.text import fingerprint
+
+from . import figures, lape, lsar, mask_overlap, perplexity, signal
+from .frames import FRAMES, calibrated_recipes, dense_columns, read_frame, write_frame
+from .ledger import Ledger
+from .progress import WorkProgress
+from .report import ReportFacts, write_report
+from .study import Study
+
+STUDY_FILE = "study.toml"
+REPORT_FILE = "report.html"
+#: Share of a whole run's time that frames, figures and report take, for the time left.
+_FRAMES_SHARE = 0.08
+
+
+def run_study(study: Study, folder: Path, console: Console | None = None) -> Path:
+    """Carry out a study, or what is left of it, and return the path of its report.
+
+    Parameters
+    ----------
+    study
+        What to do.
+    folder
+        Where to put everything; made if need be. Of another study's folder, only what this study shares with it is used.
+    console
+        Where to show progress; standard error by default.
+
+    Raises
+    ------
+    PrunescopeError
+        If text, model, recipe or folder cannot be used; what was finished stays.
+    """
+    console = console or Console(stderr=True)
+    if folder.exists() and not folder.is_dir():
+        raise StudyError(f"{folder} is a file; give a folder for the study (--out)")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(folder)
+        remove_partials(folder)
+        texts = _Texts(study)
+        texts.check()
+        console.print(f"loading the model {study.model_name}", highlight=False, markup=False)
+        model, tokenizer = load_model(study.model, dtype=study.dtype, device=study.device)
+        run = _Run(study, folder, ledger, texts, model, tokenizer, console)
+        write_text(folder / STUDY_FILE, study.to_toml())
+        return run.everything()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A variant that a study asks for."""
+
+    id: str
+    recipe: Recipe
+    calibration: CalibrationSet | None
+
+
+def planned_variants(study: Study) -> list[Planned]:
+    """List the variants of a study: one a recipe and calibration set, and one a recipe that needs no text."""
+    planned = []
+    for calibration in [None, *study.calibration_sets()]:
+        for recipe in study.all_recipes():
+            if recipe.scoring.calibrated == (calibration is not None):
+                planned.append(Planned(recipe.variant_id(calibration), recipe, calibration))
+    return list({plan.id: plan for plan in planned}.values())
+
+
+class _Texts:
+    """The text of a study, checked before anything expensive begins."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.corpus: Corpus = study.text.corpus()
+
+    def check(self) -> None:
+        assert self.heldout
+        assert self.fitting
+        for calibration in self.study.calibration_sets():
+            for language in calibration.languages:
+                self.corpus.segments("calibration", language)
+
+    @cached_property
+    def heldout(self) -> dict[str, list[Segment]]:
+        count = self.study.evaluation.segments
+        return {lang: self.corpus.take("heldout", lang, count) for lang in self.study.languages}
+
+    @cached_property
+    def fitting(self) -> dict[str, list[Segment]]:
+        return self.corpus.aligned("parallel", self.study.languages, self.study.evaluation.fit_segments)
+
+
+class _Run:
+    def __init__(
+        self, study: Study, folder: Path, ledger: Ledger, texts: _Texts, model: Any, tokenizer: Any, console: Console
+    ) -> None:
+        self.study = study
+        self.folder = folder
+        self.ledger = ledger
+        self.texts = texts
+        self.model = model
+        self.tokenizer = tokenizer
+        self.console = console
+        self.anatomy = Anatomy(model)
+        self.fingerprint = self.anatomy.fingerprint()
+        self.plans = planned_variants(study)
+        self.session = Session(
+            model,
+            tokenizer,
+            max_length=study.evaluation.max_length,
+            batch_tokens=study.evaluation.batch_tokens,
+            special_tokens=study.evaluation.special_tokens,
+        )
+        self.common = {
+            "prunescope": version("prunescope"),
+            "model": self.fingerprint,
+            "dtype": str(model.dtype),
+        }
+        self.variant_keys = {plan.id: self._variant_key(plan) for plan in self.plans}
+
+    # -- keys ------------------------------------------------------------------------------------------------
+
+    def _variant_key(self, plan: Planned) -> str:
+        text = calibration_fingerprint(self.texts.corpus, plan.calibration) if plan.calibration else None
+        calibration = plan.calibration.model_dump(mode="json") if plan.calibration else None
+        return content_sha256({**self.common, "recipe": plan.recipe.model_dump(), "set": calibration, "text": text})
+
+    @cached_property
+    def _reading_key(self) -> str:
+        config = self.study.evaluation
+        fields = {"max_length", "batch_tokens", "special_tokens"}
+        return content_sha256({**self.common, **config.model_dump(include=fields)})
+
+    def _readings_key(self, variant: str, language: str) -> str:
+        text = fingerprint(self.texts.heldout[language])
+        return content_sha256([self._reading_key, text, self.variant_keys.get(variant, DENSE)])
+
+    @cached_property
+    def _fit_key(self) -> str:
+        texts = {lang: fingerprint(segments) for lang, segments in self.texts.fitting.items()}
+        return content_sha256([self._reading_key, texts])
+
+    @cached_property
+    def _frames_key(self) -> str:
+        readings = [self._readings_key(v, lang) for v in self._models for lang in self.study.languages]
+        names = [self.study.model_name, list(self.study.languages), self._models]
+        return content_sha256([readings, self._fit_key, self.study.evaluation.rank, names])
+
+    # -- places ----------------------------------------------------------------------------------------------
+
+    @property
+    def _models(self) -> list[str]:
+        return [DENSE, *(plan.id for plan in self.plans)]
+
+    def _variant_folder(self, variant: str) -> Path:
+        return self.folder / "variants" / variant
+
+    def _readings_file(self, variant: str, language: str) -> Path:
+        return self.folder / "readings" / variant / f"{language}.safetensors"
+
+    @property
+    def _fit_file(self) -> Path:
+        return self.folder / "readings" / DENSE / "fit.safetensors"
+
+    # -- stages ----------------------------------------------------------------------------------------------
+
+    def everything(self) -> Path:
+        sets = self._pending_sets()
+        languages = self._pending_languages(sets)
+        fit = not self.ledger.finished("fit", self._fit_key)
+        work = self._work(sets, languages, fit)
+        began = time.monotonic()
+        with WorkProgress(sum(work.values()), self.console) as progress:
+            for number, (calibration, plans) in enumerate(sets, start=1):
+                name = f"calibrated with {calibration.name}, seed {calibration.seed}" if calibration else "without text"
+                progress.stage(f"pruning {name} ({number} of {len(sets)})")
+                self._prune(calibration, plans, progress)
+            if fit:
+                progress.stage("reading the fitting text")
+                self._fit(progress)
+            for number, (language, variants) in enumerate(languages.items(), start=1):
+                progress.stage(f"reading {language} with {len(variants) + 1} models ({number} of {len(languages)})")
+                self._read(language, variants, progress)
+            progress.stage("making frames")
+            frames = self._frames()
+            progress.advance(work["frames"] / 2)
+            progress.stage("drawing figures")
+            self._figures(frames)
+            progress.advance(work["frames"] / 2)
+            progress.stage("writing the report")
+            report = self._report(frames)
+        self.ledger.keep_only(self._stages())
+        self.ledger.describe(**self._provenance(time.monotonic() - began))
+        return report
+
+    def _pending_sets(self) -> list[tuple[CalibrationSet | None, list[Planned]]]:
+        groups: dict[CalibrationSet | None, list[Planned]] = {}
+        for plan in self.plans:
+            if not self.ledger.finished(f"variant {plan.id}", self.variant_keys[plan.id]):
+                groups.setdefault(plan.calibration, []).append(plan)
+        return list(groups.items())
+
+    def _pending_languages(self, sets: list[tuple[CalibrationSet | None, list[Planned]]]) -> dict[str, list[str]]:
+        """Return the variants that are still to be read, by language; the dense model is read along with them."""
+        pending = {}
+        for language in self.study.languages:
+            missing = [v for v in self._models if not self._is_read(v, language)]
+            if missing:
+                pending[language] = [v for v in missing if v != DENSE]
+        return pending
+
+    def _is_read(self, variant: str, language: str) -> bool:
+        return self.ledger.finished(f"readings {variant} {language}", self._readings_key(variant, language))
+
+    def _prune(self, calibration: CalibrationSet | None, plans: list[Planned], progress: WorkProgress) -> None:
+        with self._timed() as clock:
+            variants = prune(
+                self.model,
+                self.tokenizer,
+                [plan.recipe for plan in plans],
+                self.texts.corpus,
+                calibration,
+                name=self.study.model_name,
+                progress=lambda tokens: progress.advance(tokens * self._block_work),
+            )
+        for plan, variant in zip(plans, variants, strict=True):
+            target = self._variant_folder(plan.id)
+            variant.save(target)
+            files = sorted(target.iterdir())
+            self.ledger.finish(f"variant {plan.id}", self.variant_keys[plan.id], files, clock.seconds / len(plans))
+
+    def _fit(self, progress: WorkProgress) -> None:
+        means = {}
+        with self._timed() as clock:
+            for language, segments in self.texts.fitting.items():
+                states = pooled_states(self.session, segments, lambda tokens: progress.advance(tokens * self._body_work))
+                means[language] = states.double().mean(dim=0)
+        with whole_file(self._fit_file) as partial:
+            save_file(means, partial)
+        self.ledger.finish("fit", self._fit_key, [self._fit_file], clock.seconds)
+
+    def _read(self, language: str, missing: list[str], progress: WorkProgress) -> None:
+        variants = [Variant.open(self._variant_folder(v), self.fingerprint) for v in missing]
+        with self._timed() as clock:
+            readings = read_against_dense(
+                self.session,
+                self.texts.heldout[language],
+                variants,
+                lambda tokens: progress.advance(tokens * self._read_work),
+            )
+        for name, read in readings.items():
+            path = self._readings_file(name, language)
+            read.save(path)
+            stage = f"readings {name} {language}"
+            self.ledger.finish(stage, self._readings_key(name, language), [path], clock.seconds / len(readings))
+
+    def _frames(self) -> dict[str, pd.DataFrame]:
+        folder = self.folder / "frames"
+        if not self.ledger.finished("frames", self._frames_key):
+            with self._timed() as clock:
+                files = [write_frame(folder, name, frame) for name, frame in self._analyzed().items()]
+            self.ledger.finish("frames", self._frames_key, files, clock.seconds)
+        return {name: read_frame(folder / f"{name}.parquet") for name in FRAMES if name != "neurons"}
+
+    def _analyzed(self) -> dict[str, pd.DataFrame]:
+        variants = [Variant.open(self._variant_folder(plan.id), self.fingerprint) for plan in self.plans]
+        columns: dict[str, Mapping[str, Any]] = {DENSE: dense_columns(self.study.model_name)}
+        columns |= {variant.id: variant.columns() for variant in variants}
+        readings = {
+            (model, language): Readings.open(self._readings_file(model, language))
+            for model in self._models
+            for language in self.study.languages
+        }
+        means = load_file(self._fit_file)
+        fitted = lsar.fit_layers({lang: means[lang][None] for lang in self.study.languages}, self.study.evaluation.rank)
+        masks = {variant.id: variant.masks for variant in variants}
+        neurons, language_neurons = lape.analyze(readings, columns)
+        return {
+            "perplexity": perplexity.analyze(readings, columns),
+            "signal": signal.analyze(readings, columns),
+            "subspaces": lsar.analyze(readings, columns, fitted),
+            "mask_overlap": mask_overlap.analyze(masks, columns),
+            "neurons": neurons,
+            "language_neurons": language_neurons,
+            "sparsity": mask_overlap.sparsity(masks, columns),
+        }
+
+    def _figures(self, frames: dict[str, pd.DataFrame]) -> None:
+        key = content_sha256([self._frames_key, "figures"])
+        if self.ledger.finished("figures", key):
+            return
+        folder = self.folder / "figures"
+        files: list[Path] = []
+        with self._timed() as clock:
+            for name, figure in _drawn(frames):
+                files += figures.save(figure, folder, name)
+        self.ledger.finish("figures", key, files, clock.seconds)
+
+    def _report(self, frames: dict[str, pd.DataFrame]) -> Path:
+        path = self.folder / REPORT_FILE
+        key = content_sha256([self._frames_key, "report"])
+        if not self.ledger.finished("report", key):
+            facts = ReportFacts(
+                study=self.study,
+                heldout_tokens={lang: self._tokens_read(lang) for lang in self.study.languages},
+                blocks=len(self.anatomy.blocks),
+                neurons=self.anatomy.n_neurons,
+                versions=self._versions(),
+            )
+            with self._timed() as clock:
+                write_report(path, frames, self.folder / "figures", facts)
+            self.ledger.finish("report", key, [path], clock.seconds)
+        return path
+
+    def _stages(self) -> Iterator[str]:
+        yield from ("fit", "frames", "figures", "report")
+        for plan in self.plans:
+            yield f"variant {plan.id}"
+        for model in self._models:
+            for language in self.study.languages:
+                yield f"readings {model} {language}"
+
+    # -- work, time, facts ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _block_work(self) -> float:
+        return float(sum(self.anatomy.weight(0, role).numel() for role in self.anatomy.layout.roles))
+
+    @cached_property
+    def _body_work(self) -> float:
+        return self._block_work * len(self.anatomy.blocks)
+
+    @cached_property
+    def _read_work(self) -> float:
+        return self._body_work + self.anatomy.vocabulary * self.anatomy.hidden_size
+
+    def _work(
+        self,
+        sets: list[tuple[CalibrationSet | None, list[Planned]]],
+        languages: Mapping[str, list[str]],
+        fit: bool,
+    ) -> dict[str, float]:
+        pruning = 0.0
+        for calibration, plans in sets:
+            if calibration is not None:
+                calibration_tokens(self.tokenizer, self.texts.corpus, calibration)  # too little text shows here
+                tokens = calibration.samples * calibration.length
+                pruning += self._block_work * sweep_work(self.anatomy, [plan.recipe for plan in plans], tokens)
+        fitting = sum(map(self._count, self.texts.fitting.values())) if fit else 0
+        reading = sum(self._count(self.texts.heldout[lang]) * (len(v) + 1) for lang, v in languages.items())
+        work = {"prune": pruning, "fit": fitting * self._body_work, "read": reading * self._read_work}
+        work["frames"] = _FRAMES_SHARE * sum(work.values())
+        return work
+
+    def _count(self, segments: Iterable[Segment]) -> int:
+        return sum(int(batch.real.sum()) for batch in self.session.batches(list(segments)))
+
+    def _tokens_read(self, language: str) -> int:
+        return int(Readings.open(self._readings_file(DENSE, language)).tokens.sum())
+
+    @contextmanager
+    def _timed(self) -> Iterator[_Clock]:
+        clock = _Clock()
+        began = time.monotonic()
+        yield clock
+        clock.seconds = time.monotonic() - began
+
+    def _versions(self) -> dict[str, str]:
+        return {name: version(name) for name in ("prunescope", "torch", "transformers", "nnsight", "numpy", "scipy")}
+
+    def _provenance(self, seconds: float) -> dict[str, Any]:
+        return {
+            "last_run_seconds": round(seconds, 1),
+            "versions": {"python": platform.python_version(), **self._versions()},
+            "machine": {
+                "system": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "device": str(self.model.device),
+                "dtype": str(self.model.dtype),
+            },
+            "model": {"name": self.study.model, "fingerprint": self.fingerprint},
+            "text": {
+                "heldout": {lang: fingerprint(s) for lang, s in self.texts.heldout.items()},
+                "parallel": {lang: fingerprint(s) for lang, s in self.texts.fitting.items()},
+                "calibration": {
+                    lang: fingerprint(self.texts.corpus.segments("calibration", lang))
+                    for lang in dict.fromkeys(
+                        lang for plan in self.plans if plan.calibration for lang in plan.calibration.languages
+                    )
+                },
+            },
+            "seeds": sorted({plan.calibration.seed for plan in self.plans if plan.calibration}),
+        }
+
+
+@dataclass
+class _Clock:
+    seconds: float = 0.0
+
+
+def _drawn(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Any]]:
+    """Yield the name and figure of everything that a study shows."""
+    for sparsity in sorted(set(frames["perplexity"]["sparsity"]) - {0.0}):
+        yield f"perplexity-{sparsity:g}", perplexity.plot(frames["perplexity"], sparsity)
+    for recipe in calibrated_recipes(frames["signal"]):
+        name = recipe_slug(recipe)
+        yield f"signal-{name}", signal.plot(frames["signal"], recipe)
+        yield f"signal-roles-{name}", signal.plot_roles(frames["signal"], recipe)
+        yield f"subspaces-{name}", lsar.plot(frames["subspaces"], recipe)
+        yield f"language-neurons-{name}", lape.plot(frames["language_neurons"], recipe)
+    for recipe in calibrated_recipes(frames["mask_overlap"]):
+        yield f"mask-overlap-{recipe_slug(recipe)}", mask_overlap.plot(frames["mask_overlap"], recipe)
+
+
+def recipe_slug(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe's part of a figure's file name."""
+    return f"{recipe['method']}-{recipe['sparsity']:g}-{recipe['pattern']}-{recipe['propagation']}"

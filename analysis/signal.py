@@ -1,0 +1,90 @@
+"""Signal: how far pruning moves the output of every projection and the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from probes import DENSE, Readings
+from probes.signal import SIGNAL_SITES
+
+from . import figures
+from .frames import of_recipe, tidy
+from .intervals import segment_interval
+
+
+def analyze(
+    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]
+) -> pd.DataFrame:
+    """Return the frame ``signal``: error and signal-to-noise ratio by layer and role (``residual`` for the stream).
+
+    Parameters
+    ----------
+    readings
+        ``(variant, language)`` to what was read; the dense model has no rows.
+    columns
+        Variant to the columns that describe it.
+    """
+    rows = []
+    for (variant, language), read in readings.items():
+        if variant == DENSE:
+            continue
+        segments, layers, sites = read.error.shape
+        error = read.error.reshape(segments, -1).numpy()
+        power = read.power.reshape(segments, -1).numpy()
+        tokens = read.tokens.numpy().astype(np.float64)
+
+        def of(
+            weights: np.ndarray, error: np.ndarray = error, power: np.ndarray = power, tokens: np.ndarray = tokens
+        ) -> np.ndarray:
+            lost = weights @ error
+            with np.errstate(divide="ignore"):  # no error at all: an infinite ratio
+                ratio = 10 * np.log10(weights @ power / lost)
+            return np.concatenate([lost / (weights @ tokens)[..., None], ratio], axis=-1)
+
+        value, low, high = segment_interval(of, segments)
+        rows.append(
+            {
+                **columns[variant],
+                "language": language,
+                "layer": np.tile(np.repeat(np.arange(layers), sites), 2),
+                "role": list(SIGNAL_SITES) * layers * 2,
+                "metric": ["error"] * layers * sites + ["snr_db"] * layers * sites,
+                "value": value,
+                "low": low,
+                "high": high,
+                "n": segments,
+            }
+        )
+    return tidy("signal", rows)
+
+
+def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
+    """Draw the residual stream's signal-to-noise ratio by layer, a panel a language, a line a calibration set."""
+    shown = of_recipe(frame, {**recipe, "metric": "snr_db", "role": "residual"})
+    return figures.curves(
+        shown,
+        panels="language",
+        lines="calibration",
+        y_label="SNR of the residual stream (dB)",
+        title=f"Signal left after pruning ({figures.recipe_label(recipe)})",
+    )
+
+
+def plot_roles(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
+    """Draw each projection's signal-to-noise ratio by layer, a panel a role, mean over languages, a line a calibration set."""
+    shown = of_recipe(frame, {**recipe, "metric": "snr_db"})
+    keys = ["role", "calibration", "seed", "layer"]
+    means = shown.groupby(keys, observed=True, sort=False)[["value", "low", "high"]].mean().reset_index()
+    means[["low", "high"]] = np.nan  # a mean over languages has no interval over segments
+    return figures.curves(
+        means,
+        panels="role",
+        lines="calibration",
+        y_label="SNR of the output (dB)",
+        title=f"Signal left in each projection, mean over languages ({figures.recipe_label(recipe)})",
+    )

@@ -1,0 +1,242 @@
+"""A study file: what to prune, with which text, and what to look at; validated, every default written out."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from importlib.resources import files as package_files
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pruning import CalibrationSet, Corpus, Recipe, text_source
+from pruning.errors import StudyError, TextError, did_you_mean
+from pruning.languages import language_tags
+from pruning.models import DEMO, DEMO_NAME, Dtype
+from pruning.text import HubDataset
+
+_TextSpec = str | HubDataset
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextConfig(_Section):
+    """Where text comes from: ``"bundled"``, ``"file:FOLDER/{lang}.jsonl"``, ``"hub:PRESET"`` or a table.
+
+    Attributes
+    ----------
+    calibration
+        What pruning is calibrated with.
+    parallel
+        Fits the LSAR subspaces; segments with the same id in all languages are used.
+    heldout
+        Everything that is evaluated.
+    """
+
+    calibration: _TextSpec = "bundled"
+    parallel: _TextSpec = "bundled"
+    heldout: _TextSpec = "bundled"
+
+    @field_validator("*")
+    @classmethod
+    def _known_source(cls, spec: _TextSpec) -> _TextSpec:
+        if isinstance(spec, str):
+            try:
+                text_source(spec)
+            except TextError as error:
+                raise ValueError(str(error)) from error
+        return spec
+
+    def corpus(self) -> Corpus:
+        """Open the sources."""
+        specs = (self.calibration, self.parallel, self.heldout)
+        return Corpus(*(text_source(spec) if isinstance(spec, str) else spec for spec in specs))
+
+
+class CalibrationConfig(_Section):
+    """Calibration sets: a grid of mixes and seeds, all with the same amount of text."""
+
+    sets: tuple[str, ...] = ("all",)
+    samples: int = Field(default=32, ge=1)
+    length: int = Field(default=256, ge=8)
+    seeds: tuple[int, ...] = (0,)
+    extra: tuple[tuple[str, int], ...] = Field(
+        default=(), description="further (set, seed) pairs, for a second seed of some sets only"
+    )
+
+
+class RecipeGrid(_Section):
+    """One or several recipes: every key may be a list, lists make a grid."""
+
+    method: str | tuple[str, ...]
+    sparsity: float | tuple[float, ...] = 0.5
+    pattern: str | tuple[str, ...] = ""
+    allocation: str | tuple[str, ...] = "uniform"
+    propagation: str | tuple[str, ...] = "pruned"
+
+    @model_validator(mode="after")
+    def _valid(self) -> RecipeGrid:
+        self.recipes()
+        return self
+
+    def recipes(self) -> list[Recipe]:
+        """Return the recipes of the grid."""
+        values = self.model_dump()
+        axes = [value if isinstance(value, tuple) else (value,) for value in values.values()]
+        return [Recipe(**dict(zip(values, point, strict=True))) for point in product(*axes)]
+
+
+class EvaluationConfig(_Section):
+    """How much text is read, and how."""
+
+    segments: int = Field(default=128, ge=2, description="held-out segments a language")
+    fit_segments: int = Field(default=128, ge=2, description="parallel segments a language that fit the subspaces")
+    max_length: int = Field(default=256, ge=8, description="tokens of a segment that are read")
+    batch_tokens: int = Field(default=1024, ge=8, description="tokens in a batch; bounds the memory")
+    special_tokens: bool = Field(default=False, description="count BOS and the like in means, firing and signal")
+    rank: int | None = Field(default=None, ge=1, description="of the LSAR subspaces; languages less one by default")
+
+
+class Study(_Section):
+    """A study: one model, languages, calibration sets, recipes.
+
+    Attributes
+    ----------
+    model
+        ``"demo"``, a hub id, or a folder with a checkpoint.
+    languages
+        Evaluation languages, BCP-47 tags; at least two, since languages are compared.
+    """
+
+    model: str
+    languages: tuple[str, ...] = Field(min_length=2)
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    text: TextConfig = TextConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    recipes: tuple[RecipeGrid, ...] = (RecipeGrid(method="wanda"),)
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @field_validator("languages")
+    @classmethod
+    def _known_languages(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        return language_tags(tags)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        self.calibration_sets()
+        rank = self.evaluation.rank
+        if rank is not None and rank > len(self.languages) - 1:
+            raise ValueError(f"evaluation.rank {rank} is more than {len(self.languages) - 1}, the languages less one")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """What frames call the model."""
+        return DEMO_NAME if self.model == DEMO else self.model
+
+    def calibration_sets(self) -> list[CalibrationSet]:
+        """Return the calibration sets."""
+        config = self.calibration
+        pairs = [*product(config.sets, config.seeds), *config.extra]
+        return [
+            CalibrationSet.named(
+                name, all_languages=self.languages, samples=config.samples, length=config.length, seed=seed
+            )
+            for name, seed in dict.fromkeys(pairs)
+        ]
+
+    def all_recipes(self) -> list[Recipe]:
+        """Return every recipe once."""
+        return list(dict.fromkeys(recipe for grid in self.recipes for recipe in grid.recipes()))
+
+    def to_toml(self) -> str:
+        """Return the study file with every default written out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Relative paths in ``file:`` sources and the model folder are relative to the study file.
+
+    Raises
+    ------
+    StudyError
+        If the file is missing, not TOML, has an unknown key or a value that cannot be.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StudyError(f'there is no study file {path}; write one, or try "prunescope run demo"') from error
+    except IsADirectoryError as error:
+        raise StudyError(f"{path} is a folder; give the study file, such as {path / 'study.toml'}") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path} is not UTF-8; save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path} is not TOML: {error}") from error
+    return _anchored(parse_study(content, str(path)), path.parent)
+
+
+def demo_study() -> Study:
+    """Return the embedded study: a real model and real text that come with prunescope."""
+    text = (package_files("analysis") / "demo.toml").read_text(encoding="utf-8")
+    return parse_study(tomllib.loads(text), "demo.toml")
+
+
+def parse_study(content: dict[str, Any], where: str) -> Study:
+    """Check the content of a study file.
+
+    Raises
+    ------
+    StudyError
+        One line on the first thing that is wrong.
+    """
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StudyError(f"{where}: {_explained(first)}") from error
+
+
+def _explained(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"] if part not in ("str", "HubDataset") and "tuple" not in str(part))
+    if error["type"] == "extra_forbidden":
+        section, _, key = place.rpartition(".")
+        return f'unknown key "{key}"{f" in [{section}]" if section else ""}; {did_you_mean(key, _keys(section))}'
+    if error["type"] == "missing":
+        return f'the key "{place}" is missing'
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+def _keys(section: str) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "": Study,
+        "text": TextConfig,
+        "calibration": CalibrationConfig,
+        "recipes": RecipeGrid,
+        "evaluation": EvaluationConfig,
+    }
+    first = section.split(".")[0]
+    return list(sections[first].model_fields) if first in sections else list(HubDataset.model_fields)
+
+
+def _anchored(study: Study, folder: Path) -> Study:
+    """Resolve relative paths against the study file's folder."""
+
+    def anchor(spec: _TextSpec) -> _TextSpec:
+        if isinstance(spec, str) and spec.startswith("file:"):
+            return "file:" + os.path.normpath(folder / spec.removeprefix("file:"))
+        return spec
+
+    text = TextConfig(**{part: anchor(getattr(study.text, part)) for part in TextConfig.model_fields})
+    model = study.model
+    if model != DEMO and (folder / model).is_dir():
+        model = os.path.normpath(folder / model)
+    return study.model_copy(update={"text": text, "model": model})
