@@ -23,7 +23,8 @@ app = typer.Typer(
 def run(
     study: Annotated[str, typer.Argument(help='A study file (TOML), or "demo" for the embedded study.')],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it.")
+        Path | None,
+        typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it."),
     ] = None,
 ) -> None:
     """Carry out a study: prune, read, analyze, draw, report. Finished stages are skipped."""

@@ -71,17 +71,30 @@ def set_label(calibration: str, seed: int) -> str:
     return str(calibration) if seed == 0 else f"{calibration} (seed {seed})"
 
 
+def variant_rank(row: pd.Series) -> tuple[Any, ...]:
+    """Sort key of models: the dense one, then by recipe, calibration set and seed."""
+    recipe = [str(row["method"]), float(row["sparsity"]), str(row["pattern"]), str(row["propagation"])]
+    return row["method"] != DENSE, *recipe, calibration_rank(str(row["calibration"])), int(row["seed"])
+
+
 def variant_labels(frame: pd.DataFrame) -> list[str]:
-    """Return how figures call the model of every row."""
+    """Return how figures call the model of every row: as short as tells them apart."""
+    calibrated = frame[frame["method"] != DENSE]
+    several = {
+        column: (calibrated.groupby("method", observed=True)[column].nunique() > 1).any()
+        for column in ("pattern", "propagation")
+    }
     labels = []
-    for method, calibration, seed, propagation in zip(
-        frame["method"], frame["calibration"], frame["seed"], frame["propagation"], strict=True
-    ):
-        if method == DENSE or calibration == UNCALIBRATED:
-            labels.append(str(method))
-        else:
-            how = " (dense propagation)" if propagation == "dense" else ""
-            labels.append(f"{method}{how} · {set_label(calibration, seed)}")
+    for row in frame.to_dict("records"):
+        if row["method"] == DENSE:
+            labels.append(DENSE)
+            continue
+        words = [f"{row['method']} {row['sparsity']:g}"]
+        words += [f"per {row['pattern']}"] if several["pattern"] else []
+        words += [f"{row['propagation']} propagation"] if several["propagation"] else []
+        if row["calibration"] != UNCALIBRATED:
+            words += ["·", set_label(row["calibration"], row["seed"])]
+        labels.append(" ".join(words))
     return labels
 
 
@@ -89,6 +102,11 @@ def recipe_label(recipe: Mapping[str, Any]) -> str:
     """Return a recipe in a few words."""
     words = f"{recipe['method']}, sparsity {recipe['sparsity']:g}, per {recipe['pattern']}"
     return words + (", dense propagation" if recipe["propagation"] == "dense" else "")
+
+
+def recipe_slug(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe's part of a figure's file name."""
+    return f"{recipe['method']}-{recipe['sparsity']:g}-{recipe['pattern']}-{recipe['propagation']}"
 
 
 def three_digits(value: float) -> str:
@@ -174,7 +192,8 @@ def curves(
         for axes in grid.flat[len(names) :]:
             axes.set_visible(False)
         figure.suptitle(title)
-        figure.supxlabel("layer", fontsize=7)
+        for axes in grid[-1]:
+            axes.set_xlabel("layer")
         figure.supylabel(y_label, fontsize=7)
         handles = [
             mpl.lines.Line2D([], [], color=colours[group], linestyle=":" if seed else "-") for group, seed in groups
@@ -184,9 +203,7 @@ def curves(
     return figure
 
 
-def overlap(
-    matrix: pd.DataFrame, *, languages: pd.DataFrame, seeds: pd.DataFrame, chance: float, title: str
-) -> Figure:
+def overlap(matrix: pd.DataFrame, *, languages: pd.DataFrame, seeds: pd.DataFrame, chance: float, title: str) -> Figure:
     """Draw mask overlap: every pair of calibration sets, and by layer and role with chance level and ceiling.
 
     Parameters
@@ -200,7 +217,8 @@ def overlap(
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+        parts = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+        top, bottom = parts[0], parts[1]
         heat = top.subplots()
         text = matrix.map(lambda v: "" if pd.isna(v) else f"{v:.3f}")
         sns.heatmap(
@@ -223,10 +241,9 @@ def overlap(
             _by_layer(axes, languages[languages["role"] == role], _COLOURS[0])
             _by_layer(axes, seeds[seeds["role"] == role], _COLOURS[4])
             axes.axhline(chance, color="#888888", linestyle="--", linewidth=0.8)
-            axes.set_title(role)
+            axes.set(title=role, xlabel="layer")
             axes.grid(axis="y")
         figure.suptitle(title)
-        bottom.supxlabel("layer", fontsize=7)
         bottom.supylabel("IoU", fontsize=7)
         line = mpl.lines.Line2D
         keys = [(line([], [], color=_COLOURS[0]), "other calibration language (band: all pairs)")]

@@ -43,7 +43,16 @@ _TYPES: dict[str, pa.DataType] = {
     "n": pa.int64(),
 }
 #: The columns that say which model was measured.
-VARIANT_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "propagation", "calibration", "seed")
+VARIANT_COLUMNS = (
+    "model",
+    "method",
+    "sparsity",
+    "pattern",
+    "allocation",
+    "propagation",
+    "calibration",
+    "seed",
+)
 _ESTIMATE = ("low", "high", "n")
 
 
@@ -79,7 +88,9 @@ FRAMES: dict[str, FrameSpec] = {
     "perplexity": FrameSpec(
         ("language",),
         {
-            "perplexity": Metric("", f"exp of the mean negative log-likelihood of a token, given those before it; {_OVER}"),
+            "perplexity": Metric(
+                "", f"exp of the mean negative log-likelihood of a token, given those before it; {_OVER}"
+            ),
             "bits_per_byte": Metric("bit/byte", f"the same in bits, per byte of UTF-8 text; {_OVER}"),
         },
     ),
@@ -94,21 +105,40 @@ FRAMES: dict[str, FrameSpec] = {
         ("language", "layer"),
         {
             "specific_error": Metric(
-                "", f"Σ‖P(h − ĥ)‖² / Σ‖Ph‖²; h, ĥ: a segment's mean state (special tokens left out), P: on the language-specific subspace; {_OVER}"
+                "",
+                "Σ‖P(h − ĥ)‖² / Σ‖Ph‖²; h, ĥ: a segment's mean state, dense and pruned (special tokens left out); "
+                f"P: on the language-specific subspace; {_OVER}",
             ),
             "agnostic_error": Metric("", f"the same for I − P, the language-agnostic part, mean included; {_OVER}"),
-            "specific_error_centred": Metric("", f"Σ‖P(h − ĥ)‖² / Σ‖P(h − h̄)‖², h̄: the mean of this language's segments; {_OVER}"),
-            "agnostic_error_centred": Metric("", f"the same for I − P: relative to what tells segments apart; {_OVER}"),
+            "specific_error_centred": Metric(
+                "",
+                "Σ‖P(h − ĥ)‖² / Σ‖P(h − m)‖², m: the dense model's mean over languages: relative to how far languages "
+                f"lie apart; {_OVER}",
+            ),
+            "agnostic_error_centred": Metric(
+                "",
+                "the same for I − P: relative to how far segments lie apart around the part common to all; " + _OVER,
+            ),
             "specific_error_per_dimension": Metric("", f"mean over segments of ‖P(h − ĥ)‖² / rank P; {_OVER}"),
-            "agnostic_error_per_dimension": Metric("", f"mean over segments of ‖(I − P)(h − ĥ)‖² / rank (I − P); {_OVER}"),
-            "explained_share": Metric("", "share of the between-language variance of the fitting text in the subspace (dense model; no language)"),
+            "agnostic_error_per_dimension": Metric(
+                "", f"mean over segments of ‖(I − P)(h − ĥ)‖² / rank (I − P); {_OVER}"
+            ),
+            "explained_share": Metric(
+                "", "share of the between-language variance of the fitting text in the subspace (dense; no language)"
+            ),
         },
     ),
     "mask_overlap": FrameSpec(
         ("layer", "role", "other_calibration", "other_seed"),
         {
-            "iou": Metric("", "intersection over union of the kept weights of two variants that differ in calibration set or seed only"),
-            "iou_chance": Metric("", "the same expected of independent masks of the same densities; (1 − s)/(1 + s) at sparsity s"),
+            "iou": Metric(
+                "",
+                "intersection over union of the weights kept by two variants that differ in calibration set or seed only",
+            ),
+            "iou_chance": Metric(
+                "",
+                "the same expected of independent masks of the same densities; (1 − s)/(1 + s) at sparsity s",
+            ),
         },
         estimates=False,
     ),
@@ -116,23 +146,29 @@ FRAMES: dict[str, FrameSpec] = {
         ("language", "layer", "neuron"),
         {
             "firing_probability": Metric("", "share of tokens (special ones left out) with a positive gate activation"),
-            "lape": Metric("nat", "entropy over languages of the normalised firing probabilities (no language); +inf if it never fires"),
+            "lape": Metric(
+                "nat",
+                "entropy over languages of the normalised firing probabilities (no language); +inf if it never fires",
+            ),
         },
         estimates=False,
     ),
     "language_neurons": FrameSpec(
         ("language", "layer"),
         {
-            "kept": Metric("neurons", "language-specific (LAPE, selected in each model afresh) in the dense and in this model"),
+            "kept": Metric(
+                "neurons",
+                "language-specific (LAPE, selected in each model afresh) in the dense and in this model",
+            ),
             "lost": Metric("neurons", "language-specific in the dense model only"),
             "gained": Metric("neurons", "language-specific in this model only"),
-            "still_firing": Metric("neurons", "of the dense model's, those that still fire above the dense model's threshold"),
+            "still_firing": Metric(
+                "neurons", "of the dense model's, those that still fire above the dense model's threshold"
+            ),
         },
         estimates=False,
     ),
-    "sparsity": FrameSpec(
-        ("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False
-    ),
+    "sparsity": FrameSpec(("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False),
 }
 
 

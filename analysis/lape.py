@@ -50,8 +50,9 @@ def entropy(probabilities: Probabilities) -> Float[np.ndarray, "layers neurons"]
     >>> entropy(np.array([[[0.3, 0.0], [0.2, 0.2], [0.0, 0.0]]])).round(3).tolist()
     [[0.0, 0.693, inf]]
     """
-    total = probabilities.sum(axis=-1)
-    share = probabilities / np.where(total > 0, total, 1)[..., None]
+    ordered = np.sort(probabilities, axis=-1)  # the order of the languages cannot change a bit of the sums
+    total = ordered.sum(axis=-1)
+    share = ordered / np.where(total > 0, total, 1)[..., None]
     logs = np.log(share, out=np.zeros_like(share), where=share > 0)
     return np.where(total > 0, np.maximum(-(share * logs).sum(axis=-1), 0.0), np.inf)
 
@@ -92,10 +93,7 @@ def firing_probabilities(
 ) -> Probabilities:
     """Return the share of tokens on which each neuron of one model fires, by language."""
     return np.stack(
-        [
-            readings[variant, lang].fired.numpy() / int(readings[variant, lang].tokens.sum())
-            for lang in languages
-        ],
+        [readings[variant, lang].fired.numpy() / int(readings[variant, lang].tokens.sum()) for lang in languages],
         axis=-1,
     )
 

@@ -19,7 +19,7 @@ from .frames import of_recipe, tidy
 from .intervals import segment_interval
 
 
-class LSAR(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class LSAR(TransformerMixin, BaseEstimator):
     """The subspace in which a layer's language means differ, and the projection that removes it.
 
     The means are centred over languages; the first `rank` left singular vectors of the thin SVD span the
@@ -35,7 +35,9 @@ class LSAR(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     basis_
         Orthonormal columns, ``[hidden, rank]``.
     mean_
-        The part of the mean over languages outside the subspace, ``[hidden]``.
+        μ: the part of the mean over languages outside the subspace, common to all, ``[hidden]``.
+    centre_
+        The whole mean over languages, ``[hidden]``.
     explained_share_
         Share of the between-language variance inside the subspace.
 
@@ -66,6 +68,7 @@ class LSAR(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         mean = means.mean(axis=0)
         left, singular, _ = np.linalg.svd((means - mean).T, full_matrices=False)
         self.basis_ = left[:, :rank]
+        self.centre_ = mean
         self.mean_ = mean - self.basis_ @ (self.basis_.T @ mean)
         variance = singular**2
         self.explained_share_ = float(variance[:rank].sum() / variance.sum()) if variance.sum() else 1.0
@@ -105,7 +108,9 @@ _METRICS = (
 
 
 def analyze(
-    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]], subspaces: list[LSAR]
+    readings: Mapping[tuple[str, str], Readings],
+    columns: Mapping[str, Mapping[str, Any]],
+    subspaces: list[LSAR],
 ) -> pd.DataFrame:
     """Return the frame ``subspaces``: error of the specific and of the agnostic part, dense against pruned.
 
@@ -160,16 +165,16 @@ def analyze(
 def _parts(
     subspace: LSAR, dense: Float[np.ndarray, "segments hidden"], pruned: Float[np.ndarray, "segments hidden"]
 ) -> Float[np.ndarray, "6 segments"]:
-    """Return, for each segment, squared norms (specific, agnostic) of the error, of the signal and around its mean."""
+    """Return, for each segment, squared norms (specific, agnostic) of the error, of the signal and of its spread."""
     result = []
-    for states in (dense - pruned, dense, dense - dense.mean(axis=0)):
+    for states in (dense - pruned, dense, dense - subspace.centre_):
         inside = (subspace.specific(states) ** 2).sum(axis=1)
         result += [inside, (subspace.transform(states) ** 2).sum(axis=1)]
     return np.stack(result)
 
 
 def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
-    """Draw the centred error of both parts by layer, a panel a language; the band spans the calibration sets."""
+    """Draw the error of both parts by layer, relative to their spread; a panel a language, bands over calibration sets."""
     shown = of_recipe(frame, recipe)
     shown = shown[shown["metric"].isin(["specific_error_centred", "agnostic_error_centred"])]
     keys = ["language", "metric", "layer"]
@@ -182,7 +187,7 @@ def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
         spread,
         panels="language",
         lines="part",
-        y_label="relative error",
+        y_label="error relative to the spread",
         title=f"Error of the language-specific and -agnostic part ({figures.recipe_label(recipe)})",
         log=True,
     )

@@ -71,7 +71,7 @@ def _chance(one: float, other: float) -> float:
 
 
 def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
-    """Draw the mean IoU of every pair of calibration sets beside IoU by layer for every role, chance and ceiling marked."""
+    """Draw the mean IoU of every pair of calibration sets, and IoU by layer and role with chance level and ceiling."""
     shown = of_recipe(frame, recipe)
     chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
     shown = shown[shown["metric"] == "iou"]

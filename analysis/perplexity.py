@@ -16,9 +16,7 @@ from .frames import tidy
 from .intervals import segment_interval
 
 
-def analyze(
-    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]
-) -> pd.DataFrame:
+def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Return the frame ``perplexity``.
 
     Parameters
@@ -43,17 +41,17 @@ def analyze(
     return tidy("perplexity", rows)
 
 
-def plot(frame: pd.DataFrame, sparsity: float) -> Figure:
-    """Draw the perplexity of each model at one sparsity in each language, coloured by the rise over the dense model."""
-    shown = frame[(frame["metric"] == "perplexity") & frame["sparsity"].isin([0.0, sparsity])].copy()
+def plot(frame: pd.DataFrame) -> Figure:
+    """Draw the perplexity of every model in every language, coloured by the rise over the dense model."""
+    shown = frame[frame["metric"] == "perplexity"].copy()
     shown["variant"] = figures.variant_labels(shown)
+    shown = shown.iloc[sorted(range(len(shown)), key=lambda i: figures.variant_rank(shown.iloc[i]))]
     table = shown.pivot_table(index="variant", columns="language", values="value", sort=False, observed=True)
     table = table[figures.in_order(table.columns)]
-    rise = np.log2(table / table.loc[DENSE])
     return figures.heatmap(
-        rise,
+        np.log2(table / table.loc[DENSE]),
         labels=table.map(figures.three_digits),
-        title=f"Perplexity at sparsity {sparsity:g}",
+        title="Perplexity",
         colour_label="doublings of the dense perplexity",
         x_label="evaluated in",
         y_label="pruned with",

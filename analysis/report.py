@@ -81,57 +81,57 @@ def findings(frames: Frames) -> Iterator[str]:
     """Yield what the frames say, in plain sentences; every number is computed here from the frames."""
     perplexity = _metric(frames["perplexity"], "perplexity")
     dense = perplexity[perplexity["method"] == DENSE].set_index("language")["value"]
+    best, worst = str(dense.idxmin()), str(dense.idxmax())
     yield (
-        f"Before pruning the model predicts {language_name(dense.idxmin())} best (perplexity {dense.min():.1f}) "
-        f"and {language_name(dense.idxmax())} worst ({dense.max():.1f})."
+        f"Before pruning the model predicts {language_name(best)} best (perplexity {dense.min():.1f}) "
+        f"and {language_name(worst)} worst ({dense.max():.1f})."
     )
-    for sparsity in sorted(set(perplexity["sparsity"]) - {0.0}):
-        rises = []
-        for method, rows in perplexity[perplexity["sparsity"] == sparsity].groupby("method", observed=True):
-            ratio = rows["value"].to_numpy() / dense.loc[rows["language"].astype(str)].to_numpy()
-            rises.append(f"{np.exp(np.log(ratio).mean()):.2f} times with {method}")
-        yield f"At sparsity {sparsity:g} perplexity rises to {' and '.join(rises)} (geometric mean over languages and calibration sets)."
+    rises = []
+    pruned = perplexity[perplexity["method"] != DENSE]
+    for (method, sparsity), rows in pruned.groupby(["method", "sparsity"], observed=True):
+        ratio = rows["value"].to_numpy() / dense.loc[rows["language"].astype(str)].to_numpy()
+        rises.append(f"{np.exp(np.log(ratio).mean()):.2f} times ({method}, {sparsity:g})")
+    yield f"Pruning raises perplexity {', '.join(rises)}: geometric means over languages and calibration sets."
     for recipe in calibrated_recipes(perplexity):
-        yield from _calibration_findings(frames, recipe)
+        label = figures.recipe_label(recipe)
+        yield from (f"{label}: {sentence}" for sentence in _calibration_findings(frames, recipe))
 
 
 def _calibration_findings(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
-    name = figures.recipe_label(recipe)
     own, total = _own_language_best(of_recipe(_metric(frames["perplexity"], "perplexity"), recipe), lowest=True)
     residual = of_recipe(frames["signal"], {**recipe, "metric": "snr_db", "role": "residual"})
     last = residual[residual["layer"] == residual["layer"].max()]
-    signal_own, signal_total = _own_language_best(last, lowest=False)
+    signal_own, _ = _own_language_best(last, lowest=False)
     if total:
         yield (
-            f"{name}: among the models calibrated on a single language, the one calibrated on the evaluated language has the lowest perplexity in "
-            f"{own} of {total} languages, and the clearest signal after the last block in {signal_own} of {signal_total}."
+            f"of the models calibrated on one language, the one calibrated on the evaluated language has the lowest "
+            f"perplexity in {own} of {total} languages, and the clearest signal after the last block in "
+            f"{signal_own} of {total}."
         )
-    parts = of_recipe(frames["subspaces"], recipe)
-    means = parts.groupby("metric", observed=True)["value"].median()
-    specific, agnostic = means["specific_error_centred"], means["agnostic_error_centred"]
-    less, more = sorted((specific, agnostic))
-    kept_better = "language-agnostic" if agnostic < specific else "language-specific"
+    errors = of_recipe(frames["subspaces"], recipe).groupby("metric", observed=True)["value"].median()
+    specific, agnostic = errors["specific_error_centred"], errors["agnostic_error_centred"]
     yield (
-        f"{name}: relative to its own spread the {kept_better} part of the hidden states is kept better "
-        f"(median relative error {less:.3f} against {more:.3f} over layers, languages and calibration sets)."
+        f"relative to its own spread the language-{'agnostic' if agnostic < specific else 'specific'} part of the "
+        f"hidden states is kept better: median squared error {specific:.2g} (specific) and {agnostic:.2g} (agnostic) "
+        "over layers, languages and calibration sets."
     )
     overlap = of_recipe(frames["mask_overlap"], recipe)
     if len(overlap):
         iou, chance = _metric(overlap, "iou"), _metric(overlap, "iou_chance")["value"].mean()
         same = iou["calibration"].astype(str) == iou["other_calibration"].astype(str)
-        ceiling = f"; the same language with another seed gives {iou['value'][same].mean():.3f}" if same.any() else ""
+        ceiling = f", the same language with another seed {iou['value'][same].mean():.3f}" if same.any() else ""
         by_role = iou[~same].groupby("role", observed=True)["value"].mean()
         yield (
-            f"{name}: masks of different calibration sets overlap with IoU {iou['value'][~same].mean():.3f} on average "
-            f"(independent masks: {chance:.3f}{ceiling}); the least stable role is {by_role.idxmin()} ({by_role.min():.3f}), "
-            f"the most stable {by_role.idxmax()} ({by_role.max():.3f})."
+            f"masks of different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
+            f"(independent masks {chance:.3f}{ceiling}); the least stable role is {by_role.idxmin()} "
+            f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f})."
         )
     sets = of_recipe(frames["language_neurons"], recipe).groupby("metric", observed=True)["value"].sum()
     before = sets["kept"] + sets["lost"]
     if before:
         yield (
-            f"{name}: {sets['kept'] / before:.0%} of the dense model's language-specific neurons are still selected after pruning, "
-            f"and {sets['still_firing'] / before:.0%} still fire above the dense model's threshold (over all languages and calibration sets)."
+            f"{sets['kept'] / before:.0%} of the dense model's language-specific neurons are selected again after "
+            f"pruning, and {sets['still_firing'] / before:.0%} still fire above the dense model's threshold."
         )
 
 
@@ -148,26 +148,25 @@ def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:
 
 
 def _captions(frames: Frames, facts: ReportFacts) -> Iterator[tuple[str, str]]:
-    segments, tokens = facts.study.evaluation.segments, facts.heldout_tokens
+    """Yield the name of every figure with a caption that says what was measured on how much text."""
+    tokens = facts.heldout_tokens.values()
     text = (
-        f"{segments} held-out segments a language ({min(tokens.values())}–{max(tokens.values())} tokens), "
-        "none of them seen in calibration or fitting"
+        f"{facts.study.evaluation.segments} held-out segments a language ({min(tokens)} to {max(tokens)} tokens) "
+        "that neither calibration nor fitting has seen"
     )
-    fit = facts.study.evaluation.fit_segments
-    for sparsity in sorted(set(frames["perplexity"]["sparsity"]) - {0.0}):
-        yield (
-            f"perplexity-{sparsity:g}",
-            f"Perplexity of every model in every language on {text}. Colour: how often perplexity doubled over the dense model. "
-            "Intervals are in the frame perplexity; perplexities of different languages do not compare, bits per byte do.",
-        )
-    overlap = [_slug(recipe) for recipe in calibrated_recipes(frames["mask_overlap"])]
+    yield (
+        "perplexity",
+        f"Perplexity of every model in every language on {text}. Colour: how often it doubled over the dense model. "
+        "Intervals are in the frame. Perplexities of different languages do not compare; bits per byte do.",
+    )
+    overlap = [figures.recipe_slug(recipe) for recipe in calibrated_recipes(frames["mask_overlap"])]
     for recipe in calibrated_recipes(frames["signal"]):
-        name = _slug(recipe)
+        name = figures.recipe_slug(recipe)
         yield (
             f"signal-{name}",
-            f"Signal-to-noise ratio of the residual stream after each block, dense against pruned model, on {text}; special tokens left out. "
-            "Bands: 95 % bootstrap intervals over segments. Higher is better; at 0 dB the error is as large as the signal. "
-            "Dotted: another seed of the same calibration set.",
+            f"Signal-to-noise ratio of the residual stream after each block, pruned against dense model, on {text}; "
+            "special tokens left out. Higher is better; at 0 dB the error is as large as the signal. Bands: 95 % "
+            "bootstrap intervals over segments. Dotted: another seed of the same calibration set.",
         )
         yield (
             f"signal-roles-{name}",
@@ -175,31 +174,31 @@ def _captions(frames: Frames, facts: ReportFacts) -> Iterator[tuple[str, str]]:
         )
         yield (
             f"subspaces-{name}",
-            f"LSAR: relative error of the language-specific and of the language-agnostic part of segment means, each relative to its own "
-            f"spread around the language's mean. Subspaces of {_rank(facts)} dimensions, fitted on the dense model with {fit} parallel segments a language; "
-            f"errors on {text}. Line: mean over calibration sets; band: lowest to highest. Errors relative to the whole signal are in the frame.",
+            "LSAR: squared error of the language-specific and of the language-agnostic part of segment means, each "
+            "relative to its own spread around the dense model's mean over languages, so that the component common to "
+            f"all text hides nothing. Subspaces of {_rank(facts)} dimensions, fitted on the dense model with "
+            f"{facts.study.evaluation.fit_segments} parallel segments a language; errors on {text}. Line: mean over "
+            "calibration sets; band: lowest to highest. Errors relative to the whole signal are in the frame.",
         )
         if name in overlap:
             yield (
                 f"mask-overlap-{name}",
-                "Intersection over union of the kept weights. Top: every pair of calibration sets, mean over layers and roles. Bottom: by layer, "
-                "for each role; blue: pairs of different languages (mean, lowest, highest), red: same language with another seed, "
-                "which is the most that can be expected; dashed: independent masks.",
+                "Intersection over union of the kept weights. Top: every pair of calibration sets, mean over layers "
+                "and roles. Bottom: by layer for each role; blue: pairs that differ in language (mean, lowest, "
+                "highest), red: same language with another seed, the most that can be expected; dashed: independent "
+                "masks.",
             )
         yield (
             f"language-neurons-{name}",
-            f"LAPE: language-specific neurons, the 1 % of all {facts.blocks * facts.neurons:,} MLP neurons with the lowest entropy of firing over languages, "
-            f"counted for every language in which they fire above the 95 % quantile. Left: dense model. Right: share still selected in the pruned model. "
-            f"Firing was counted on {text}: with so few tokens rare neurons are uncertain.",
+            f"LAPE: language-specific neurons, the 1 % of all {facts.blocks * facts.neurons:,} MLP neurons with the "
+            "lowest entropy of firing over languages, counted for every language in which they fire above the 95 % "
+            "quantile. Left: dense model. Right: share of them selected again in the pruned model. Firing was counted "
+            f"on {text}; with so little text rare neurons are uncertain.",
         )
 
 
 def _rank(facts: ReportFacts) -> int:
     return facts.study.evaluation.rank or len(facts.study.languages) - 1
-
-
-def _slug(recipe: Mapping[str, Any]) -> str:
-    return f"{recipe['method']}-{recipe['sparsity']:g}-{recipe['pattern']}-{recipe['propagation']}"
 
 
 def _metric(frame: pd.DataFrame, metric: str) -> pd.DataFrame:

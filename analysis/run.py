@@ -50,7 +50,7 @@ def run_study(study: Study, folder: Path, console: Console | None = None) -> Pat
     study
         What to do.
     folder
-        Where to put everything; made if need be. Of another study's folder, only what this study shares with it is used.
+        Where to put everything; made if need be. What another study left there is used where it is the same.
     console
         Where to show progress; standard error by default.
 
@@ -120,7 +120,14 @@ class _Texts:
 
 class _Run:
     def __init__(
-        self, study: Study, folder: Path, ledger: Ledger, texts: _Texts, model: Any, tokenizer: Any, console: Console
+        self,
+        study: Study,
+        folder: Path,
+        ledger: Ledger,
+        texts: _Texts,
+        model: Any,
+        tokenizer: Any,
+        console: Console,
     ) -> None:
         self.study = study
         self.folder = folder
@@ -261,7 +268,9 @@ class _Run:
         means = {}
         with self._timed() as clock:
             for language, segments in self.texts.fitting.items():
-                states = pooled_states(self.session, segments, lambda tokens: progress.advance(tokens * self._body_work))
+                states = pooled_states(
+                    self.session, segments, lambda tokens: progress.advance(tokens * self._body_work)
+                )
                 means[language] = states.double().mean(dim=0)
         with whole_file(self._fit_file) as partial:
             save_file(means, partial)
@@ -429,18 +438,12 @@ class _Clock:
 
 def _drawn(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Any]]:
     """Yield the name and figure of everything that a study shows."""
-    for sparsity in sorted(set(frames["perplexity"]["sparsity"]) - {0.0}):
-        yield f"perplexity-{sparsity:g}", perplexity.plot(frames["perplexity"], sparsity)
+    yield "perplexity", perplexity.plot(frames["perplexity"])
     for recipe in calibrated_recipes(frames["signal"]):
-        name = recipe_slug(recipe)
+        name = figures.recipe_slug(recipe)
         yield f"signal-{name}", signal.plot(frames["signal"], recipe)
         yield f"signal-roles-{name}", signal.plot_roles(frames["signal"], recipe)
         yield f"subspaces-{name}", lsar.plot(frames["subspaces"], recipe)
         yield f"language-neurons-{name}", lape.plot(frames["language_neurons"], recipe)
     for recipe in calibrated_recipes(frames["mask_overlap"]):
-        yield f"mask-overlap-{recipe_slug(recipe)}", mask_overlap.plot(frames["mask_overlap"], recipe)
-
-
-def recipe_slug(recipe: Mapping[str, Any]) -> str:
-    """Return a recipe's part of a figure's file name."""
-    return f"{recipe['method']}-{recipe['sparsity']:g}-{recipe['pattern']}-{recipe['propagation']}"
+        yield f"mask-overlap-{figures.recipe_slug(recipe)}", mask_overlap.plot(frames["mask_overlap"], recipe)

@@ -17,9 +17,7 @@ from .frames import of_recipe, tidy
 from .intervals import segment_interval
 
 
-def analyze(
-    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]
-) -> pd.DataFrame:
+def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """Return the frame ``signal``: error and signal-to-noise ratio by layer and role (``residual`` for the stream).
 
     Parameters
@@ -39,7 +37,10 @@ def analyze(
         tokens = read.tokens.numpy().astype(np.float64)
 
         def of(
-            weights: np.ndarray, error: np.ndarray = error, power: np.ndarray = power, tokens: np.ndarray = tokens
+            weights: np.ndarray,
+            error: np.ndarray = error,
+            power: np.ndarray = power,
+            tokens: np.ndarray = tokens,
         ) -> np.ndarray:
             lost = weights @ error
             with np.errstate(divide="ignore"):  # no error at all: an infinite ratio
@@ -76,7 +77,7 @@ def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
 
 
 def plot_roles(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
-    """Draw each projection's signal-to-noise ratio by layer, a panel a role, mean over languages, a line a calibration set."""
+    """Draw each role's signal-to-noise ratio by layer, mean over languages; a panel a role, a line a calibration set."""
     shown = of_recipe(frame, {**recipe, "metric": "snr_db"})
     keys = ["role", "calibration", "seed", "layer"]
     means = shown.groupby(keys, observed=True, sort=False)[["value", "low", "high"]].mean().reset_index()

@@ -54,8 +54,11 @@ class TextConfig(_Section):
 
     def corpus(self) -> Corpus:
         """Open the sources."""
-        specs = (self.calibration, self.parallel, self.heldout)
-        return Corpus(*(text_source(spec) if isinstance(spec, str) else spec for spec in specs))
+        sources = [
+            text_source(spec) if isinstance(spec, str) else spec
+            for spec in (self.calibration, self.parallel, self.heldout)
+        ]
+        return Corpus(calibration=sources[0], parallel=sources[1], heldout=sources[2])
 
 
 class CalibrationConfig(_Section):
@@ -200,12 +203,15 @@ def parse_study(content: dict[str, Any], where: str) -> Study:
     try:
         return Study.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A table that should be a dataset also fails to be a string; what it lacks as a dataset says more.
+        first = min(error.errors(), key=lambda e: e["type"] == "string_type")
         raise StudyError(f"{where}: {_explained(first)}") from error
 
 
 def _explained(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"] if part not in ("str", "HubDataset") and "tuple" not in str(part))
+    place = ".".join(
+        str(part) for part in error["loc"] if part not in ("str", "HubDataset") and "tuple" not in str(part)
+    )
     if error["type"] == "extra_forbidden":
         section, _, key = place.rpartition(".")
         return f'unknown key "{key}"{f" in [{section}]" if section else ""}; {did_you_mean(key, _keys(section))}'

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from pruning.errors import StudyError
 from pruning.files import whole_file
 from pruning.text import Segment
-from pruning.variants import Variant
+from pruning.variants import DenseCopy, Variant
 
 from .hidden_states import PooledStates
 from .loss import TokenLoss
@@ -90,7 +89,7 @@ Progress = Callable[[int], None]
 def read_against_dense(
     session: Session,
     segments: Sequence[Segment],
-    variants: Mapping[str, Variant] | Sequence[Variant] = (),
+    variants: Sequence[Variant] = (),
     progress: Progress = lambda tokens: None,
 ) -> dict[str, Readings]:
     """Read the dense model and any number of its variants on the same segments.
@@ -115,15 +114,15 @@ def read_against_dense(
     dict
         ``"dense"`` and every variant's id to its readings.
     """
-    pruned = list(variants.values() if isinstance(variants, Mapping) else variants)
     shape = len(segments), len(session.anatomy.blocks)
     dense_sums = DenseSignal(*shape)
     sums = {DENSE: _Sums(session, len(segments))}
     errors = {DENSE: torch.zeros_like(dense_sums.power)}
-    for variant in pruned:
+    for variant in variants:
         sums[variant.id] = _Sums(session, len(segments))
         errors[variant.id] = torch.zeros_like(dense_sums.power)
 
+    copy = DenseCopy(session.model)
     for group in _grouped(session, session.batches(segments)):
         references = []
         for batch in group:
@@ -132,9 +131,8 @@ def read_against_dense(
             session.read(batch, [*sums[DENSE].readers, dense])
             references.append(dense)
             progress(int(batch.real.sum()))
-        for variant in pruned:
-            applied: AbstractContextManager[None] = variant.applied(session.model)
-            with applied:
+        for variant in variants:
+            with copy.pruned_to(variant):
                 for batch, dense in zip(group, references, strict=True):
                     session.read(batch, [*sums[variant.id].readers, SignalError(dense, errors[variant.id])])
                     progress(int(batch.real.sum()))
@@ -155,9 +153,7 @@ def read_against_dense(
     }
 
 
-def pooled_states(
-    session: Session, segments: Sequence[Segment], progress: Progress = lambda tokens: None
-) -> Tensor:
+def pooled_states(session: Session, segments: Sequence[Segment], progress: Progress = lambda tokens: None) -> Tensor:
     """Return the mean hidden state of each segment after each block, float32 ``[segments, layers, hidden]``."""
     anatomy = session.anatomy
     reader = PooledStates(len(segments), len(anatomy.blocks), anatomy.hidden_size)

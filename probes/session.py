@@ -106,9 +106,7 @@ class Session:
         TextError
             If a segment has no tokens but special ones.
         """
-        encoded = [
-            self.tokenizer(s.text, truncation=True, max_length=self.max_length)["input_ids"] for s in segments
-        ]
+        encoded = [self.tokenizer(s.text, truncation=True, max_length=self.max_length)["input_ids"] for s in segments]
         special = set(self.tokenizer.all_special_ids)
         for segment, ids in zip(segments, encoded, strict=True):
             if len(ids) < 2 or special.issuperset(ids):
@@ -120,20 +118,17 @@ class Session:
         """Run the model once on a batch, in one nnsight trace, and let every reader take what it wants."""
         inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
         wanted = self._wanted(readers)
-        with torch.no_grad():
-            with self._traced.trace(inputs, use_cache=False, logits_to_keep=1) as trace:
-                for layer, site, module, interested in wanted:
-                    value = module.output
-                    for reader in interested:
-                        reader.read(layer, site, value, batch)
-                trace.stop()
+        with torch.no_grad(), self._traced.trace(inputs, use_cache=False, logits_to_keep=1) as trace:
+            for layer, site, module, interested in wanted:
+                value = module.output
+                for reader in interested:
+                    reader.read(layer, site, value, batch)
+            trace.stop()
 
     def _wanted(self, readers: Sequence[Reader]) -> list[tuple[int, str, Any, list[Reader]]]:
         """List what to read in the order in which the model computes it: nnsight accepts no other."""
         layers = len(self.anatomy.blocks)
-        places = [
-            (layer, site, self.anatomy.path(layer, site)) for layer in range(layers) for site in BLOCK_SITES
-        ]
+        places = [(layer, site, self.anatomy.path(layer, site)) for layer in range(layers) for site in BLOCK_SITES]
         places.append((layers, "final", self.anatomy.final_norm_path))
         wanted = []
         for layer, site, path in places:

@@ -60,7 +60,13 @@ class CalibrationSet(BaseModel):
 
     @classmethod
     def named(
-        cls, name: str, *, all_languages: tuple[str, ...] = (), samples: int = 32, length: int = 256, seed: int = 0
+        cls,
+        name: str,
+        *,
+        all_languages: tuple[str, ...] = (),
+        samples: int = 32,
+        length: int = 256,
+        seed: int = 0,
     ) -> CalibrationSet:
         """Build the set that a name stands for: a language, languages joined by ``+``, or ``all``.
 
@@ -132,9 +138,7 @@ class TokenStream:
         return torch.tensor([start + self._tokens[i * step : (i + 1) * step] for i in range(samples)])
 
 
-def calibration_tokens(
-    tokenizer: Any, corpus: Corpus, calibration: CalibrationSet
-) -> Int[Tensor, "samples length"]:
+def calibration_tokens(tokenizer: Any, corpus: Corpus, calibration: CalibrationSet) -> Int[Tensor, "samples length"]:
     """Return the token blocks of a calibration set, language by language.
 
     Raises
@@ -153,6 +157,4 @@ def calibration_tokens(
 
 def calibration_fingerprint(corpus: Corpus, calibration: CalibrationSet) -> str:
     """Return a SHA-256 of the text that a calibration set draws from."""
-    return content_sha256(
-        {lang: fingerprint(corpus.segments("calibration", lang)) for lang in calibration.languages}
-    )
+    return content_sha256({lang: fingerprint(corpus.segments("calibration", lang)) for lang in calibration.languages})

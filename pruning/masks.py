@@ -21,7 +21,7 @@ Key = tuple[int, str]
 _FORMAT = "prunescope-masks-1"
 
 
-class MaskSet(Mapping[Key, "Bool[Tensor, 'outputs inputs']"]):
+class MaskSet(Mapping[Key, Tensor]):
     """The kept weights of every pruned projection of a model, as a set.
 
     A mapping from ``(layer, role)`` to a boolean mask (``True`` = kept) that holds eight weights a byte and
@@ -132,9 +132,10 @@ class MaskSet(Mapping[Key, "Bool[Tensor, 'outputs inputs']"]):
         """
         layers = {_name(key): packed for key, packed in self._packed.items()}
         inputs = {_name(key): count for key, count in self._inputs.items()}
-        metadata = {"format": _FORMAT, "model": model, "inputs": json.dumps(inputs)}
+        # In one entry, since safetensors writes several in any order, and equal masks should be equal bytes.
+        header = json.dumps({"model": model, "inputs": inputs}, sort_keys=True)
         with whole_file(path) as partial:
-            save_file(layers, partial, metadata=metadata)
+            save_file(layers, partial, metadata={_FORMAT: header})
 
     @classmethod
     def open(cls, path: Path, model: str | None = None) -> MaskSet:
@@ -158,9 +159,10 @@ class MaskSet(Mapping[Key, "Bool[Tensor, 'outputs inputs']"]):
             with safe_open(path, "numpy") as file:
                 metadata = file.metadata() or {}
                 packed = {_key(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata.get("format") != _FORMAT:
+            if _FORMAT not in metadata:
                 raise VariantError(f"{path} is not a prunescope mask file")
-            inputs = {_key(name): int(count) for name, count in json.loads(metadata["inputs"]).items()}
+            header = json.loads(metadata[_FORMAT])
+            inputs = {_key(name): int(count) for name, count in header["inputs"].items()}
             whole = inputs.keys() == packed.keys() and all(
                 packed[key].dtype == np.uint8 and packed[key].shape[1:] == (-(-count // 8),)
                 for key, count in inputs.items()
@@ -169,7 +171,7 @@ class MaskSet(Mapping[Key, "Bool[Tensor, 'outputs inputs']"]):
             raise VariantError(f"{path} is damaged ({error}); delete the variant's folder and run again") from error
         if not whole:
             raise VariantError(f"{path} is damaged; delete the variant's folder and run again")
-        if model is not None and metadata["model"] != model:
+        if model is not None and header["model"] != model:
             raise VariantError(f"{path} belongs to another model; open it with the dense model it was made from")
         return cls(dict(sorted(packed.items())), inputs)
 

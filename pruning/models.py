@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
 from .anatomy import Anatomy
 from .errors import ModelError
@@ -44,6 +45,7 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> tup
         If there is no such model, its weights are not safetensors, or its architecture is unknown.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,10 +53,11 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> tup
         dtype = "float32" if device == "cpu" else "checkpoint"
     wanted: Any = "auto" if dtype == "checkpoint" else getattr(torch, dtype)
     source = str(demo_checkpoint()) if name == DEMO else name
+    disable_progress_bar()  # transformers' own bars would break into ours
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f'cannot load model "{name}": {first} '

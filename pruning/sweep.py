@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from .anatomy import ROLES, Anatomy
@@ -29,9 +29,9 @@ Progress = Callable[[int], None]
 
 @dataclass
 class _Stream:
-    """Hidden states before a block, and the recipes that see exactly these."""
+    """Hidden states before a block, ``[batch, tokens, hidden]`` each, and the recipes that see exactly these."""
 
-    hidden: list[Float[Tensor, "batch tokens hidden"]]
+    hidden: list[Tensor]
     recipes: list[Recipe]
 
 
@@ -146,9 +146,7 @@ class _Runs:
             self.progress(hidden.shape[0] * hidden.shape[1])
 
 
-def _block_arguments(
-    anatomy: Anatomy, batches: Sequence[Int[Tensor, "batch tokens"]]
-) -> tuple[list[Tensor], list[list[_Arguments]]]:
+def _block_arguments(anatomy: Anatomy, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[_Arguments]]]:
     """Return the first block's input, and the other arguments of every block, for each batch.
 
     The body runs with its blocks replaced by a stand-in that notes its arguments and passes the hidden states on, so
@@ -175,11 +173,15 @@ def _block_arguments(
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    before = vars(module).get("forward")  # nnsight, for one, puts a forward of its own on the instance
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward  # the instance attribute; the class's own method shows again
+        if before is None:
+            del module.forward  # the class's own method shows again
+        else:
+            module.forward = before
 
 
 def _gather(
@@ -194,9 +196,7 @@ def _gather(
             statistics[role] = InputStatistics.empty(weight.shape[1], weight.device)
             last = role == leaders[-1] and not to_the_end
 
-            def observe(
-                module: nn.Module, inputs: tuple[Tensor, ...], role: str = role, last: bool = last
-            ) -> None:
+            def observe(module: nn.Module, inputs: tuple[Tensor, ...], role: str = role, last: bool = last) -> None:
                 statistics[role].add(inputs[0])
                 if last:
                     raise _EndOfStatistics
@@ -207,9 +207,7 @@ def _gather(
     return statistics, outputs
 
 
-def _choose(
-    anatomy: Anatomy, layer: int, recipe: Recipe, statistics: dict[str, InputStatistics]
-) -> dict[Key, Tensor]:
+def _choose(anatomy: Anatomy, layer: int, recipe: Recipe, statistics: dict[str, InputStatistics]) -> dict[Key, Tensor]:
     """Return one recipe's masks for one block."""
     pattern = pattern_named(recipe.pattern)
     masks = {}

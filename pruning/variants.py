@@ -17,7 +17,7 @@ from .anatomy import Anatomy
 from .calibration import CalibrationSet, calibration_fingerprint, calibration_tokens
 from .errors import DiskError, VariantError
 from .files import whole_folder, write_json
-from .masks import Key, MaskSet
+from .masks import MaskSet
 from .recipes import UNCALIBRATED, Recipe
 from .sweep import Progress, sweep
 from .text import Corpus
@@ -110,17 +110,8 @@ class Variant:
         VariantError
             If `model` is not the dense model that the variant was made from.
         """
-        anatomy = self._checked(model)
-        dense: dict[Key, torch.Tensor] = {}
-        try:
-            for key in self.masks:
-                weight = anatomy.weight(*key)
-                dense[key] = weight.clone()
-                weight.mul_(self.masks[key].to(weight.device))
+        with DenseCopy(model).pruned_to(self):
             yield
-        finally:
-            for key, weight in dense.items():
-                anatomy.weight(*key).copy_(weight)
 
     def apply(self, model: nn.Module) -> None:
         """Make `model` this variant for good.
@@ -130,7 +121,8 @@ class Variant:
         VariantError
             If `model` is not the dense model that the variant was made from.
         """
-        anatomy = self._checked(model)
+        anatomy = Anatomy(model)
+        self.check_belongs_to(anatomy.fingerprint())
         for key in self.masks:
             weight = anatomy.weight(*key)
             weight.mul_(self.masks[key].to(weight.device))
@@ -159,13 +151,46 @@ class Variant:
             tokenizer.save_pretrained(partial)
             write_json(partial / RECIPE_FILE, self.record.model_dump(mode="json"))
 
-    def _checked(self, model: nn.Module) -> Anatomy:
-        anatomy = Anatomy(model)
-        if anatomy.fingerprint() != self.record.model_fingerprint:
+    def check_belongs_to(self, model_fingerprint: str) -> None:
+        """Raise ``VariantError`` unless the variant was made from the dense model with this fingerprint."""
+        if model_fingerprint != self.record.model_fingerprint:
             raise VariantError(
                 f'variant "{self.id}" belongs to another model ({self.record.model}), or this one is pruned already'
             )
-        return anatomy
+
+
+class DenseCopy:
+    """The dense weights of a model, kept aside so that it can become one variant after another quickly.
+
+    Parameters
+    ----------
+    model
+        The dense model. The copy takes as much memory as its prunable weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._anatomy = Anatomy(model)
+        self._fingerprint = self._anatomy.fingerprint()
+        self._dense = {key: self._anatomy.weight(*key).clone() for key in self._anatomy}
+
+    @contextmanager
+    def pruned_to(self, variant: Variant) -> Iterator[None]:
+        """Make the model a variant inside a ``with`` block; the dense model comes back bit for bit.
+
+        Raises
+        ------
+        VariantError
+            If the variant was not made from this model.
+        """
+        variant.check_belongs_to(self._fingerprint)
+        try:
+            for key in variant.masks:
+                weight = self._anatomy.weight(*key)
+                torch.mul(self._dense[key], variant.masks[key].to(weight.device), out=weight)
+            yield
+        finally:
+            for key in variant.masks:
+                self._anatomy.weight(*key).copy_(self._dense[key])
 
 
 def prune(

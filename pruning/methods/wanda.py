@@ -20,6 +20,4 @@ def score(
     return weight.float().abs() * statistics.norms.to(weight.device)
 
 
-METHOD = register(
-    Method("wanda", score, calibrated=True, pattern="row", source="Sun et al., ICLR 2024, 2306.11695")
-)
+METHOD = register(Method("wanda", score, calibrated=True, pattern="row", source="Sun et al., ICLR 2024, 2306.11695"))

@@ -1,0 +1,290 @@
+"""A whole study of a tiny random model on the bundled text."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import read_frame
+from analysis.frames import FRAMES
+
+STUDY = """
+model = "model"
+languages = ["en", "sw", "zh"]
+[calibration]
+sets = ["en", "sw", "all"]
+samples = 6
+length = 32
+extra = [["sw", 1]]
+[[recipes]]
+method = "wanda"
+sparsity = 0.5
+[[recipes]]
+method = "magnitude"
+sparsity = 0.3
+[evaluation]
+segments = 6
+fit_segments = 6
+max_length = 40
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    from conftest import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("study")
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "study.toml").write_text(STUDY)
+    return folder
+
+
+def prunescope(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from analysis.cli import main; main()", *map(str, arguments)]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # nothing here needs a hub, and asking one takes its time
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=offline, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    result = prunescope("run", place / "study.toml", "--out", place / "out")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"report: {place / 'out' / 'report.html'}"
+    return place / "out"
+
+
+def contents(folder: Path, *parts: str) -> dict[str, bytes]:
+    files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+RESULTS = ("variants", "readings", "frames", "figures")
+
+
+def test_study_folder_holds_what_the_readme_lists(finished):
+    names = sorted(path.name for path in finished.iterdir())
+    assert names == [
+        "figures",
+        "frames",
+        "provenance.json",
+        "readings",
+        "report.html",
+        "study.toml",
+        "variants",
+    ]
+    assert sorted(path.stem for path in (finished / "frames").iterdir()) == sorted(FRAMES)
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_frames_have_a_row_for_everything_that_was_asked(finished):
+    frames = {name: read_frame(finished / "frames" / f"{name}.parquet") for name in FRAMES}
+    variants, languages, layers, neurons = 4 + 1, 3, 3, 48
+    assert len(frames["perplexity"]) == 2 * (variants + 1) * languages
+    assert len(frames["signal"]) == 2 * variants * languages * layers * 8
+    assert len(frames["neurons"]) == (variants + 1) * layers * neurons * (languages + 1)
+    assert len(frames["mask_overlap"]) == 2 * (4 * 3 // 2) * layers * 7
+    assert len(frames["sparsity"]) == variants * layers * 7
+    assert len(frames["language_neurons"]) == 4 * (variants + 1) * languages * layers
+    sparsity = frames["sparsity"].groupby("method", observed=True)["value"].mean()
+    assert sparsity["wanda"] == 0.5
+    assert (frames["perplexity"]["low"] <= frames["perplexity"]["high"]).all()
+
+
+def test_report_stands_alone(finished):
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    assert html.count("<img") == html.count("data:image/png;base64,") == 6
+    assert "http" not in html.replace("http-equiv", "")
+    assert "nan" not in html.lower().replace("finance", "").split("data:image")[0]
+
+
+def test_figures_are_there_as_pdf_and_png(finished):
+    names = sorted(path.name for path in (finished / "figures").iterdir())
+    assert len(names) == 12
+    assert {Path(name).suffix for name in names} == {".pdf", ".png"}
+
+
+def test_second_run_repeats_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = prunescope("run", finished.parent / "study.toml", "--out", finished)
+    assert result.returncode == 0
+    assert "pruning" not in result.stderr
+    assert "reading" not in result.stderr
+    touched = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert touched <= {"provenance.json", "study.toml"}
+
+
+@pytest.mark.parametrize("stages", [1, 3, 5, 7])
+def test_killed_run_goes_on_and_ends_with_the_same_bytes(place, finished, stages, tmp_path):
+    out = tmp_path / "killed"
+    command = [
+        sys.executable,
+        "-c",
+        "from analysis.cli import main; main()",
+        "run",
+        str(place / "study.toml"),
+        "--out",
+        str(out),
+    ]
+    seen = 0
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            seen += line.startswith("[")
+            if seen == stages:
+                time.sleep(0.05)
+                break
+        os.kill(running.pid, signal.SIGKILL)
+    recorded = json.loads((out / "provenance.json").read_text())["stages"] if (out / "provenance.json").exists() else {}
+    assert len(recorded) < len(json.loads((finished / "provenance.json").read_text())["stages"])
+    kept = {name: (out / name).stat().st_mtime_ns for record in recorded.values() for name in record["files"]}
+    result = prunescope("run", place / "study.toml", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert contents(out, *RESULTS) == contents(finished, *RESULTS)
+    assert not list(out.rglob("*.partial"))
+    dense = {name for name in kept if "readings/dense" in name}  # read again along with what was missing
+    assert all((out / name).stat().st_mtime_ns == t for name, t in kept.items() if name not in dense)
+
+
+def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "changed"
+    shutil.copytree(finished, out)
+    (place / "more.toml").write_text(STUDY.replace('sets = ["en",', 'sets = ["zh", "en",'))
+    before = {path: path.stat().st_mtime_ns for path in (out / "variants").rglob("*") if path.is_file()}
+    result = prunescope("run", place / "more.toml", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("pruning") == 1
+    assert "pruning calibrated with zh" in result.stderr
+    assert all(path.stat().st_mtime_ns == t for path, t in before.items())
+    frame = read_frame(out / "frames" / "perplexity.parquet")
+    assert "zh" in set(frame["calibration"])
+
+
+def expect_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("prunescope: ")
+    for word in words:
+        assert word in last, last
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "frames/signal.parquet",
+        "variants/magnitude-0.3-matrix/masks.safetensors",
+        "readings/dense/en.safetensors",
+    ],
+)
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_damaged_file_in_a_study_folder_is_noticed(finished, tmp_path, name, damage):
+    import shutil
+
+    out = tmp_path / "damaged"
+    shutil.copytree(finished, out)
+    whole = (out / name).read_bytes()
+    (out / name).write_bytes(whole[: len(whole) // 2] if damage == "truncated" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    expect_one_line(prunescope("run", finished.parent / "study.toml", "--out", out), name, "delete it")
+    (out / name).unlink()
+    assert prunescope("run", finished.parent / "study.toml", "--out", out).returncode == 0
+    assert (out / name).read_bytes() == whole
+
+
+def test_damaged_record_is_noticed(finished, tmp_path):
+    (tmp_path / "provenance.json").write_text('{"stages": {"variant')
+    expect_one_line(prunescope("run", finished.parent / "study.toml", "--out", tmp_path), "provenance.json", "damaged")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"zh"]', '"ko"]', ("Korean", "bundled corpus has")),
+        ('"zh"]', '"chinese"]', ("unknown language tag", "did you mean")),
+        ("segments = 6\nfit", "segments = 999\nfit", ("999 heldout segments", "there are 160")),
+        ("samples = 6", "samples = 100000", ("100000 samples", "enough for")),
+        ('method = "wanda"', 'method = "wnada"', ("did you mean",)),
+        ("sparsity = 0.5", "sparsity = 50", ("not between 0 and 1",)),
+        ("segments = 6", "segmets = 6", ("unknown key",)),
+        ('model = "model"', 'model = "nowhere"', ("cannot load model",)),
+    ],
+)
+def test_mistakes_are_one_line_and_status_two(place, tmp_path, old, new, words):
+    study = place / "wrong.toml"
+    study.write_text(STUDY.replace(old, new, 1))
+    expect_one_line(prunescope("run", study, "--out", tmp_path / "out"), *words)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_unknown_architecture_is_one_line(place, tmp_path):
+    from conftest import tiny_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1, vocab_size=300)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "study.toml").write_text(STUDY)
+    expect_one_line(prunescope("run", tmp_path / "study.toml", "--out", tmp_path / "o"), 'architecture "gpt2"', "llama")
+
+
+def test_full_disk_is_one_line_and_the_run_goes_on_afterwards(place, finished, tmp_path):
+    """A file size limit stands in for a full disk: the kernel refuses the write in the same way."""
+    import resource
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    out = tmp_path / "out"
+    result = prunescope("run", place / "study.toml", "--out", out, preexec_fn=small_files)
+    expect_one_line(result, "no space left")
+    assert not list(out.rglob("*.partial"))
+    assert prunescope("run", place / "study.toml", "--out", out).returncode == 0
+    assert contents(out, *RESULTS) == contents(finished, *RESULTS)
+
+
+def test_export_writes_a_checkpoint_and_refuses_what_it_must(finished, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    variant = "wanda-0.5-row-pruned-sw-s0"
+    target = tmp_path / "checkpoint"
+    result = prunescope("export", finished, target, "--variant", variant)
+    assert result.returncode == 0, result.stderr
+    weight = AutoModelForCausalLM.from_pretrained(target).model.layers[0].mlp.up_proj.weight
+    assert int((weight == 0).sum()) * 2 == weight.numel()
+    expect_one_line(prunescope("export", finished, target, "--variant", variant), "not empty")
+    expect_one_line(
+        prunescope("export", finished, tmp_path / "x", "--variant", "wanda-0.5"),
+        "there is no variant",
+        "known:",
+    )
+
+
+def test_masks_of_another_model_are_refused(finished, tmp_path):
+    import shutil
+
+    from conftest import tiny_model, tiny_tokenizer
+
+    shutil.copytree(finished, tmp_path / "out")
+    tiny_model(seed=9).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    study = tmp_path / "out" / "study.toml"
+    study.write_text(study.read_text().replace(str(finished.parent / "model"), str(tmp_path / "model")))
+    result = prunescope("export", tmp_path / "out", tmp_path / "c", "--variant", "magnitude-0.3-matrix")
+    expect_one_line(result, "belongs to another model")
+    assert not (tmp_path / "c").exists()
+
+
+def test_frames_read_into_pandas_as_they_are(finished):
+    frame = pd.read_parquet(finished / "frames" / "perplexity.parquet")
+    assert list(frame.columns) == list(FRAMES["perplexity"].columns)

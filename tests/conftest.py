@@ -1,0 +1,141 @@
+"""Tiny random models of real architectures, a tiny tokenizer, and text; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from pruning import Segment
+
+_SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "qwen3": {"head_dim": 8},
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25, "sliding_window": 8},
+    "mistral": {"sliding_window": 8},
+}
+ARCHITECTURES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "cohere",
+    "cohere2",
+]
+
+
+def tiny_model(kind: str = "llama", seed: int = 0) -> Any:
+    """Return a random model of three blocks; weights large enough for its states to differ between tokens."""
+    torch.manual_seed(seed)
+    if kind == "gemma3":
+        from transformers import (
+            Gemma3Config,
+            Gemma3ForConditionalGeneration,
+            Gemma3TextConfig,
+            SiglipVisionConfig,
+        )
+
+        text = _SMALL | _SPECIAL["gemma3_text"] | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+        vision = SiglipVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=14,
+            patch_size=7,
+        )
+        model: Any = Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=Gemma3TextConfig(**text), vision_config=vision, mm_tokens_per_image=4)
+        )
+    else:
+        extra = dict(_SPECIAL.get(kind, {}))
+        if "layer_types" in extra:
+            extra["layer_types"] = extra["layer_types"][: _SMALL["num_hidden_layers"]]
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_SMALL, **extra))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.1)
+            elif "norm" in name:
+                parameter.normal_(1, 0.1)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with a BOS token before every text, as Gemma's and Llama's have."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {letter: i + 3 for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        padding_side="left",
+    )
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model()
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    return tiny_model
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def segments() -> list[Segment]:
+    texts = [
+        "A short one.",
+        "Something a little longer than that.",
+        "Habari ya asubuhi, rafiki?",
+        "我们走吧。",
+        "Ja.",
+    ]
+    return [Segment(str(i), text) for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def calibration_ids() -> torch.Tensor:
+    return torch.randint(3, 250, (5, 16), generator=torch.Generator().manual_seed(7))

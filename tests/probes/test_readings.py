@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from probes import DENSE, Readings, Session, read_against_dense
+from pruning import MaskSet, Recipe, prune
+from pruning.errors import StudyError
+from pruning.variants import Variant
+
+
+@pytest.fixture
+def variants(model, tokenizer):
+    return prune(model, tokenizer, [Recipe(method="magnitude", sparsity=s) for s in (0.3, 0.6)])
+
+
+def read(model, tokenizer, segments, variants=(), **settings):
+    return read_against_dense(Session(model, tokenizer, **settings), segments, variants)
+
+
+def test_a_variant_that_prunes_nothing_differs_in_nothing(model, tokenizer, segments, variants):
+    everything = MaskSet.pack({key: torch.ones_like(mask) for key, mask in variants[0].masks.items()})
+    same = Variant(variants[0].record, everything)
+    readings = read(model, tokenizer, segments, [same])
+    dense, pruned = readings[DENSE], readings[same.id]
+    assert torch.count_nonzero(pruned.error) == 0
+    assert (pruned.power > 0).all()
+    for field in fields(Readings):
+        assert torch.equal(getattr(pruned, field.name), getattr(dense, field.name)), field.name
+
+
+def test_error_is_the_squared_difference_of_the_two_models(model, tokenizer, segments, variants):
+    readings = read(model, tokenizer, segments, variants[:1])
+    ids = tokenizer(segments[1].text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        dense = model(input_ids=ids, output_hidden_states=True).hidden_states[2][0, 1:]
+        with variants[0].applied(model):
+            pruned = model(input_ids=ids, output_hidden_states=True).hidden_states[2][0, 1:]
+    error = readings[variants[0].id].error[1, 1, -1].item()
+    power = readings[variants[0].id].power[1, 1, -1].item()
+    assert error == pytest.approx(((dense - pruned) ** 2).sum().item(), rel=1e-4)
+    assert power == pytest.approx((dense**2).sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"batch_tokens": 1}, {"batch_tokens": 60}, {"padding": "left"}])
+def test_padding_and_batch_size_change_nothing_beyond_rounding(make_model, architecture, tokenizer, segments, settings):
+    model = make_model(architecture)
+    variants = prune(model, tokenizer, [Recipe(method="magnitude", sparsity=0.4)])
+    one, other = (
+        read(model, tokenizer, segments, variants),
+        read(model, tokenizer, segments, variants, **settings),
+    )
+    for name in one:
+        for field in fields(Readings):
+            torch.testing.assert_close(
+                getattr(one[name], field.name), getattr(other[name], field.name), rtol=2e-4, atol=1e-5
+            )
+
+
+def test_variants_read_together_equal_variants_read_alone(model, tokenizer, segments, variants, monkeypatch):
+    together = read(model, tokenizer, segments, variants, batch_tokens=60)
+    monkeypatch.setattr("probes.readings._DENSE_BYTES", 1)  # one batch of dense activations at a time
+    for variant in variants:
+        alone = read(model, tokenizer, segments, [variant], batch_tokens=60)[variant.id]
+        for field in fields(Readings):
+            assert torch.equal(getattr(together[variant.id], field.name), getattr(alone, field.name))
+
+
+def test_the_model_is_dense_again_afterwards(model, tokenizer, segments, variants):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    read(model, tokenizer, segments, variants)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pruning_still_works_on_a_model_that_a_session_reads(model, tokenizer, segments, calibration_ids):
+    from pruning.sweep import sweep
+
+    recipe = Recipe(method="wanda", sparsity=0.5)
+    before = sweep(model, [recipe], calibration_ids)[recipe]
+    session = Session(model, tokenizer)
+    first = read_against_dense(session, segments)[DENSE]
+    assert sweep(model, [recipe], calibration_ids)[recipe] == before
+    assert torch.equal(read_against_dense(session, segments)[DENSE].pooled, first.pooled)
+
+
+def test_bytes_are_those_of_the_text_that_was_read(model, tokenizer, segments):
+    whole = read(model, tokenizer, segments)[DENSE].utf8_bytes.tolist()
+    assert whole == [len(s.text.encode()) for s in segments]
+    cut = read(model, tokenizer, segments, max_length=9)[DENSE]
+    assert (cut.utf8_bytes <= 9).all()
+    assert (cut.predicted <= 8).all()
+
+
+def test_saved_readings_come_back_and_damage_is_noticed(tmp_path, model, tokenizer, segments):
+    readings = read(model, tokenizer, segments)[DENSE]
+    path = tmp_path / "en.safetensors"
+    readings.save(path)
+    opened = Readings.open(path)
+    assert all(torch.equal(getattr(opened, f.name), getattr(readings, f.name)) for f in fields(Readings))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(StudyError, match="damaged"):
+        Readings.open(path)

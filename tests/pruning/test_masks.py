@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruning import MaskSet
+from pruning.errors import VariantError
+
+KEYS = [(0, "q"), (0, "down"), (1, "q")]
+
+
+def random_masks(seed: int, density: float = 0.5, shape: tuple[int, int] = (5, 13)) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.rand(shape, generator=generator) < density for key in KEYS}
+
+
+def as_sets(masks: dict) -> dict:
+    return {key: set(map(tuple, mask.nonzero().tolist())) for key, mask in masks.items()}
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.integers(0, 10_000), st.integers(1, 20))
+def test_algebra_and_iou_are_those_of_sets(one, other, columns):
+    a, b = random_masks(one, 0.4, (3, columns)), random_masks(other, 0.6, (3, columns))
+    packed_a, packed_b = MaskSet.pack(a), MaskSet.pack(b)
+    sets_a, sets_b = as_sets(a), as_sets(b)
+    for key in KEYS:
+        assert as_sets(packed_a & packed_b)[key] == sets_a[key] & sets_b[key]
+        assert as_sets(packed_a | packed_b)[key] == sets_a[key] | sets_b[key]
+        assert as_sets(packed_a ^ packed_b)[key] == sets_a[key] ^ sets_b[key]
+        union = len(sets_a[key] | sets_b[key])
+        assert packed_a.iou(packed_b)[key] == (len(sets_a[key] & sets_b[key]) / union if union else 1.0)
+        assert packed_a.kept(key) == len(sets_a[key])
+        assert torch.equal((~packed_a)[key], ~a[key])
+
+
+def test_packing_holds_eight_weights_a_byte_and_loses_none():
+    masks = random_masks(0)
+    packed = MaskSet.pack(masks)
+    assert all(torch.equal(packed[key], mask) for key, mask in masks.items())
+    assert packed.sparsity() == pytest.approx(1 - np.mean([mask.numpy() for mask in masks.values()]))
+
+
+def test_saved_masks_come_back(tmp_path):
+    masks = MaskSet.pack(random_masks(1))
+    masks.save(tmp_path / "m.safetensors", "model-a")
+    assert MaskSet.open(tmp_path / "m.safetensors", "model-a") == masks
+
+
+def test_masks_of_another_model_are_refused(tmp_path):
+    MaskSet.pack(random_masks(1)).save(tmp_path / "m.safetensors", "model-a")
+    with pytest.raises(VariantError, match="belongs to another model"):
+        MaskSet.open(tmp_path / "m.safetensors", "model-b")
+
+
+@pytest.mark.parametrize("size", [0, 7, 100])
+def test_truncated_file_is_refused(tmp_path, size):
+    path = tmp_path / "m.safetensors"
+    MaskSet.pack(random_masks(1)).save(path, "model-a")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(VariantError, match="damaged"):
+        MaskSet.open(path)
+
+
+def test_other_safetensors_are_not_masks(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"0.q": np.zeros((2, 2), dtype=np.uint8)}, tmp_path / "m.safetensors")
+    with pytest.raises(VariantError, match="not a prunescope mask file"):
+        MaskSet.open(tmp_path / "m.safetensors")
+
+
+def test_masks_of_other_shapes_do_not_combine():
+    a, b = MaskSet.pack(random_masks(0)), MaskSet.pack(random_masks(0, shape=(4, 13)))
+    with pytest.raises(VariantError, match="different models"):
+        a.iou(b)
