@@ -217,8 +217,8 @@ def overlap(matrix: pd.DataFrame, *, languages: pd.DataFrame, seeds: pd.DataFram
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
-        parts = figure.subfigures(2, 1, height_ratios=[1.25, 1])
-        top, bottom = parts[0], parts[1]
+        halves = figure.add_gridspec(2, 1, height_ratios=[1.25, 1])
+        top, bottom = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
         heat = top.subplots()
         text = matrix.map(lambda v: "" if pd.isna(v) else f"{v:.3f}")
         sns.heatmap(

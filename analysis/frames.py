@@ -124,7 +124,7 @@ FRAMES: dict[str, FrameSpec] = {
                 "", f"mean over segments of ‖(I − P)(h − ĥ)‖² / rank (I − P); {_OVER}"
             ),
             "explained_share": Metric(
-                "", "share of the between-language variance of the fitting text in the subspace (dense; no language)"
+                "", "share of the fitting text's between-language variance in the subspace (dense; no language)"
             ),
         },
     ),
@@ -133,7 +133,7 @@ FRAMES: dict[str, FrameSpec] = {
         {
             "iou": Metric(
                 "",
-                "intersection over union of the weights kept by two variants that differ in calibration set or seed only",
+                "intersection over union of the weights kept by two variants that differ in calibration only",
             ),
             "iou_chance": Metric(
                 "",

@@ -174,7 +174,7 @@ def _parts(
 
 
 def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
-    """Draw the error of both parts by layer, relative to their spread; a panel a language, bands over calibration sets."""
+    """Draw the error of both parts by layer, relative to their spread; a panel a language."""
     shown = of_recipe(frame, recipe)
     shown = shown[shown["metric"].isin(["specific_error_centred", "agnostic_error_centred"])]
     keys = ["language", "metric", "layer"]

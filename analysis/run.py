@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +27,7 @@ from pruning import Anatomy, CalibrationSet, Corpus, Recipe, Segment, Variant, l
 from pruning.calibration import calibration_fingerprint, calibration_tokens
 from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
+from pruning.models import DEMO
 from pruning.sweep import sweep_work
 from pruning.text import fingerprint
 
@@ -64,15 +66,25 @@ def run_study(study: Study, folder: Path, console: Console | None = None) -> Pat
         raise StudyError(f"{folder} is a file; give a folder for the study (--out)")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(folder)
-        remove_partials(folder)
-        texts = _Texts(study)
-        texts.check()
-        console.print(f"loading the model {study.model_name}", highlight=False, markup=False)
-        model, tokenizer = load_model(study.model, dtype=study.dtype, device=study.device)
-        run = _Run(study, folder, ledger, texts, model, tokenizer, console)
-        write_text(folder / STUDY_FILE, study.to_toml())
-        return run.everything()
+        try:
+            with FileLock(folder / ".lock", timeout=0):
+                return _run_locked(study, folder, console)
+        except Timeout as error:
+            raise StudyError(
+                f"another run is writing into {folder}; wait for it, or choose another folder (--out)"
+            ) from error
+
+
+def _run_locked(study: Study, folder: Path, console: Console) -> Path:
+    ledger = Ledger(folder)
+    remove_partials(folder)
+    texts = _Texts(study)
+    note = " (converted on first use, about a minute)" if study.model == DEMO else ""
+    console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False)
+    model, tokenizer = load_model(study.model, dtype=study.dtype, device=study.device)
+    run = _Run(study, folder, ledger, texts, model, tokenizer, console)
+    write_text(folder / STUDY_FILE, study.to_toml())
+    return run.everything()
 
 
 @dataclass(frozen=True)
@@ -95,27 +107,18 @@ def planned_variants(study: Study) -> list[Planned]:
 
 
 class _Texts:
-    """The text of a study, checked before anything expensive begins."""
+    """The text of a study, read before anything expensive begins, so that missing text shows at once."""
 
     def __init__(self, study: Study) -> None:
-        self.study = study
+        evaluation = study.evaluation
         self.corpus: Corpus = study.text.corpus()
-
-    def check(self) -> None:
-        assert self.heldout
-        assert self.fitting
-        for calibration in self.study.calibration_sets():
+        self.heldout: dict[str, list[Segment]] = {
+            lang: self.corpus.take("heldout", lang, evaluation.segments) for lang in study.languages
+        }
+        self.fitting = self.corpus.aligned("parallel", study.languages, evaluation.fit_segments)
+        for calibration in study.calibration_sets():
             for language in calibration.languages:
                 self.corpus.segments("calibration", language)
-
-    @cached_property
-    def heldout(self) -> dict[str, list[Segment]]:
-        count = self.study.evaluation.segments
-        return {lang: self.corpus.take("heldout", lang, count) for lang in self.study.languages}
-
-    @cached_property
-    def fitting(self) -> dict[str, list[Segment]]:
-        return self.corpus.aligned("parallel", self.study.languages, self.study.evaluation.fit_segments)
 
 
 class _Run:

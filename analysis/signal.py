@@ -77,7 +77,7 @@ def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
 
 
 def plot_roles(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
-    """Draw each role's signal-to-noise ratio by layer, mean over languages; a panel a role, a line a calibration set."""
+    """Draw each role's signal-to-noise ratio by layer, mean over languages; a line a calibration set."""
     shown = of_recipe(frame, {**recipe, "metric": "snr_db"})
     keys = ["role", "calibration", "seed", "layer"]
     means = shown.groupby(keys, observed=True, sort=False)[["value", "low", "high"]].mean().reset_index()

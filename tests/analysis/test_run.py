@@ -71,7 +71,7 @@ RESULTS = ("variants", "readings", "frames", "figures")
 
 
 def test_study_folder_holds_what_the_readme_lists(finished):
-    names = sorted(path.name for path in finished.iterdir())
+    names = sorted(path.name for path in finished.iterdir() if path.name != ".lock")
     assert names == [
         "figures",
         "frames",
@@ -118,6 +118,7 @@ def test_second_run_repeats_nothing(finished):
     assert result.returncode == 0
     assert "pruning" not in result.stderr
     assert "reading" not in result.stderr
+    before.pop(finished / ".lock", None)
     touched = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
     assert touched <= {"provenance.json", "study.toml"}
 
@@ -199,6 +200,14 @@ def test_damaged_file_in_a_study_folder_is_noticed(finished, tmp_path, name, dam
     (out / name).unlink()
     assert prunescope("run", finished.parent / "study.toml", "--out", out).returncode == 0
     assert (out / name).read_bytes() == whole
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(place, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".lock"):
+        result = prunescope("run", place / "study.toml", "--out", tmp_path)
+    expect_one_line(result, "another run is writing")
 
 
 def test_damaged_record_is_noticed(finished, tmp_path):

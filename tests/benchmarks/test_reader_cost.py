@@ -1,0 +1,83 @@
+"""What the readers cost: all of them together over a plain forward pass of the same batches, in one run.
+
+    make benchmarks
+
+A figure to quote, not a test that passes or fails with the machine's mood: it prints the ratios and checks only that
+they are numbers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from probes import DenseSignal, NeuronFiring, PooledStates, Session, SignalError, TokenLoss
+from pruning import Corpus, load_model, text_source
+
+ROUNDS = 7
+
+
+def test_all_readers_over_a_plain_forward_pass(capsys):
+    model, tokenizer = load_model("demo")
+    source = text_source("bundled")
+    segments = Corpus(source, source, source).take("heldout", "en", 48)
+    session = Session(model, tokenizer)
+    batches, layers = session.batches(segments), len(session.anatomy.blocks)
+    references = []
+    for batch in batches:
+        dense = DenseSignal(len(segments), layers)
+        session.read(batch, [dense])
+        references.append(dense)
+
+    pooled = PooledStates(len(segments), layers, session.anatomy.hidden_size)
+    firing = NeuronFiring(layers, session.anatomy.n_neurons)
+    loss = TokenLoss(len(segments), session.anatomy)
+    error = torch.zeros_like(references[0].power)
+
+    def plain() -> None:
+        for batch in batches:
+            with torch.no_grad():
+                model(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
+
+    def body() -> None:
+        for batch in batches:
+            with torch.no_grad():
+                session.anatomy.body(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
+
+    def internals() -> None:
+        for batch, dense in zip(batches, references, strict=True):
+            session.read(batch, [pooled, firing, SignalError(dense, error)])
+
+    def everything() -> None:
+        for batch, dense in zip(batches, references, strict=True):
+            session.read(batch, [pooled, firing, SignalError(dense, error), loss])
+
+    whole = paired_ratios(everything, plain)
+    inner = paired_ratios(internals, body)
+    assert min(whole + inner) > 0
+    with capsys.disabled():
+        tokens = sum(int(batch.real.sum()) for batch in batches)
+        print(f"\n{tokens} tokens in {len(batches)} batches, median of {ROUNDS} pairs (lowest to highest)")
+        report("all readers / forward pass with logits", whole)
+        report("all readers but the loss / forward pass without the head", inner)
+
+
+def paired_ratios(one: Callable[[], None], other: Callable[[], None]) -> list[float]:
+    """Time two functions in turn, so that drift of the machine's speed hits both."""
+    one()
+    other()
+    ratios = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        one()
+        middle = time.perf_counter()
+        other()
+        ratios.append((middle - began) / (time.perf_counter() - middle))
+    return ratios
+
+
+def report(name: str, ratios: list[float]) -> None:
+    print(f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
