@@ -59,7 +59,7 @@ def in_order(languages: Iterable[str]) -> list[str]:
 def calibration_rank(name: str) -> tuple[int, str]:
     """Sort key of calibration sets: uncalibrated, single languages, mixes, all."""
     bare = name.split(" ")[0]
-    if bare == UNCALIBRATED:
+    if bare in (UNCALIBRATED, "no"):
         return 0, name
     if bare == "all":
         return 3, name
@@ -68,6 +68,8 @@ def calibration_rank(name: str) -> tuple[int, str]:
 
 def set_label(calibration: str, seed: int) -> str:
     """Return how figures call a calibration set; the first seed goes without saying."""
+    if calibration == UNCALIBRATED:
+        return "no text"
     return str(calibration) if seed == 0 else f"{calibration} (seed {seed})"
 
 
@@ -246,7 +248,7 @@ def overlap(matrix: pd.DataFrame, *, languages: pd.DataFrame, seeds: pd.DataFram
         figure.suptitle(title)
         bottom.supylabel("IoU", fontsize=7)
         line = mpl.lines.Line2D
-        keys = [(line([], [], color=_COLOURS[0]), "other calibration language (band: all pairs)")]
+        keys = [(line([], [], color=_COLOURS[0]), "other calibration set (band: all pairs)")]
         if len(seeds):
             keys.append((line([], [], color=_COLOURS[4]), "same language, other seed (ceiling)"))
         keys.append((line([], [], color="#888888", linestyle="--"), "independent masks (chance)"))

@@ -252,11 +252,11 @@ def of_recipe(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> pd.DataFrame:
     return frame[keep]
 
 
-def calibrated_recipes(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """List the recipes of a frame that were carried out with several calibration sets or at least one."""
+def recipes_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """List the recipes that a frame has pruned models of, by the columns that tell them apart; calibrated ones first."""
     columns = ["method", "sparsity", "pattern", "allocation", "propagation"]
-    calibrated = frame[frame["calibration"] != UNCALIBRATED]
-    unique = calibrated[columns].drop_duplicates().sort_values(columns)
+    unique = frame[frame["method"] != DENSE][columns].drop_duplicates().sort_values(columns)
+    unique = unique.sort_values("propagation", key=lambda column: column == UNCALIBRATED, kind="stable")
     return [{str(key): value for key, value in row.items()} for row in unique.to_dict("records")]
 
 

@@ -56,7 +56,9 @@ class WorkProgress:
         if not self.console.is_terminal:
             left = self.left()
             share = f"{100 * self._done / self._total:3.0f} %"
-            self.console.print(f"[{share}] {name}" + (f" ({left})" if left else ""), highlight=False, markup=False)
+            self.console.print(
+                f"[{share}] {name}" + (f" ({left})" if left else ""), highlight=False, markup=False, soft_wrap=True
+            )
 
     def advance(self, work: float) -> None:
         """Add work that is done."""

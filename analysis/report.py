@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pruning.files import write_text
 from pruning.languages import language_name
 
 from . import figures
-from .frames import FRAMES, calibrated_recipes, of_recipe
+from .frames import FRAMES, of_recipe, recipes_of
 from .study import Study
 
 Frames = Mapping[str, pd.DataFrame]
@@ -48,6 +49,7 @@ class ReportFacts:
 
 @dataclass(frozen=True)
 class _Shown:
+    section: str
     name: str
     caption: str
     image: str
@@ -60,15 +62,15 @@ def write_report(path: Path, frames: Frames, figure_folder: Path, facts: ReportF
     )
     environment.filters["digits"] = figures.three_digits
     shown = [
-        _Shown(name, caption, base64.b64encode((figure_folder / f"{name}.png").read_bytes()).decode())
-        for name, caption in _captions(frames, facts)
+        _Shown(section, name, caption, base64.b64encode((figure_folder / f"{name}.png").read_bytes()).decode())
+        for section, name, caption in _captions(frames, facts)
     ]
     html = environment.get_template("report.html.j2").render(
         study=facts.study,
         facts=facts,
         findings=list(findings(frames)),
         dense=_dense_table(frames["perplexity"], facts),
-        figures=shown,
+        sections=[(section, list(group)) for section, group in groupby(shown, key=lambda figure: figure.section)],
         specs=FRAMES,
         language_name=language_name,
         sets=facts.study.calibration_sets(),
@@ -77,55 +79,62 @@ def write_report(path: Path, frames: Frames, figure_folder: Path, facts: ReportF
     write_text(path, html)
 
 
-def findings(frames: Frames) -> Iterator[str]:
-    """Yield what the frames say, in plain sentences; every number is computed here from the frames."""
+def findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
+    """Yield what the frames say of all models and of each recipe, in plain sentences computed from the frames."""
     perplexity = _metric(frames["perplexity"], "perplexity")
     dense = perplexity[perplexity["method"] == DENSE].set_index("language")["value"]
     best, worst = str(dense.idxmin()), str(dense.idxmax())
-    yield (
+    before = (
         f"Before pruning the model predicts {language_name(best)} best (perplexity {dense.min():.1f}) "
         f"and {language_name(worst)} worst ({dense.max():.1f})."
     )
-    rises = []
-    pruned = perplexity[perplexity["method"] != DENSE]
-    for (method, sparsity), rows in pruned.groupby(["method", "sparsity"], observed=True):
+    factors = []
+    for recipe in recipes_of(perplexity):
+        rows = of_recipe(perplexity, recipe)
         ratio = rows["value"].to_numpy() / dense.loc[rows["language"].astype(str)].to_numpy()
-        rises.append(f"{np.exp(np.log(ratio).mean()):.2f} times ({method}, {sparsity:g})")
-    yield f"Pruning raises perplexity {', '.join(rises)}: geometric means over languages and calibration sets."
-    for recipe in calibrated_recipes(perplexity):
-        label = figures.recipe_label(recipe)
-        yield from (f"{label}: {sentence}" for sentence in _calibration_findings(frames, recipe))
+        factors.append(f"{np.exp(np.log(ratio).mean()):.2f} ({figures.recipe_label(recipe)})")
+    after = (
+        f"Pruning multiplies perplexity by {', '.join(factors)}: geometric means over languages and calibration sets."
+    )
+    yield "All models", [before, after]
+    for recipe in recipes_of(perplexity):
+        yield figures.recipe_label(recipe).capitalize(), list(_recipe_findings(frames, recipe))
 
 
-def _calibration_findings(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+def _recipe_findings(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     own, total = _own_language_best(of_recipe(_metric(frames["perplexity"], "perplexity"), recipe), lowest=True)
     residual = of_recipe(frames["signal"], {**recipe, "metric": "snr_db", "role": "residual"})
     last = residual[residual["layer"] == residual["layer"].max()]
     signal_own, _ = _own_language_best(last, lowest=False)
     if total:
         yield (
-            f"of the models calibrated on one language, the one calibrated on the evaluated language has the lowest "
+            f"Of the models calibrated on one language, the one calibrated on the evaluated language has the lowest "
             f"perplexity in {own} of {total} languages, and the clearest signal after the last block in "
             f"{signal_own} of {total}."
         )
     errors = of_recipe(frames["subspaces"], recipe).groupby("metric", observed=True)["value"].median()
     specific, agnostic = errors["specific_error_centred"], errors["agnostic_error_centred"]
     yield (
-        f"relative to its own spread the language-{'agnostic' if agnostic < specific else 'specific'} part of the "
+        f"Relative to its own spread the language-{'agnostic' if agnostic < specific else 'specific'} part of the "
         f"hidden states is kept better: median squared error {specific:.2g} (specific) and {agnostic:.2g} (agnostic) "
         "over layers, languages and calibration sets."
     )
     overlap = of_recipe(frames["mask_overlap"], recipe)
     if len(overlap):
         iou, chance = _metric(overlap, "iou"), _metric(overlap, "iou_chance")["value"].mean()
-        same = iou["calibration"].astype(str) == iou["other_calibration"].astype(str)
-        ceiling = f", the same language with another seed {iou['value'][same].mean():.3f}" if same.any() else ""
-        by_role = iou[~same].groupby("role", observed=True)["value"].mean()
-        yield (
-            f"masks of different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
-            f"(independent masks {chance:.3f}{ceiling}); the least stable role is {by_role.idxmin()} "
-            f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f})."
-        )
+        same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
+        if same.any():
+            yield (
+                f"Masks of the same calibration set drawn with another seed overlap with a mean IoU of "
+                f"{iou['value'][same].mean():.3f} (independent masks {chance:.3f})."
+            )
+        if not same.all():
+            by_role = iou[~same].groupby("role", observed=True)["value"].mean()
+            yield (
+                f"Masks of different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
+                f"(independent masks {chance:.3f}); the least stable role is {by_role.idxmin()} "
+                f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f})."
+            )
     sets = of_recipe(frames["language_neurons"], recipe).groupby("metric", observed=True)["value"].sum()
     before = sets["kept"] + sets["lost"]
     if before:
@@ -147,32 +156,36 @@ def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:
     return sum(best[lang] == lang for lang in own), len(own)
 
 
-def _captions(frames: Frames, facts: ReportFacts) -> Iterator[tuple[str, str]]:
-    """Yield the name of every figure with a caption that says what was measured on how much text."""
+def _captions(frames: Frames, facts: ReportFacts) -> Iterator[tuple[str, str, str]]:
+    """Yield section and name of every figure with a caption that says what was measured on how much text."""
     tokens = facts.heldout_tokens.values()
     text = (
         f"{facts.study.evaluation.segments} held-out segments a language ({min(tokens)} to {max(tokens)} tokens) "
         "that neither calibration nor fitting has seen"
     )
     yield (
+        "All models",
         "perplexity",
         f"Perplexity of every model in every language on {text}. Colour: how often it doubled over the dense model. "
         "Intervals are in the frame. Perplexities of different languages do not compare; bits per byte do.",
     )
-    overlap = [figures.recipe_slug(recipe) for recipe in calibrated_recipes(frames["mask_overlap"])]
-    for recipe in calibrated_recipes(frames["signal"]):
-        name = figures.recipe_slug(recipe)
+    overlap = [figures.recipe_slug(recipe) for recipe in recipes_of(frames["mask_overlap"])]
+    for recipe in recipes_of(frames["signal"]):
+        name, section = figures.recipe_slug(recipe), figures.recipe_label(recipe).capitalize()
         yield (
+            section,
             f"signal-{name}",
             f"Signal-to-noise ratio of the residual stream after each block, pruned against dense model, on {text}; "
             "special tokens left out. Higher is better; at 0 dB the error is as large as the signal. Bands: 95 % "
             "bootstrap intervals over segments. Dotted: another seed of the same calibration set.",
         )
         yield (
+            section,
             f"signal-roles-{name}",
             "The same for the output of each projection and the residual stream, mean over the languages.",
         )
         yield (
+            section,
             f"subspaces-{name}",
             "LSAR: squared error of the language-specific and of the language-agnostic part of segment means, each "
             "relative to its own spread around the dense model's mean over languages, so that the component common to "
@@ -182,13 +195,15 @@ def _captions(frames: Frames, facts: ReportFacts) -> Iterator[tuple[str, str]]:
         )
         if name in overlap:
             yield (
+                section,
                 f"mask-overlap-{name}",
                 "Intersection over union of the kept weights. Top: every pair of calibration sets, mean over layers "
-                "and roles. Bottom: by layer for each role; blue: pairs that differ in language (mean, lowest, "
-                "highest), red: same language with another seed, the most that can be expected; dashed: independent "
+                "and roles. Bottom: by layer for each role; blue: different sets (mean, lowest, "
+                "highest), red: the same set with another seed, the most that can be expected; dashed: independent "
                 "masks.",
             )
         yield (
+            section,
             f"language-neurons-{name}",
             f"LAPE: language-specific neurons, the 1 % of all {facts.blocks * facts.neurons:,} MLP neurons with the "
             "lowest entropy of firing over languages, counted for every language in which they fire above the 95 % "

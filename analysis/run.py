@@ -32,7 +32,7 @@ from pruning.sweep import sweep_work
 from pruning.text import fingerprint
 
 from . import figures, lape, lsar, mask_overlap, perplexity, signal
-from .frames import FRAMES, calibrated_recipes, dense_columns, read_frame, write_frame
+from .frames import FRAMES, dense_columns, read_frame, recipes_of, write_frame
 from .ledger import Ledger
 from .progress import WorkProgress
 from .report import ReportFacts, write_report
@@ -80,7 +80,7 @@ def _run_locked(study: Study, folder: Path, console: Console) -> Path:
     remove_partials(folder)
     texts = _Texts(study)
     note = " (converted on first use, about a minute)" if study.model == DEMO else ""
-    console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False)
+    console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load_model(study.model, dtype=study.dtype, device=study.device)
     run = _Run(study, folder, ledger, texts, model, tokenizer, console)
     write_text(folder / STUDY_FILE, study.to_toml())
@@ -442,11 +442,11 @@ class _Clock:
 def _drawn(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Any]]:
     """Yield the name and figure of everything that a study shows."""
     yield "perplexity", perplexity.plot(frames["perplexity"])
-    for recipe in calibrated_recipes(frames["signal"]):
+    for recipe in recipes_of(frames["signal"]):
         name = figures.recipe_slug(recipe)
         yield f"signal-{name}", signal.plot(frames["signal"], recipe)
         yield f"signal-roles-{name}", signal.plot_roles(frames["signal"], recipe)
         yield f"subspaces-{name}", lsar.plot(frames["subspaces"], recipe)
         yield f"language-neurons-{name}", lape.plot(frames["language_neurons"], recipe)
-    for recipe in calibrated_recipes(frames["mask_overlap"]):
+    for recipe in recipes_of(frames["mask_overlap"]):
         yield f"mask-overlap-{figures.recipe_slug(recipe)}", mask_overlap.plot(frames["mask_overlap"], recipe)

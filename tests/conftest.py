@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before anything imports the hub client: no test asks a hub, and asking takes its time
+)
 
 import pytest
 import torch

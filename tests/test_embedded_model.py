@@ -25,7 +25,8 @@ def corpus():
 def test_dense_perplexity_is_plausible_and_lowest_in_english(embedded, corpus):
     session = Session(*embedded)
     readings = {
-        (DENSE, lang): read_against_dense(session, corpus.take("heldout", lang, 8))[DENSE] for lang in BUNDLED_LANGUAGES
+        (DENSE, lang): read_against_dense(session, corpus.take("heldout", lang, 16))[DENSE]
+        for lang in BUNDLED_LANGUAGES
     }
     frame = perplexity.analyze(readings, {DENSE: dense_columns("demo")})
     value = frame[frame["metric"] == "perplexity"].set_index("language")["value"]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pruning import CalibrationSet, Corpus, text_source
-from pruning.calibration import TokenStream, calibration_tokens
+from pruning.calibration import calibration_tokens, token_blocks
 from pruning.errors import TextError
 from pruning.text import BUNDLED_LANGUAGES, HUB_PRESETS, BundledText, FileText, HubDataset, fingerprint
 
@@ -123,18 +123,16 @@ def test_asking_for_more_segments_than_there_are_says_how_many(one_source):
 
 
 def test_asking_for_more_tokens_than_there_are_says_how_many(one_source, tokenizer):
-    stream = TokenStream(tokenizer, one_source.segments("calibration", "sw"), "sw", seed=0)
-    available = len(stream._tokens)
-    with pytest.raises(
-        TextError,
-        match=rf"10000 samples of 64 tokens wanted for Swahili .*has {available} tokens, enough for {available // 63}",
-    ):
-        stream.blocks(10_000, 64)
+    segments = one_source.segments("calibration", "sw")
+    available = sum(len(tokenizer(s.text + "\n")["input_ids"]) - 1 for s in segments)
+    message = rf"10000 samples of 64 tokens wanted for Swahili .*has {available} tokens, enough for {available // 63}"
+    with pytest.raises(TextError, match=message):
+        token_blocks(tokenizer, segments, "sw", samples=10_000, length=64, seed=0)
 
 
 def test_blocks_start_with_bos_and_depend_on_the_seed(one_source, tokenizer):
     segments = one_source.segments("calibration", "en")
-    one, same, other = (TokenStream(tokenizer, segments, "en", seed).blocks(4, 16) for seed in (0, 0, 1))
+    one, same, other = (token_blocks(tokenizer, segments, "en", samples=4, length=16, seed=seed) for seed in (0, 0, 1))
     assert one.shape == (4, 16)
     assert (one[:, 0] == tokenizer.bos_token_id).all()
     assert (one[:, 1:] != tokenizer.bos_token_id).all()
