@@ -253,7 +253,7 @@ def of_recipe(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def recipes_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """List the recipes that a frame has pruned models of, by the columns that tell them apart; calibrated ones first."""
+    """List the recipes that a frame has pruned models of, by what tells them apart; calibrated ones first."""
     columns = ["method", "sparsity", "pattern", "allocation", "propagation"]
     unique = frame[frame["method"] != DENSE][columns].drop_duplicates().sort_values(columns)
     unique = unique.sort_values("propagation", key=lambda column: column == UNCALIBRATED, kind="stable")
