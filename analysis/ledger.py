@@ -16,6 +16,8 @@ PROVENANCE = "provenance.json"
 class Ledger:
     """The record of a study folder, kept in its ``provenance.json``.
 
+    Stages that a changed study no longer asks for stay on record: asked for again, they are there.
+
     Parameters
     ----------
     folder
@@ -71,17 +73,6 @@ class Ledger:
         """Record facts of the run: versions, fingerprints, machine."""
         self._content = {**facts, "stages": self._content["stages"]}
         self._write()
-
-    def keep_only(self, stages: Iterable[str]) -> None:
-        """Forget the stages that are no longer part of the study; their files stay."""
-        wanted = set(stages)
-        self._content["stages"] = {k: v for k, v in self._content["stages"].items() if k in wanted}
-        self._write()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Wall time of every recorded stage."""
-        return {stage: record["seconds"] for stage, record in self._content["stages"].items()}
 
     def _write(self) -> None:
         write_json(self.path, self._content)

@@ -204,7 +204,7 @@ class _Run:
 
     def everything(self) -> Path:
         sets = self._pending_sets()
-        languages = self._pending_languages(sets)
+        languages = self._pending_languages()
         fit = not self.ledger.finished("fit", self._fit_key)
         work = self._work(sets, languages, fit)
         began = time.monotonic()
@@ -227,7 +227,6 @@ class _Run:
             progress.advance(work["frames"] / 2)
             progress.stage("writing the report")
             report = self._report(frames)
-        self.ledger.keep_only(self._stages())
         self.ledger.describe(**self._provenance(time.monotonic() - began))
         return report
 
@@ -238,7 +237,7 @@ class _Run:
                 groups.setdefault(plan.calibration, []).append(plan)
         return list(groups.items())
 
-    def _pending_languages(self, sets: list[tuple[CalibrationSet | None, list[Planned]]]) -> dict[str, list[str]]:
+    def _pending_languages(self) -> dict[str, list[str]]:
         """Return the variants that are still to be read, by language; the dense model is read along with them."""
         pending = {}
         for language in self.study.languages:
@@ -351,14 +350,6 @@ class _Run:
                 write_report(path, frames, self.folder / "figures", facts)
             self.ledger.finish("report", key, [path], clock.seconds)
         return path
-
-    def _stages(self) -> Iterator[str]:
-        yield from ("fit", "frames", "figures", "report")
-        for plan in self.plans:
-            yield f"variant {plan.id}"
-        for model in self._models:
-            for language in self.study.languages:
-                yield f"readings {model} {language}"
 
     # -- work, time, facts ----------------------------------------------------------------------------------
 

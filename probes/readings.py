@@ -114,27 +114,24 @@ def read_against_dense(
     dict
         ``"dense"`` and every variant's id to its readings.
     """
-    shape = len(segments), len(session.anatomy.blocks)
-    dense_sums = DenseSignal(*shape)
+    dense_signal = DenseSignal(len(segments), len(session.anatomy.blocks))
     sums = {DENSE: _Sums(session, len(segments))}
-    errors = {DENSE: torch.zeros_like(dense_sums.power)}
+    errors = {DENSE: torch.zeros_like(dense_signal.power)}
     for variant in variants:
         sums[variant.id] = _Sums(session, len(segments))
-        errors[variant.id] = torch.zeros_like(dense_sums.power)
+        errors[variant.id] = torch.zeros_like(dense_signal.power)
 
     copy = DenseCopy(session.model)
     for group in _grouped(session, session.batches(segments)):
         references = []
         for batch in group:
-            dense = DenseSignal(*shape)
-            dense.power, dense.tokens = dense_sums.power, dense_sums.tokens
-            session.read(batch, [*sums[DENSE].readers, dense])
-            references.append(dense)
+            session.read(batch, [*sums[DENSE].readers, dense_signal])
+            references.append(dense_signal.take_activations())
             progress(int(batch.real.sum()))
         for variant in variants:
             with copy.pruned_to(variant):
-                for batch, dense in zip(group, references, strict=True):
-                    session.read(batch, [*sums[variant.id].readers, SignalError(dense, errors[variant.id])])
+                for batch, reference in zip(group, references, strict=True):
+                    session.read(batch, [*sums[variant.id].readers, SignalError(reference, errors[variant.id])])
                     progress(int(batch.real.sum()))
 
     utf8 = torch.tensor([_bytes_read(session, segment) for segment in segments])
@@ -142,11 +139,11 @@ def read_against_dense(
         name: Readings(
             pooled=read.pooled.means,
             fired=read.firing.fired,
-            tokens=dense_sums.tokens,
+            tokens=dense_signal.tokens,
             nll=read.loss.nll,
             predicted=read.loss.predicted,
             utf8_bytes=utf8,
-            power=dense_sums.power,
+            power=dense_signal.power,
             error=errors[name],
         )
         for name, read in sums.items()

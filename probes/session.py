@@ -109,8 +109,8 @@ class Session:
         encoded = [self.tokenizer(s.text, truncation=True, max_length=self.max_length)["input_ids"] for s in segments]
         special = set(self.tokenizer.all_special_ids)
         for segment, ids in zip(segments, encoded, strict=True):
-            if len(ids) < 2 or special.issuperset(ids):
-                raise TextError(f'segment "{segment.id}" is too short to read: {segment.text!r}')
+            if special.issuperset(ids) and not self.special_tokens:
+                raise TextError(f'segment "{segment.id}" has no token to count: {segment.text!r}; leave it out')
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
         return [self._batch(rows, encoded, special) for rows in _grouped(order, encoded, self.batch_tokens)]
 

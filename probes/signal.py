@@ -13,13 +13,15 @@ from .session import Batch
 SIGNAL_SITES = (*ROLES, "residual")
 
 
+#: ``(layer, site)`` to the whole output of one batch, ``[batch, tokens, width]``, in the model's dtype.
+Activations = dict[tuple[int, str], Tensor]
+
+
 class DenseSignal:
-    """Keeps the dense model's values of one batch, for pruned models to be compared with.
+    """Keeps the dense model's activations of one batch, for pruned models to be compared with, and sums up their power.
 
     Attributes
     ----------
-    values
-        ``(layer, site)`` to the whole output, ``[batch, tokens, width]``, in the model's dtype.
     power
         Sum over a segment's counted tokens of ``‖x‖²``, float64 ``[segments, layers, sites]``.
     tokens
@@ -29,16 +31,21 @@ class DenseSignal:
     sites = frozenset(SIGNAL_SITES)
 
     def __init__(self, segments: int, layers: int) -> None:
-        self.values: dict[tuple[int, str], Tensor] = {}
+        self._activations: Activations = {}
         self.power = torch.zeros(segments, layers, len(SIGNAL_SITES), dtype=torch.float64)
         self.tokens = torch.zeros(segments, dtype=torch.int64)
 
     def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
         """Keep one site's output and sum up its power."""
-        self.values[layer, site] = value.detach()
+        self._activations[layer, site] = value.detach()
         _accumulate(self.power, layer, site, value, batch)
         if layer == 0:
             self.tokens[list(batch.segments)] = batch.counted.sum(dim=1).long().cpu()
+
+    def take_activations(self) -> Activations:
+        """Hand over the activations of the batch that was read last; the reader keeps none."""
+        taken, self._activations = self._activations, {}
+        return taken
 
 
 class SignalError:
@@ -47,20 +54,20 @@ class SignalError:
     Parameters
     ----------
     dense
-        The values of the same batch in the dense model.
+        The activations of the same batch in the dense model.
     error
         Accumulates the sum over a segment's counted tokens of ``‖x − x̂‖²``, float64 ``[segments, layers, sites]``.
     """
 
     sites = frozenset(SIGNAL_SITES)
 
-    def __init__(self, dense: DenseSignal, error: Tensor) -> None:
+    def __init__(self, dense: Activations, error: Tensor) -> None:
         self.dense = dense
         self.error = error
 
     def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
         """Compare one site's output."""
-        _accumulate(self.error, layer, site, value - self.dense.values[layer, site], batch)
+        _accumulate(self.error, layer, site, value - self.dense[layer, site], batch)
 
 
 def _accumulate(sums: Tensor, layer: int, site: str, value: Tensor, batch: Batch) -> None:

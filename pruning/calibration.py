@@ -89,8 +89,8 @@ def token_blocks(
 ) -> Int[Tensor, "samples length"]:
     """Put segments in a random order and cut them into blocks; no more text is tokenized than these need.
 
-    Each block starts with the tokenizer's BOS token where it has one, as every text does that the model was trained
-    on. The first blocks do not depend on how many are asked for.
+    Each block starts with the BOS token where the tokenizer puts one before a text, as the model expects
+    it. The first blocks do not depend on how many are asked for.
 
     Parameters
     ----------
@@ -110,7 +110,9 @@ def token_blocks(
     TextError
         If the text is too short; says how much there is.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = tokenizer("a")["input_ids"][:1]
+    if start != [tokenizer.bos_token_id]:  # not every tokenizer that has a BOS token puts it before a text
+        start = []
     step = length - len(start)
     order = list(segments)
     random.Random(seed).shuffle(order)

@@ -26,16 +26,16 @@ def test_all_readers_over_a_plain_forward_pass(capsys):
     segments = Corpus(source, source, source).take("heldout", "en", 48)
     session = Session(model, tokenizer)
     batches, layers = session.batches(segments), len(session.anatomy.blocks)
+    dense_signal = DenseSignal(len(segments), layers)
     references = []
     for batch in batches:
-        dense = DenseSignal(len(segments), layers)
-        session.read(batch, [dense])
-        references.append(dense)
+        session.read(batch, [dense_signal])
+        references.append(dense_signal.take_activations())
 
     pooled = PooledStates(len(segments), layers, session.anatomy.hidden_size)
     firing = NeuronFiring(layers, session.anatomy.n_neurons)
     loss = TokenLoss(len(segments), session.anatomy)
-    error = torch.zeros_like(references[0].power)
+    error = torch.zeros_like(dense_signal.power)
 
     def plain() -> None:
         for batch in batches:

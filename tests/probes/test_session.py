@@ -4,6 +4,7 @@ from operator import attrgetter
 
 import pytest
 import torch
+from tokenizers.processors import ByteLevel
 from torch.nn.functional import cross_entropy
 
 from probes import NeuronFiring, PooledStates, Session, TokenLoss
@@ -101,5 +102,16 @@ def test_batches_respect_their_size_and_miss_nothing(model, tokenizer, segments)
 
 
 def test_a_segment_without_text_is_refused(model, tokenizer):
-    with pytest.raises(TextError, match='segment "7" is too short'):
+    with pytest.raises(TextError, match='segment "7" has no token to count'):
         Session(model, tokenizer).batches([Segment("7", "")])
+
+
+def test_a_segment_of_one_token_is_read_but_predicts_nothing(model, tokenizer):
+    tokenizer.backend_tokenizer.post_processor = ByteLevel()  # no BOS
+    session = Session(model, tokenizer)
+    (batch,) = session.batches([Segment("1", "a"), Segment("2", "ab")])
+    loss, pooled = TokenLoss(2, session.anatomy), PooledStates(2, 3, 32)
+    session.read(batch, [loss, pooled])
+    assert loss.predicted.tolist() == [0, 1]
+    assert loss.nll[0] == 0
+    assert torch.isfinite(pooled.means).all()

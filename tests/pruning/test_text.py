@@ -5,6 +5,7 @@ import re
 
 import pandas as pd
 import pytest
+from tokenizers.processors import ByteLevel
 
 from pruning import CalibrationSet, Corpus, text_source
 from pruning.calibration import calibration_tokens, token_blocks
@@ -138,6 +139,12 @@ def test_blocks_start_with_bos_and_depend_on_the_seed(one_source, tokenizer):
     assert (one[:, 1:] != tokenizer.bos_token_id).all()
     assert (one == same).all()
     assert (one != other).any()
+
+
+def test_blocks_have_no_bos_where_the_tokenizer_puts_none(one_source, tokenizer):
+    tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    blocks = token_blocks(tokenizer, one_source.segments("calibration", "en"), "en", samples=4, length=16, seed=0)
+    assert (blocks != tokenizer.bos_token_id).all()
 
 
 def test_a_mix_takes_the_first_blocks_of_each_language(one_source, tokenizer):
