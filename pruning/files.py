@@ -6,11 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .errors import DiskError
 
@@ -30,15 +33,24 @@ def disk_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in _DISK_FULL:
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number in _DISK_FULL:
             raise DiskError(
                 f"no space left while writing {path}; nothing half-written was kept. "
                 "Free some space, or choose another folder (--out), and run again: finished stages are skipped"
             ) from error
-        if error.errno in _NOT_WRITABLE:
-            raise DiskError(f"cannot write {path}: {error.strerror}; choose another folder (--out)") from error
+        if number in _NOT_WRITABLE:
+            raise DiskError(f"cannot write {path}: {os.strerror(number)}; choose another folder (--out)") from error
         raise
+
+
+def _errno(error: OSError | SafetensorError) -> int:
+    """Return the operating system's error number; safetensors gives it in its message only."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import errno
 import os
 
 import pytest
+from safetensors import SafetensorError
 
 from pruning.errors import DiskError
 from pruning.files import remove_partials, whole_file, whole_folder, write_text
@@ -33,6 +34,13 @@ def test_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskError, match="no space left while writing"):
         write_text(tmp_path / "a.txt", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_understood_when_safetensors_reports_it(tmp_path):
+    with pytest.raises(DiskError, match="no space left while writing"), whole_file(tmp_path / "a") as partial:
+        partial.write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert list(tmp_path.iterdir()) == []
 
 
