@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 from .errors import DiskError
 
-PARTIAL = ".partial"
+#: Ours alone: what a run clears away is never a file of somebody else, whatever folder it is given.
+PARTIAL = ".prunescope-partial"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 

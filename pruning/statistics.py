@@ -17,12 +17,9 @@ class InputStatistics:
     ----------
     squares
         Sum of squares of every input, over all tokens: squared ``‖X_j‖₂``.
-    tokens
-        Number of tokens summed.
     """
 
     squares: Float[Tensor, " inputs"]
-    tokens: int = 0
 
     @classmethod
     def empty(cls, inputs: int, device: torch.device | str = "cpu") -> InputStatistics:
@@ -33,7 +30,6 @@ class InputStatistics:
         """Add a batch of inputs, one row a token."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.squares += rows.square().sum(dim=0)
-        self.tokens += rows.shape[0]
 
     @property
     def norms(self) -> Float[Tensor, " inputs"]:

@@ -233,8 +233,8 @@ class Corpus:
     calibration: TextSource
     parallel: TextSource
     heldout: TextSource
-    _parts: dict[tuple[Part, str], list[Segment]] = field(default_factory=dict, repr=False)
-    _read: dict[tuple[str, str], list[Segment]] = field(default_factory=dict, repr=False)
+    _parts: dict[tuple[Part, str], list[Segment]] = field(default_factory=dict, init=False, repr=False)
+    _read: dict[tuple[str, str], list[Segment]] = field(default_factory=dict, init=False, repr=False)
 
     def segments(self, part: Part, language: str) -> list[Segment]:
         """Return the segments of one part in one language, in an order that is the same for all languages.

@@ -20,6 +20,7 @@ import pytest
 from analysis import read_frame
 from analysis.cli import main
 from analysis.frames import FRAMES
+from pruning.files import PARTIAL
 
 STUDY = """
 model = "model"
@@ -97,7 +98,7 @@ def test_study_folder_holds_what_the_readme_lists(finished):
         "variants",
     ]
     assert sorted(path.stem for path in (finished / "frames").iterdir()) == sorted(FRAMES)
-    assert not list(finished.rglob("*.partial"))
+    assert not list(finished.rglob("*" + PARTIAL))
 
 
 def test_frames_have_a_row_for_everything_that_was_asked(finished):
@@ -157,7 +158,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(place, finished, stages
     result = prunescope("run", place / "study.toml", "--out", out)
     assert result.returncode == 0, result.stderr
     assert contents(out, *RESULTS) == contents(finished, *RESULTS)
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("*" + PARTIAL))
     dense = {name for name in kept if "readings/dense" in name}  # read again along with what was missing
     assert all((out / name).stat().st_mtime_ns == t for name, t in kept.items() if name not in dense)
 
@@ -285,7 +286,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_afterwards(place, finished, t
     command = [*COMMAND, "run", str(place / "study.toml"), "--out", str(out)]
     result = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, timeout=300, check=False)
     expect_one_line(result, "no space left")
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("*" + PARTIAL))
     assert prunescope("run", place / "study.toml", "--out", out).returncode == 0
     assert contents(out, *RESULTS) == contents(finished, *RESULTS)
 

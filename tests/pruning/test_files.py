@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from pruning.errors import DiskError
-from pruning.files import remove_partials, whole_file, whole_folder, write_text
+from pruning.files import PARTIAL, remove_partials, whole_file, whole_folder, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -45,9 +45,10 @@ def test_full_disk_is_understood_when_safetensors_reports_it(tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
-    (tmp_path / "x" / "v.partial").mkdir(parents=True)
-    (tmp_path / "x" / "v.partial" / "masks").write_text("half")
-    (tmp_path / "frame.parquet.partial").write_text("half")
+    (tmp_path / "x" / f"v{PARTIAL}").mkdir(parents=True)
+    (tmp_path / "x" / f"v{PARTIAL}" / "masks").write_text("half")
+    (tmp_path / f"frame.parquet{PARTIAL}").write_text("half")
     (tmp_path / "frame.parquet").write_text("whole")
+    (tmp_path / "film.mp4.partial").write_text("somebody else's download")
     remove_partials(tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["frame.parquet", "x"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["film.mp4.partial", "frame.parquet", "x"]
