@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from pruning.errors import PrunescopeError, StudyError
@@ -19,6 +20,16 @@ app = typer.Typer(
 )
 
 
+_MEMORY = "Most memory that pruning may take, such as 6GiB; a larger model is read from its shards."
+
+
+def _bytes(memory: str | None) -> int | None:
+    try:
+        return None if memory is None else int(TypeAdapter(ByteSize).validate_python(memory))
+    except ValidationError as error:
+        raise StudyError(f'--memory "{memory}" is not an amount of memory; write it like 6GiB or 500MB') from error
+
+
 @app.command()
 def run(
     study: Annotated[str, typer.Argument(help='A study file (TOML), or "demo" for the embedded study.')],
@@ -26,14 +37,32 @@ def run(
         Path | None,
         typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it."),
     ] = None,
+    memory: Annotated[str | None, typer.Option(help=_MEMORY)] = None,
 ) -> None:
     """Carry out a study: prune, read, analyze, draw, report. Finished stages are skipped."""
     from .run import run_study
-    from .study import demo_study, load_study
+    from .study import resolved_study
 
-    resolved = demo_study() if study == "demo" else load_study(Path(study))
-    report = run_study(resolved, out or Path("runs") / Path(study).stem)
+    report = run_study(resolved_study(study), out or Path("runs") / Path(study).stem, memory=_bytes(memory))
     typer.echo(f"report: {report}")
+
+
+@app.command()
+def prune(
+    study: Annotated[str, typer.Argument(help='A study file (TOML), or "demo" for the embedded study.')],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it."),
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help=_MEMORY)] = None,
+) -> None:
+    """Make the pruned variants of a study, and nothing else. The model may be larger than memory."""
+    from .run import run_study
+    from .study import resolved_study
+
+    folder = out or Path("runs") / Path(study).stem
+    variants = run_study(resolved_study(study), folder, memory=_bytes(memory), only_prune=True)
+    typer.echo(f"variants: {variants}")
 
 
 @app.command()
@@ -41,6 +70,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.")],
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the checkpoint.")],
     variant: Annotated[str, typer.Option(help="Id of the variant: a folder below DIR/variants.")],
+    stream: Annotated[bool, typer.Option(help="Write it block by block: for models larger than memory.")] = False,
 ) -> None:
     """Write a pruned variant as an ordinary checkpoint that from_pretrained loads."""
     from pruning import Variant, load_model
@@ -55,7 +85,7 @@ def export(
         known = sorted(p.name for p in (folder / "variants").glob("*") if p.is_dir())
         raise StudyError(f'there is no variant "{variant}" in {folder}; {did_you_mean(variant, known)}')
     opened = Variant.open(place)
-    model, tokenizer = load_model(resolved.model, dtype="checkpoint", device="cpu")
+    model, tokenizer = load_model(resolved.model, dtype="checkpoint", device="cpu", stream=stream)
     opened.export(model, tokenizer, target)
     typer.echo(f"checkpoint: {target}")
 

@@ -7,6 +7,7 @@ A figure is a function of a frame; everything here takes data that is already re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from probes import DENSE
 from pruning import ROLES
 from pruning.files import whole_file
 from pruning.languages import language_name
-from pruning.recipes import UNCALIBRATED
+from pruning.allocation import UNIFORM
+from pruning.recipes import EVERYWHERE, UNCALIBRATED
+from pruning.variants import UNKNOWN
 
 #: Inches; a column and a page of a two-column paper.
 COLUMN_WIDTH, PAGE_WIDTH = 3.1, 6.5
@@ -75,7 +78,11 @@ def set_label(calibration: str, seed: int) -> str:
 
 def variant_rank(row: pd.Series) -> tuple[Any, ...]:
     """Sort key of models: the dense one, then by recipe, calibration set and seed."""
-    recipe = [str(row["method"]), float(row["sparsity"]), str(row["pattern"]), str(row["propagation"])]
+    recipe = [
+        str(row["method"]),
+        float(row["sparsity"]),
+        *(str(row[name]) for name in ("pattern", "allocation", "scope", "propagation")),
+    ]
     return row["method"] != DENSE, *recipe, calibration_rank(str(row["calibration"])), int(row["seed"])
 
 
@@ -84,7 +91,7 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
     calibrated = frame[frame["method"] != DENSE]
     several = {
         column: (calibrated.groupby("method", observed=True)[column].nunique() > 1).any()
-        for column in ("pattern", "propagation")
+        for column in ("pattern", "allocation", "scope", "propagation")
     }
     labels = []
     for row in frame.to_dict("records"):
@@ -92,7 +99,9 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
             labels.append(DENSE)
             continue
         words = [f"{row['method']} {row['sparsity']:g}"]
-        words += [f"per {row['pattern']}"] if several["pattern"] else []
+        words += [_pattern_words(row["pattern"])] if several["pattern"] else []
+        words += [f"{row['allocation']} allocation"] if several["allocation"] else []
+        words += [f"in {row['scope']}"] if several["scope"] and row["scope"] != EVERYWHERE else []
         words += [f"{row['propagation']} propagation"] if several["propagation"] else []
         if row["calibration"] != UNCALIBRATED:
             words += ["·", set_label(row["calibration"], row["seed"])]
@@ -102,13 +111,25 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
 
 def recipe_label(recipe: Mapping[str, Any]) -> str:
     """Return a recipe in a few words."""
-    words = f"{recipe['method']}, sparsity {recipe['sparsity']:g}, per {recipe['pattern']}"
-    return words + (", dense propagation" if recipe["propagation"] == "dense" else "")
+    words = [str(recipe["method"]), f"sparsity {recipe['sparsity']:g}", _pattern_words(recipe["pattern"])]
+    words += [f"{recipe['allocation']} allocation"] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
+    words += [f"in {recipe['scope']}"] if recipe["scope"] != EVERYWHERE else []
+    words += ["dense propagation"] if recipe["propagation"] == "dense" else []
+    return ", ".join(words)
 
 
 def recipe_slug(recipe: Mapping[str, Any]) -> str:
     """Return a recipe's part of a figure's file name."""
-    return f"{recipe['method']}-{recipe['sparsity']:g}-{recipe['pattern']}-{recipe['propagation']}"
+    words = [str(recipe["method"]), f"{recipe['sparsity']:g}", str(recipe["pattern"]).replace(":", "of")]
+    words += [str(recipe["allocation"])] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
+    words += [str(recipe["scope"])] if recipe["scope"] != EVERYWHERE else []
+    return re.sub(r"[^\w.=+-]+", "_", "-".join([*words, str(recipe["propagation"])]))
+
+
+def _pattern_words(pattern: object) -> str:
+    if str(pattern) == UNKNOWN:
+        return "pruned elsewhere"
+    return str(pattern) if ":" in str(pattern) else f"per {pattern}"
 
 
 def three_digits(value: float) -> str:

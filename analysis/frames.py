@@ -18,7 +18,7 @@ from pyarrow import parquet
 from probes import DENSE
 from pruning.errors import StudyError, did_you_mean
 from pruning.files import whole_file
-from pruning.recipes import UNCALIBRATED
+from pruning.recipes import EVERYWHERE, UNCALIBRATED
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
 _TYPES: dict[str, pa.DataType] = {
@@ -27,6 +27,7 @@ _TYPES: dict[str, pa.DataType] = {
     "sparsity": pa.float64(),
     "pattern": _WORD,
     "allocation": _WORD,
+    "scope": _WORD,
     "propagation": _WORD,
     "calibration": _WORD,
     "seed": pa.int32(),
@@ -49,6 +50,7 @@ VARIANT_COLUMNS = (
     "sparsity",
     "pattern",
     "allocation",
+    "scope",
     "propagation",
     "calibration",
     "seed",
@@ -175,7 +177,7 @@ FRAMES: dict[str, FrameSpec] = {
 def dense_columns(model: str) -> dict[str, Any]:
     """Return the variant columns of the dense model."""
     none = dict.fromkeys(("pattern", "allocation", "propagation", "calibration"), UNCALIBRATED)
-    return {"model": model, "method": DENSE, "sparsity": 0.0, **none, "seed": 0}
+    return {"model": model, "method": DENSE, "sparsity": 0.0, "scope": EVERYWHERE, **none, "seed": 0}
 
 
 def tidy(name: str, rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
@@ -254,7 +256,7 @@ def of_recipe(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> pd.DataFrame:
 
 def recipes_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """List the recipes that a frame has pruned models of, by what tells them apart; calibrated ones first."""
-    columns = ["method", "sparsity", "pattern", "allocation", "propagation"]
+    columns = ["method", "sparsity", "pattern", "allocation", "scope", "propagation"]
     unique = frame[frame["method"] != DENSE][columns].drop_duplicates().sort_values(columns)
     unique = unique.sort_values("propagation", key=lambda column: column == UNCALIBRATED, kind="stable")
     return [{str(key): value for key, value in row.items()} for row in unique.to_dict("records")]

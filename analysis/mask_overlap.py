@@ -16,7 +16,7 @@ from pruning.recipes import UNCALIBRATED
 from . import figures
 from .frames import of_recipe, tidy
 
-_SAME_RECIPE = ("model", "method", "sparsity", "pattern", "allocation", "propagation")
+_SAME_RECIPE = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
 
 
 def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

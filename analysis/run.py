@@ -23,16 +23,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from probes import DENSE, Readings, Session, pooled_states, read_against_dense
-from pruning import Anatomy, CalibrationSet, Corpus, Recipe, Segment, Variant, load_model, prune
-from pruning.calibration import calibration_fingerprint, calibration_tokens
+from pruning import Anatomy, Corpus, Segment, load_model
 from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
 from pruning.models import DEMO
-from pruning.sweep import sweep_work
 from pruning.text import fingerprint
 
 from . import figures, lape, lsar, mask_overlap, perplexity, signal
 from .frames import FRAMES, dense_columns, read_frame, recipes_of, write_frame
+from .grid import VARIANTS, Grid, load_for_pruning
 from .ledger import Ledger
 from .progress import WorkProgress
 from .report import ReportFacts, write_report
@@ -44,7 +43,9 @@ REPORT_FILE = "report.html"
 _FRAMES_SHARE = 0.08
 
 
-def run_study(study: Study, folder: Path, console: Console | None = None) -> Path:
+def run_study(
+    study: Study, folder: Path, console: Console | None = None, *, memory: int | None = None, only_prune: bool = False
+) -> Path:
     """Carry out a study, or what is left of it, and return the path of its report.
 
     Parameters
@@ -55,6 +56,10 @@ def run_study(study: Study, folder: Path, console: Console | None = None) -> Pat
         Where to put everything; made if need be. What another study left there is used where it is the same.
     console
         Where to show progress; standard error by default.
+    memory
+        Cap in bytes on resident memory while pruning.
+    only_prune
+        Make the variants and nothing else, and return their folder. The model may then be larger than memory.
 
     Raises
     ------
@@ -68,42 +73,44 @@ def run_study(study: Study, folder: Path, console: Console | None = None) -> Pat
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder / ".lock", timeout=0):
-                return _run_locked(study, folder, console)
+                return _run_locked(study, folder, console, memory, only_prune)
         except Timeout as error:
             raise StudyError(
                 f"another run is writing into {folder}; wait for it, or choose another folder (--out)"
             ) from error
 
 
-def _run_locked(study: Study, folder: Path, console: Console) -> Path:
+def _run_locked(study: Study, folder: Path, console: Console, memory: int | None, only_prune: bool) -> Path:
     ledger = Ledger(folder)
     remove_partials(folder)
+    if only_prune:
+        return _prune_only(study, folder, ledger, console, memory)
     texts = _Texts(study)
     note = " (converted on first use, about a minute)" if study.model == DEMO else ""
     console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False, soft_wrap=True)
     model, tokenizer = load_model(study.model, dtype=study.dtype, device=study.device)
-    run = _Run(study, folder, ledger, texts, model, tokenizer, console)
+    run = _Run(study, folder, ledger, texts, model, tokenizer, console, memory)
     write_text(folder / STUDY_FILE, study.to_toml())
     return run.everything()
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A variant that a study asks for."""
+def _prune_only(study: Study, folder: Path, ledger: Ledger, console: Console, memory: int | None) -> Path:
+    corpus = study.text.corpus()
+    for calibration in study.calibration_sets():
+        for language in calibration.languages:
+            corpus.segments("calibration", language)
+    model, tokenizer = load_for_pruning(study, memory, console)
+    grid = Grid(study, folder, ledger, corpus, Anatomy(model), tokenizer, memory)
+    write_text(folder / STUDY_FILE, study.to_toml())
+    _tell_plan(grid, console)
+    with WorkProgress(grid.work, console) as progress:
+        grid.make(progress.stage, progress.advance)
+    return folder / VARIANTS
 
-    id: str
-    recipe: Recipe
-    calibration: CalibrationSet | None
 
-
-def planned_variants(study: Study) -> list[Planned]:
-    """List the variants of a study: one a recipe and calibration set, and one a recipe that needs no text."""
-    planned = []
-    for calibration in [None, *study.calibration_sets()]:
-        for recipe in study.all_recipes():
-            if recipe.scoring.calibrated == (calibration is not None):
-                planned.append(Planned(recipe.variant_id(calibration), recipe, calibration))
-    return list({plan.id: plan for plan in planned}.values())
+def _tell_plan(grid: Grid, console: Console) -> None:
+    if grid.plan is not None:
+        console.print(str(grid.plan), highlight=False, markup=False, soft_wrap=True)
 
 
 class _Texts:
@@ -131,6 +138,7 @@ class _Run:
         model: Any,
         tokenizer: Any,
         console: Console,
+        memory: int | None = None,
     ) -> None:
         self.study = study
         self.folder = folder
@@ -140,8 +148,8 @@ class _Run:
         self.tokenizer = tokenizer
         self.console = console
         self.anatomy = Anatomy(model)
-        self.fingerprint = self.anatomy.fingerprint()
-        self.plans = planned_variants(study)
+        self.grid = Grid(study, folder, ledger, texts.corpus, self.anatomy, tokenizer, memory)
+        self.fingerprint = self.grid.fingerprint
         self.session = Session(
             model,
             tokenizer,
@@ -154,14 +162,8 @@ class _Run:
             "model": self.fingerprint,
             "dtype": str(model.dtype),
         }
-        self.variant_keys = {plan.id: self._variant_key(plan) for plan in self.plans}
 
     # -- keys ------------------------------------------------------------------------------------------------
-
-    def _variant_key(self, plan: Planned) -> str:
-        text = calibration_fingerprint(self.texts.corpus, plan.calibration) if plan.calibration else None
-        calibration = plan.calibration.model_dump(mode="json") if plan.calibration else None
-        return content_sha256({**self.common, "recipe": plan.recipe.model_dump(), "set": calibration, "text": text})
 
     @cached_property
     def _reading_key(self) -> str:
@@ -171,7 +173,7 @@ class _Run:
 
     def _readings_key(self, variant: str, language: str) -> str:
         text = fingerprint(self.texts.heldout[language])
-        return content_sha256([self._reading_key, text, self.variant_keys.get(variant, DENSE)])
+        return content_sha256([self._reading_key, text, self.grid.keys.get(variant, DENSE)])
 
     @cached_property
     def _fit_key(self) -> str:
@@ -188,10 +190,7 @@ class _Run:
 
     @property
     def _models(self) -> list[str]:
-        return [DENSE, *(plan.id for plan in self.plans)]
-
-    def _variant_folder(self, variant: str) -> Path:
-        return self.folder / "variants" / variant
+        return [DENSE, *self.grid.names]
 
     def _readings_file(self, variant: str, language: str) -> Path:
         return self.folder / "readings" / variant / f"{language}.safetensors"
@@ -203,16 +202,13 @@ class _Run:
     # -- stages ----------------------------------------------------------------------------------------------
 
     def everything(self) -> Path:
-        sets = self._pending_sets()
         languages = self._pending_languages()
         fit = not self.ledger.finished("fit", self._fit_key)
-        work = self._work(sets, languages, fit)
+        work = self._work(languages, fit)
+        _tell_plan(self.grid, self.console)
         began = time.monotonic()
         with WorkProgress(sum(work.values()), self.console) as progress:
-            for number, (calibration, plans) in enumerate(sets, start=1):
-                name = f"calibrated with {calibration.name}, seed {calibration.seed}" if calibration else "without text"
-                progress.stage(f"pruning {name} ({number} of {len(sets)})")
-                self._prune(calibration, plans, progress)
+            self.grid.make(progress.stage, progress.advance)
             if fit:
                 progress.stage("reading the fitting text")
                 self._fit(progress)
@@ -230,13 +226,6 @@ class _Run:
         self.ledger.describe(**self._provenance(time.monotonic() - began))
         return report
 
-    def _pending_sets(self) -> list[tuple[CalibrationSet | None, list[Planned]]]:
-        groups: dict[CalibrationSet | None, list[Planned]] = {}
-        for plan in self.plans:
-            if not self.ledger.finished(f"variant {plan.id}", self.variant_keys[plan.id]):
-                groups.setdefault(plan.calibration, []).append(plan)
-        return list(groups.items())
-
     def _pending_languages(self) -> dict[str, list[str]]:
         """Return the variants that are still to be read, by language; the dense model is read along with them."""
         pending = {}
@@ -248,23 +237,6 @@ class _Run:
 
     def _is_read(self, variant: str, language: str) -> bool:
         return self.ledger.finished(f"readings {variant} {language}", self._readings_key(variant, language))
-
-    def _prune(self, calibration: CalibrationSet | None, plans: list[Planned], progress: WorkProgress) -> None:
-        with self._timed() as clock:
-            variants = prune(
-                self.model,
-                self.tokenizer,
-                [plan.recipe for plan in plans],
-                self.texts.corpus,
-                calibration,
-                name=self.study.model_name,
-                progress=lambda tokens: progress.advance(tokens * self._block_work),
-            )
-        for plan, variant in zip(plans, variants, strict=True):
-            target = self._variant_folder(plan.id)
-            variant.save(target)
-            files = sorted(target.iterdir())
-            self.ledger.finish(f"variant {plan.id}", self.variant_keys[plan.id], files, clock.seconds / len(plans))
 
     def _fit(self, progress: WorkProgress) -> None:
         means = {}
@@ -279,7 +251,7 @@ class _Run:
         self.ledger.finish("fit", self._fit_key, [self._fit_file], clock.seconds)
 
     def _read(self, language: str, missing: list[str], progress: WorkProgress) -> None:
-        variants = [Variant.open(self._variant_folder(v), self.fingerprint) for v in missing]
+        variants = [self.grid.open(name) for name in missing]
         with self._timed() as clock:
             readings = read_against_dense(
                 self.session,
@@ -302,7 +274,7 @@ class _Run:
         return {name: read_frame(folder / f"{name}.parquet") for name in FRAMES if name != "neurons"}
 
     def _analyzed(self) -> dict[str, pd.DataFrame]:
-        variants = [Variant.open(self._variant_folder(plan.id), self.fingerprint) for plan in self.plans]
+        variants = [self.grid.open(name) for name in self.grid.names]
         columns: dict[str, Mapping[str, Any]] = {DENSE: dense_columns(self.study.model_name)}
         columns |= {variant.id: variant.columns() for variant in variants}
         readings = {
@@ -354,32 +326,17 @@ class _Run:
     # -- work, time, facts ----------------------------------------------------------------------------------
 
     @cached_property
-    def _block_work(self) -> float:
-        return float(sum(self.anatomy.weight(0, role).numel() for role in self.anatomy.layout.roles))
-
-    @cached_property
     def _body_work(self) -> float:
-        return self._block_work * len(self.anatomy.blocks)
+        return float(sum(outputs * inputs for outputs, inputs in (self.anatomy.shape(*key) for key in self.anatomy)))
 
     @cached_property
     def _read_work(self) -> float:
         return self._body_work + self.anatomy.vocabulary * self.anatomy.hidden_size
 
-    def _work(
-        self,
-        sets: list[tuple[CalibrationSet | None, list[Planned]]],
-        languages: Mapping[str, list[str]],
-        fit: bool,
-    ) -> dict[str, float]:
-        pruning = 0.0
-        for calibration, plans in sets:
-            if calibration is not None:
-                calibration_tokens(self.tokenizer, self.texts.corpus, calibration)  # too little text shows here
-                tokens = calibration.samples * calibration.length
-                pruning += self._block_work * sweep_work(self.anatomy, [plan.recipe for plan in plans], tokens)
+    def _work(self, languages: Mapping[str, list[str]], fit: bool) -> dict[str, float]:
         fitting = sum(map(self._count, self.texts.fitting.values())) if fit else 0
         reading = sum(self._count(self.texts.heldout[lang]) * (len(v) + 1) for lang, v in languages.items())
-        work = {"prune": pruning, "fit": fitting * self._body_work, "read": reading * self._read_work}
+        work = {"prune": self.grid.work, "fit": fitting * self._body_work, "read": reading * self._read_work}
         work["frames"] = _FRAMES_SHARE * sum(work.values())
         return work
 
@@ -417,11 +374,11 @@ class _Run:
                 "calibration": {
                     lang: fingerprint(self.texts.corpus.segments("calibration", lang))
                     for lang in dict.fromkeys(
-                        lang for plan in self.plans if plan.calibration for lang in plan.calibration.languages
+                        lang for job in self.grid.jobs.values() if job.calibration for lang in job.calibration.languages
                     )
                 },
             },
-            "seeds": sorted({plan.calibration.seed for plan in self.plans if plan.calibration}),
+            "seeds": sorted({job.calibration.seed for job in self.grid.jobs.values() if job.calibration}),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from importlib.resources import files as package_files
 from itertools import product
@@ -12,13 +13,19 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from probes import DENSE
 from pruning import CalibrationSet, Corpus, Recipe, text_source
+from pruning.engine import Job
 from pruning.errors import StudyError, TextError, did_you_mean
 from pruning.languages import language_tags
 from pruning.models import DEMO, DEMO_NAME, Dtype
+from pruning.patterns import n_of_m
 from pruning.text import HubDataset
+from pruning.variants import planned_jobs
 
 _TextSpec = str | HubDataset
+#: Share of weights removed when a study does not say.
+DEFAULT_SPARSITY = 0.5
 
 
 class _Section(BaseModel):
@@ -73,14 +80,21 @@ class CalibrationConfig(_Section):
     )
 
 
+def _axis(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 class RecipeGrid(_Section):
-    """One or several recipes: every key may be a list, lists make a grid."""
+    """One or several recipes: every key but `roles` may be a list, lists make a grid."""
 
     method: str | tuple[str, ...]
-    sparsity: float | tuple[float, ...] = 0.5
+    sparsity: float | tuple[float, ...] | None = None
     pattern: str | tuple[str, ...] = ""
-    allocation: str | tuple[str, ...] = "uniform"
-    propagation: str | tuple[str, ...] = "pruned"
+    allocation: str | tuple[str, ...] = ""
+    propagation: str | tuple[str, ...] = ""
+    roles: tuple[str, ...] = Field(default=(), description="only these projections, together")
+    blocks: str | tuple[str, ...] = ""
+    parameters: dict[str, float | tuple[float, ...]] = {}
 
     @model_validator(mode="after")
     def _valid(self) -> RecipeGrid:
@@ -88,10 +102,21 @@ class RecipeGrid(_Section):
         return self
 
     def recipes(self) -> list[Recipe]:
-        """Return the recipes of the grid."""
-        values = self.model_dump()
-        axes = [value if isinstance(value, tuple) else (value,) for value in values.values()]
-        return [Recipe(**dict(zip(values, point, strict=True))) for point in product(*axes)]
+        """Return the recipes of the grid; patterns n:m, which settle the sparsity, are one point of its axis."""
+        axes = {name: _axis(getattr(self, name)) for name in ("method", "pattern", "allocation", "propagation", "blocks")}
+        parameters = {name: _axis(value) for name, value in self.parameters.items()}
+        recipes = []
+        for point in product(*axes.values(), *parameters.values()):
+            given = dict(zip(axes, point, strict=False))
+            chosen = dict(zip(parameters, point[len(axes) :], strict=True))
+            sparsities = _axis(self.sparsity)
+            if n_of_m(given["pattern"]) and (len(axes["pattern"]) > 1 or len(sparsities) > 1):
+                sparsities = (None,)
+            for sparsity in sparsities:
+                if sparsity is None and not n_of_m(given["pattern"]):
+                    sparsity = DEFAULT_SPARSITY
+                recipes.append(Recipe(**given, sparsity=sparsity, roles=self.roles, parameters=chosen))
+        return list(dict.fromkeys(recipes))
 
 
 class EvaluationConfig(_Section):
@@ -124,6 +149,9 @@ class Study(_Section):
     calibration: CalibrationConfig = CalibrationConfig()
     recipes: tuple[RecipeGrid, ...] = (RecipeGrid(method="wanda"),)
     evaluation: EvaluationConfig = EvaluationConfig()
+    imported: dict[str, str] = Field(
+        default={}, description="models that were pruned elsewhere: what to call each, and its checkpoint"
+    )
 
     @field_validator("languages")
     @classmethod
@@ -136,6 +164,12 @@ class Study(_Section):
         rank = self.evaluation.rank
         if rank is not None and rank > len(self.languages) - 1:
             raise ValueError(f"evaluation.rank {rank} is more than {len(self.languages) - 1}, the languages less one")
+        made = {job.id for job in self.jobs()}
+        for name in self.imported:
+            if not re.fullmatch(r"[\w.+=-]+", name) or name in made | {DENSE}:
+                raise ValueError(
+                    f'imported: "{name}" cannot be used as a name; use letters, digits and . + = _ -, and no name of another variant'
+                )
         return self
 
     @property
@@ -157,6 +191,10 @@ class Study(_Section):
     def all_recipes(self) -> list[Recipe]:
         """Return every recipe once."""
         return list(dict.fromkeys(recipe for grid in self.recipes for recipe in grid.recipes()))
+
+    def jobs(self) -> list[Job]:
+        """Return every variant that is to be made."""
+        return planned_jobs(self.all_recipes(), self.calibration_sets())
 
     def to_toml(self) -> str:
         """Return the study file with every default written out."""
@@ -184,6 +222,11 @@ def load_study(path: Path) -> Study:
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"{path} is not TOML: {error}") from error
     return _anchored(parse_study(content, str(path)), path.parent)
+
+
+def resolved_study(name: str) -> Study:
+    """Return the embedded study if `name` is ``demo``, else the one in that file."""
+    return demo_study() if name == DEMO else load_study(Path(name))
 
 
 def demo_study() -> Study:
@@ -242,7 +285,9 @@ def _anchored(study: Study, folder: Path) -> Study:
         return spec
 
     text = TextConfig(**{part: anchor(getattr(study.text, part)) for part in TextConfig.model_fields})
-    model = study.model
-    if model != DEMO and (folder / model).is_dir():
-        model = os.path.normpath(folder / model)
-    return study.model_copy(update={"text": text, "model": model})
+
+    def checkpoint(name: str) -> str:
+        return os.path.normpath(folder / name) if name != DEMO and (folder / name).is_dir() else name
+
+    imported = {name: checkpoint(source) for name, source in study.imported.items()}
+    return study.model_copy(update={"text": text, "model": checkpoint(study.model), "imported": imported})

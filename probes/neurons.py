@@ -9,9 +9,10 @@ from .session import Batch
 
 
 class NeuronFiring:
-    """Counts, over counted tokens, of a positive gate activation (Tang et al., ACL 2024, sec. 2.2).
+    """Counts, over counted tokens, of a positive activation (Tang et al., ACL 2024, sec. 2.2).
 
-    The activation is read after the activation function and before the product with ``up``.
+    It is read after the activation function: before the product with ``up`` in a gated MLP, before ``down`` in one
+    without gates. Neurons of experts are out of reach.
 
     Attributes
     ----------

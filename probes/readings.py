@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pruning.errors import StudyError
+from pruning.anatomy import Anatomy
+from pruning.errors import ModelError, StudyError
 from pruning.files import whole_file
 from pruning.text import Segment
 from pruning.variants import DenseCopy, Variant
@@ -20,7 +21,7 @@ from .hidden_states import PooledStates
 from .loss import TokenLoss
 from .neurons import NeuronFiring
 from .session import Batch, Reader, Session
-from .signal import DenseSignal, SignalError
+from .signal import SIGNAL_SITES, DenseSignal, SignalError
 
 #: The dense model's name among the variants.
 DENSE = "dense"
@@ -37,7 +38,7 @@ class Readings:
     pooled
         Mean hidden state of each segment after each block, float32 ``[segments, layers, hidden]``.
     fired
-        Tokens on which each MLP neuron fires, int64 ``[layers, neurons]``.
+        Tokens on which each MLP neuron fires, int64 ``[layers, neurons]``; no neurons in a mixture of experts.
     tokens
         Counted tokens of each segment, int64 ``[segments]``.
     nll
@@ -48,7 +49,7 @@ class Readings:
         Length of each segment, as far as it was read, int64 ``[segments]``.
     power
         The dense model's ``Σ‖x‖²`` over a segment's counted tokens, float64 ``[segments, layers, sites]``, sites as in
-        :data:`probes.signal.SIGNAL_SITES`.
+        :data:`probes.signal.SIGNAL_SITES`; NaN where a block lacks the site.
     error
         ``Σ‖x − x̂‖²`` of this model against the dense one, likewise; zero for the dense model itself.
     """
@@ -116,10 +117,10 @@ def read_against_dense(
     """
     dense_signal = DenseSignal(len(segments), len(session.anatomy.blocks))
     sums = {DENSE: _Sums(session, len(segments))}
-    errors = {DENSE: torch.zeros_like(dense_signal.power)}
+    errors = {DENSE: torch.full_like(dense_signal.power, torch.nan)}
     for variant in variants:
         sums[variant.id] = _Sums(session, len(segments))
-        errors[variant.id] = torch.zeros_like(dense_signal.power)
+        errors[variant.id] = torch.full_like(dense_signal.power, torch.nan)
 
     copy = DenseCopy(session.model)
     for group in _grouped(session, session.batches(segments)):
@@ -134,6 +135,7 @@ def read_against_dense(
                     session.read(batch, [*sums[variant.id].readers, SignalError(reference, errors[variant.id])])
                     progress(int(batch.real.sum()))
 
+    errors[DENSE][~dense_signal.power.isnan()] = 0
     utf8 = torch.tensor([_bytes_read(session, segment) for segment in segments])
     return {
         name: Readings(
@@ -166,16 +168,28 @@ class _Sums:
     def __init__(self, session: Session, segments: int) -> None:
         anatomy = session.anatomy
         self.pooled = PooledStates(segments, len(anatomy.blocks), anatomy.hidden_size)
-        self.firing = NeuronFiring(len(anatomy.blocks), anatomy.n_neurons)
+        self.firing = NeuronFiring(len(anatomy.blocks), _readable_neurons(anatomy))
         self.loss = TokenLoss(segments, anatomy)
-        self.readers: list[Reader] = [self.pooled, self.firing, self.loss]
+        self.readers: list[Reader] = [self.pooled, self.loss]
+        if self.firing.fired.numel():
+            self.readers.append(self.firing)
+
+
+def _readable_neurons(anatomy: Anatomy) -> int:
+    """Return the MLP neurons of a block, 0 if they cannot be read in every block."""
+    if not all("activation" in anatomy.sites(layer) for layer in range(len(anatomy.blocks))):
+        return 0
+    try:
+        return anatomy.n_neurons
+    except ModelError:
+        return 0
 
 
 def _grouped(session: Session, batches: list[Batch]) -> Iterator[list[Batch]]:
     """Yield runs of batches whose dense activations fit the memory set aside for them."""
     anatomy = session.anatomy
     element = anatomy.weight(0, "q").element_size()
-    width = sum(anatomy.weight(layer, role).shape[0] for layer, role in anatomy)
+    width = sum(anatomy.shape(layer, role)[0] for layer, role in anatomy if role in SIGNAL_SITES)
     width += len(anatomy.blocks) * anatomy.hidden_size
     group: list[Batch] = []
     held = 0

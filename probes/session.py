@@ -2,11 +2,13 @@
 
 A *reader* wants some sites of the model (the roles of every block, the MLP activation, the residual stream after a
 block, the final state) and reduces each value as it passes, inside the trace; nothing whole is kept unless a
-reader keeps it. However many readers there are, the model runs once.
+reader keeps it. However many readers there are, the model runs once. A block that lacks a site (the inside of experts,
+the gate of an MLP without one) is passed over.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -15,8 +17,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from pruning.anatomy import BLOCK_SITES, Anatomy
-from pruning.errors import TextError
+from pruning.anatomy import Anatomy
+from pruning.errors import ModelError, TextError
 from pruning.text import Segment
 
 
@@ -51,7 +53,7 @@ class Batch:
 class Reader(Protocol):
     """What a session needs of a reader."""
 
-    #: The sites it wants: any of ``q k v o gate activation up down residual final``.
+    #: The sites it wants, where the model has them: roles, ``activation``, ``residual``, ``final``.
     sites: frozenset[str]
 
     def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
@@ -75,6 +77,11 @@ class Session:
     special_tokens
         Whether special tokens count in means, frequencies and signal. The first token (BOS) of every text has by far
         the largest states of all, the same in every text, and would swamp the rest.
+
+    Raises
+    ------
+    ModelError
+        If the architecture is unknown, or an encoder-decoder.
     """
 
     def __init__(
@@ -92,10 +99,13 @@ class Session:
         self.model = model
         self.tokenizer = tokenizer
         self.anatomy = Anatomy(model)
+        if self.anatomy.encoder_decoder:
+            raise ModelError(f'probes read decoder-only models; "{self.anatomy.kind}" can be pruned, not read')
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.padding = padding
         self.special_tokens = special_tokens
+        self._accepted = inspect.signature(type(model).forward).parameters.keys()
         self._traced = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
 
     def batches(self, segments: Sequence[Segment]) -> list[Batch]:
@@ -117,25 +127,28 @@ class Session:
     def read(self, batch: Batch, readers: Sequence[Reader]) -> None:
         """Run the model once on a batch, in one nnsight trace, and let every reader take what it wants."""
         inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
+        inputs = {name: value for name, value in inputs.items() if name in self._accepted}
+        spared = {"use_cache": False, "logits_to_keep": 1}
+        spared = {name: value for name, value in spared.items() if name in self._accepted}
         wanted = self._wanted(readers)
-        with torch.no_grad(), self._traced.trace(inputs, use_cache=False, logits_to_keep=1) as trace:
-            for layer, site, module, interested in wanted:
-                value = module.output
-                for reader in interested:
-                    reader.read(layer, site, value, batch)
+        with torch.no_grad(), self._traced.trace(inputs, **spared) as trace:
+            for module, reads in wanted:
+                output = module.output
+                for read in reads:
+                    read(output, batch)
             trace.stop()
 
-    def _wanted(self, readers: Sequence[Reader]) -> list[tuple[int, str, Any, list[Reader]]]:
-        """List what to read in the order in which the model computes it: nnsight accepts no other."""
-        layers = len(self.anatomy.blocks)
-        places = [(layer, site, self.anatomy.path(layer, site)) for layer in range(layers) for site in BLOCK_SITES]
-        places.append((layers, "final", self.anatomy.final_norm_path))
-        wanted = []
+    def _wanted(self, readers: Sequence[Reader]) -> list[tuple[Any, list[_Read]]]:
+        """List what to read of which module in the order in which they run: nnsight accepts no other."""
+        anatomy, layers = self.anatomy, len(self.anatomy.blocks)
+        places = [(layer, site, anatomy.path(layer, site)) for layer in range(layers) for site in anatomy.sites(layer)]
+        places.append((layers, "final", anatomy.final_norm_path))
+        wanted: dict[str, list[_Read]] = {}
         for layer, site, path in places:
             interested = [reader for reader in readers if site in reader.sites]
             if interested:
-                wanted.append((layer, site, _envoy(self._traced, path), interested))
-        return wanted
+                wanted.setdefault(path, []).append(_Read(anatomy, layer, site, interested))
+        return [(_envoy(self._traced, path), reads) for path, reads in wanted.items()]
 
     def _batch(self, rows: list[int], encoded: list[list[int]], special: set[int]) -> Batch:
         width = max(len(encoded[i]) for i in rows)
@@ -152,6 +165,21 @@ class Session:
             counted &= ~torch.isin(ids, torch.tensor(sorted(special)))
         device = self.model.device
         return Batch(tuple(rows), ids.to(device), real.to(device), counted.float().to(device))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One site of one module's output, and who wants it."""
+
+    anatomy: Anatomy
+    layer: int
+    site: str
+    readers: list[Reader]
+
+    def __call__(self, output: Any, batch: Batch) -> None:
+        value = output if self.site == "final" else self.anatomy.site(self.layer, self.site, output, batch.ids.shape)
+        for reader in self.readers:
+            reader.read(self.layer, self.site, value, batch)
 
 
 def _envoy(traced: Any, path: str) -> Any:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pruning.anatomy import ROLES
-
 from .session import Batch
 
-#: What is compared: the output of every projection, and the residual stream after every block.
-SIGNAL_SITES = (*ROLES, "residual")
-
+#: What is compared: the output of every projection that a block of a decoder has (outside of experts), and the residual
+#: stream after every block. Sums of sites that a block has not are NaN.
+SIGNAL_SITES = ("q", "k", "v", "o", "gate", "up", "down", "residual")
 
 #: ``(layer, site)`` to the whole output of one batch, ``[batch, tokens, width]``, in the model's dtype.
 Activations = dict[tuple[int, str], Tensor]
@@ -23,7 +21,8 @@ class DenseSignal:
     Attributes
     ----------
     power
-        Sum over a segment's counted tokens of ``‖x‖²``, float64 ``[segments, layers, sites]``.
+        Sum over a segment's counted tokens of ``‖x‖²``, float64 ``[segments, layers, sites]``; NaN where a block lacks
+        the site.
     tokens
         Counted tokens of each segment, int64 ``[segments]``.
     """
@@ -32,7 +31,7 @@ class DenseSignal:
 
     def __init__(self, segments: int, layers: int) -> None:
         self._activations: Activations = {}
-        self.power = torch.zeros(segments, layers, len(SIGNAL_SITES), dtype=torch.float64)
+        self.power = torch.full((segments, layers, len(SIGNAL_SITES)), torch.nan, dtype=torch.float64)
         self.tokens = torch.zeros(segments, dtype=torch.int64)
 
     def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:

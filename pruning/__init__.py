@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .anatomy import ROLES, Anatomy, supported_architectures
+from .architectures import Experts, Fused, Layout, register_architecture
 from .calibration import CalibrationSet
 from .errors import PrunescopeError
 from .masks import MaskSet
@@ -18,6 +19,9 @@ __all__ = [
     "Anatomy",
     "CalibrationSet",
     "Corpus",
+    "Experts",
+    "Fused",
+    "Layout",
     "MaskSet",
     "Method",
     "PrunescopeError",
@@ -29,6 +33,7 @@ __all__ = [
     "load_model",
     "prune",
     "register",
+    "register_architecture",
     "supported_architectures",
     "text_source",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -129,27 +131,76 @@ def token_blocks(
     return torch.tensor([start + tokens[i * step : (i + 1) * step] for i in range(samples)])
 
 
-def calibration_tokens(tokenizer: Any, corpus: Corpus, calibration: CalibrationSet) -> Int[Tensor, "samples length"]:
-    """Return the token blocks of a calibration set: the first blocks of each of its languages.
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive blocks of one language's text: the smallest part that calibration sets share."""
 
-    Raises
-    ------
-    TextError
-        If a language has too little text.
+    language: str
+    seed: int
+    length: int
+    start: int
+    stop: int
+
+
+class CalibrationText:
+    """Token blocks of any number of calibration sets, cut so that each set is a number of whole pieces.
+
+    Sets that draw from the same language with the same seed use the same first blocks, so what is worked out for a
+    piece of text serves all of them, and what is worked out for several pieces adds up to that of a set, exactly.
+
+    Attributes
+    ----------
+    tokens
+        Piece to its token blocks, int64 ``[blocks, length]``.
+    pieces
+        Calibration set to its pieces, in the order of its languages.
     """
-    return torch.cat(
-        [
-            token_blocks(
+
+    def __init__(self, tokens: Mapping[Piece, Tensor], pieces: Mapping[CalibrationSet, Sequence[Piece]]) -> None:
+        self.tokens = dict(tokens)
+        self.pieces = {calibration: tuple(parts) for calibration, parts in pieces.items()}
+
+    @classmethod
+    def draw(cls, tokenizer: Any, corpus: Corpus, sets: Iterable[CalibrationSet]) -> CalibrationText:
+        """Draw the text of calibration sets.
+
+        Raises
+        ------
+        TextError
+            If a language has too little text.
+        """
+        wanted = list(dict.fromkeys(sets))
+        cuts: dict[tuple[str, int, int], set[int]] = {}
+        for calibration in wanted:
+            for language, share in calibration.shares().items():
+                cuts.setdefault((language, calibration.seed, calibration.length), {0}).add(share)
+        tokens: dict[Piece, Tensor] = {}
+        for (language, seed, length), bounds in cuts.items():
+            blocks = token_blocks(
                 tokenizer,
                 corpus.segments("calibration", language),
                 language,
-                samples=share,
-                length=calibration.length,
-                seed=calibration.seed,
+                samples=max(bounds),
+                length=length,
+                seed=seed,
             )
-            for language, share in calibration.shares().items()
-        ]
-    )
+            for start, stop in pairwise(sorted(bounds)):
+                tokens[Piece(language, seed, length, start, stop)] = blocks[start:stop]
+        pieces = {
+            calibration: [
+                piece
+                for language, share in calibration.shares().items()
+                for piece in tokens
+                if (piece.language, piece.seed, piece.length) == (language, calibration.seed, calibration.length)
+                and piece.stop <= share
+            ]
+            for calibration in wanted
+        }
+        return cls(tokens, pieces)
+
+    def size(self, calibration: CalibrationSet) -> int:
+        """Return the number of tokens of a calibration set."""
+        return calibration.samples * calibration.length
 
 
 def calibration_fingerprint(corpus: Corpus, calibration: CalibrationSet) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -49,7 +49,7 @@ class MaskSet(Mapping[Key, Tensor]):
     def pack(cls, masks: Mapping[Key, Bool[Tensor, "outputs inputs"]]) -> MaskSet:
         """Pack boolean masks."""
         return cls(
-            {key: np.packbits(mask.cpu().numpy(), axis=1) for key, mask in masks.items()},
+            {key: pack_bits(mask).numpy() for key, mask in masks.items()},
             {key: mask.shape[1] for key, mask in masks.items()},
         )
 
@@ -133,7 +133,7 @@ class MaskSet(Mapping[Key, Tensor]):
         layers = {_name(key): packed for key, packed in self._packed.items()}
         inputs = {_name(key): count for key, count in self._inputs.items()}
         # In one entry, since safetensors writes several in any order, and equal masks should be equal bytes.
-        header = json.dumps({"model": model, "inputs": inputs}, sort_keys=True)
+        header = json.dumps({"model": model, "inputs": inputs})
         with whole_file(path) as partial:
             save_file(layers, partial, metadata={_FORMAT: header})
 
@@ -173,7 +173,7 @@ class MaskSet(Mapping[Key, Tensor]):
             raise VariantError(f"{path} is damaged; delete the variant's folder and run again")
         if model is not None and header["model"] != model:
             raise VariantError(f"{path} belongs to another model; open it with the dense model it was made from")
-        return cls(dict(sorted(packed.items())), inputs)
+        return cls({key: packed[key] for key in inputs}, inputs)
 
     def _combined(
         self, other: MaskSet, operation: Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.uint8]]
@@ -186,6 +186,11 @@ class MaskSet(Mapping[Key, Tensor]):
     def _check_same_shapes(self, other: MaskSet) -> None:
         if {k: self.shape(k) for k in self} != {k: other.shape(k) for k in other}:
             raise VariantError("these masks are of different models: their projections or shapes differ")
+
+
+def pack_bits(mask: Bool[Tensor, "outputs inputs"]) -> UInt8[Tensor, "outputs bytes"]:
+    """Return a mask with eight weights a byte, each row filled up with zeros."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
 
 
 def _name(key: Key) -> str:

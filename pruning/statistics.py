@@ -1,37 +1,179 @@
-"""What a scoring method may want to know of a projection's inputs, accumulated over the calibration text."""
+"""What a scoring method may want to know of a projection, accumulated over the calibration text."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+#: Names of the statistics that a method can ask for.
+SQUARES, GRAM, POSITIVE, GRADIENT, CURVATURE = "squares", "gram", "positive", "gradient", "curvature"
+#: Columns of a Gram matrix that are updated at a time; only panels on and above the diagonal are.
+_PANEL = 512
+
 
 @dataclass
-class InputStatistics:
-    """Sums over the tokens that one projection reads, kept in float32 whatever the model's dtype.
+class LanguageSums:
+    """Sums over the tokens of one language.
 
     Attributes
     ----------
+    tokens
+        How many there were.
     squares
-        Sum of squares of every input, over all tokens: squared ``‖X_j‖₂``.
+        Sum of squares of every input: squared ``‖X_j‖₂``; float32 ``[inputs]``.
+    positive
+        Tokens on which an input is above zero, float32 ``[inputs]``; exact below 2^24 tokens.
     """
 
-    squares: Float[Tensor, " inputs"]
+    tokens: int
+    squares: Tensor
+    positive: Tensor
 
-    @classmethod
-    def empty(cls, inputs: int, device: torch.device | str = "cpu") -> InputStatistics:
-        """Return statistics of no tokens for a projection with `inputs` inputs."""
-        return cls(torch.zeros(inputs, dtype=torch.float32, device=device))
+    def __add__(self, other: LanguageSums) -> LanguageSums:
+        """Return the sums over the tokens of both."""
+        return LanguageSums(self.tokens + other.tokens, self.squares + other.squares, self.positive + other.positive)
 
-    def add(self, x: Float[Tensor, "*tokens inputs"]) -> None:
+
+class InputStatistics:
+    """Sums over the tokens that one projection reads, in float32 whatever the model's dtype.
+
+    Statistics of two pieces of text add up to those of both, exactly up to the rounding of the sums.
+
+    Parameters
+    ----------
+    inputs
+        Width of the input.
+    needs
+        What to gather: ``squares``, ``positive`` and ``gram``.
+    device
+        Where.
+
+    Attributes
+    ----------
+    languages
+        Language to its sums.
+    memo
+        What a method works out from these statistics and wants to find again for the next recipe.
+    """
+
+    def __init__(self, inputs: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
+        self.inputs = inputs
+        self.needs = needs
+        self.device = torch.device(device)
+        self.languages: dict[str, LanguageSums] = {}
+        self._panels: Tensor | None = None
+        if GRAM in needs:
+            self._panels = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self.memo: dict[Hashable, Any] = {}
+
+    def add(self, x: Float[Tensor, "*tokens inputs"], language: str = "") -> None:
         """Add a batch of inputs, one row a token."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.squares += rows.square().sum(dim=0)
+        rows = x.reshape(-1, self.inputs).float()
+        if language not in self.languages:
+            zeros = torch.zeros(self.inputs, dtype=torch.float32, device=self.device)
+            self.languages[language] = LanguageSums(0, zeros, zeros.clone())
+        sums = self.languages[language]
+        sums.tokens += len(rows)
+        if SQUARES in self.needs:
+            sums.squares += rows.square().sum(dim=0)
+        if POSITIVE in self.needs:
+            sums.positive += (rows > 0).sum(dim=0)
+        if self._panels is not None:
+            self.memo.clear()
+            for start in range(0, self.inputs, _PANEL):
+                stop = start + _PANEL
+                self._panels[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+    def __add__(self, other: InputStatistics) -> InputStatistics:
+        """Return the statistics of both texts."""
+        total = InputStatistics(self.inputs, self.needs - {GRAM}, self.device)
+        total.needs = self.needs
+        total.languages = dict(self.languages)
+        for language, sums in other.languages.items():
+            total.languages[language] = total.languages[language] + sums if language in total.languages else sums
+        if self._panels is not None and other._panels is not None:
+            total._panels = self._panels + other._panels
+        return total
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return sum(sums.tokens for sums in self.languages.values())
+
+    @property
+    def squares(self) -> Float[Tensor, " inputs"]:
+        """Sum of squares of every input over all tokens."""
+        if SQUARES not in self.needs and self._panels is not None:
+            return self._panels.diagonal().clone()
+        return sum((s.squares for s in self.languages.values()), torch.zeros(self.inputs, device=self.device))
 
     @property
     def norms(self) -> Float[Tensor, " inputs"]:
         """``‖X_j‖₂`` of every input."""
         return self.squares.sqrt()
+
+    @property
+    def firing(self) -> Float[Tensor, " inputs"]:
+        """Share of tokens on which an input is above zero."""
+        total = sum((s.positive for s in self.languages.values()), torch.zeros(self.inputs, device=self.device))
+        return total / max(self.tokens, 1)
+
+    def norms_by_language(self) -> dict[str, Tensor]:
+        """Return ``‖X_j‖₂`` for each language, as if all had the same number of tokens (their mean number)."""
+        mean = self.tokens / max(len(self.languages), 1)
+        return {
+            language: (sums.squares * (mean / max(sums.tokens, 1))).sqrt() for language, sums in self.languages.items()
+        }
+
+    @property
+    def gram(self) -> Float[Tensor, "inputs inputs"]:
+        """``XᵀX``."""
+        assert self._panels is not None, "no Gram matrix was asked for"
+        return self._panels.triu() + self._panels.triu(1).T
+
+    def reversed_gram(self) -> Float[Tensor, "inputs inputs"]:
+        """Return a copy of ``XᵀX`` with the inputs in reversed order; only its lower triangle is meant."""
+        assert self._panels is not None, "no Gram matrix was asked for"
+        if self._panels.device.type == "cpu":  # twice as fast as torch's flip
+            return torch.from_numpy(self._panels.numpy()[::-1, ::-1].copy())
+        return self._panels.flip(0, 1)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """All that a scoring method may look at beside the weight.
+
+    Attributes
+    ----------
+    inputs
+        Of the projection's inputs; ``None`` for methods that need no text.
+    gradient
+        Derivative of the mean token loss by every weight, float32 ``[outputs, inputs]``.
+    curvature
+        Hessian of that loss times its gradient, likewise.
+    seed
+        For methods that draw random numbers: differs between projections.
+    """
+
+    inputs: InputStatistics | None = None
+    gradient: Tensor | None = None
+    curvature: Tensor | None = None
+    seed: int = 0
+
+    @property
+    def known_inputs(self) -> InputStatistics:
+        """The inputs' statistics, which must be there."""
+        assert self.inputs is not None, "this method needs the statistics of its inputs"
+        return self.inputs
+
+
+def together(parts: Iterable[InputStatistics]) -> InputStatistics:
+    """Return the statistics of several pieces of text as of one."""
+    return reduce(operator.add, parts)

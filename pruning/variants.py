@@ -1,9 +1,9 @@
-"""Pruned variants: make, save, open, apply to the dense model, restore, export."""
+"""Pruned variants: make, save, open, apply to the dense model, restore, export, and take over from elsewhere."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,48 +11,102 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from .anatomy import Anatomy
-from .calibration import CalibrationSet, calibration_fingerprint, calibration_tokens
-from .errors import DiskError, VariantError
+from .calibration import CalibrationSet, CalibrationText, calibration_fingerprint
+from .engine import Job, Pruned, sweep
+from .engine.streams import Progress
+from .errors import DiskError, RecipeError, VariantError
+from .export import write_checkpoint
 from .files import whole_folder, write_json
-from .masks import MaskSet
-from .recipes import UNCALIBRATED, Recipe
-from .sweep import Progress, sweep
+from .masks import Key, MaskSet
+from .recipes import EVERYWHERE, UNCALIBRATED, Recipe
+from .streaming import residence_of, save_tensors
 from .text import Corpus
 
 RECIPE_FILE = "recipe.json"
 MASKS_FILE = "masks.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
+_WEIGHTS_FORMAT = "prunescope-weights-1"
+#: Pattern and allocation columns of a model that was pruned elsewhere.
+UNKNOWN = "unknown"
+#: Relative difference between two values that are one before rounding to bfloat16.
+_ROUNDING = 2**-7
 
 
 class VariantRecord(BaseModel):
-    """What ``recipe.json`` says of a variant."""
+    """What ``recipe.json`` says of a variant.
+
+    Attributes
+    ----------
+    id
+        Its name, unique in a study.
+    model, model_fingerprint
+        The dense model.
+    recipe
+        What was done; ``None`` for a model that was pruned elsewhere.
+    calibration, text_fingerprint
+        With which text.
+    remarks
+        What happened on the way, such as experts that no token was sent to.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     model: str
     model_fingerprint: str
-    recipe: Recipe
+    recipe: Recipe | None = None
     calibration: CalibrationSet | None = None
     text_fingerprint: str | None = None
+    remarks: tuple[str, ...] = ()
+
+    def columns(self, sparsity: float) -> dict[str, Any]:
+        """Return the columns of a tidy frame, given the share of weights removed, which counts if there is no recipe."""
+        recipe, calibration = self.recipe, self.calibration
+        columns: dict[str, Any] = {"model": self.model}
+        if recipe is None:
+            columns |= {
+                "method": self.id,
+                "sparsity": round(sparsity, 4),
+                "pattern": UNKNOWN,
+                "allocation": UNKNOWN,
+                "scope": EVERYWHERE,
+            }
+        else:
+            columns |= {
+                "method": recipe.method_label,
+                "sparsity": recipe.sparsity,
+                "pattern": recipe.pattern,
+                "allocation": recipe.allocation_label,
+                "scope": recipe.scope,
+            }
+        return columns | {
+            "propagation": recipe.propagation if recipe and calibration else UNCALIBRATED,
+            "calibration": calibration.name if calibration else UNCALIBRATED,
+            "seed": calibration.seed if calibration else 0,
+        }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A pruned variant: what was done, and which weights were kept.
+    """A pruned variant: what was done, which weights were kept, and their values where these were corrected.
 
     Attributes
     ----------
     record
         Recipe, calibration set and the dense model it belongs to.
     masks
-        The kept weights.
+        The kept weights of every projection that was pruned.
+    values
+        The kept weights' values in the order of the mask, by projection; those of the dense model where there is none.
     """
 
     record: VariantRecord
     masks: MaskSet
+    values: Mapping[Key, Tensor]
 
     @property
     def id(self) -> str:
@@ -61,22 +115,24 @@ class Variant:
 
     def columns(self) -> dict[str, Any]:
         """Return the columns of a tidy frame that say which variant was measured."""
-        recipe, calibration = self.record.recipe, self.record.calibration
-        return {
-            "model": self.record.model,
-            "method": recipe.method,
-            "sparsity": recipe.sparsity,
-            "pattern": recipe.pattern,
-            "allocation": recipe.allocation,
-            "propagation": recipe.propagation if calibration else UNCALIBRATED,
-            "calibration": calibration.name if calibration else UNCALIBRATED,
-            "seed": calibration.seed if calibration else 0,
-        }
+        return self.record.columns(self.masks.sparsity())
+
+    def weight(self, key: Key, dense: Tensor) -> Tensor:
+        """Return the weight of one projection, given the dense model's."""
+        mask = self.masks[key].to(dense.device)
+        if key not in self.values:
+            return dense * mask
+        weight = torch.zeros_like(dense)
+        weight[mask] = self.values[key].to(dense.device, dense.dtype)
+        return weight
 
     def save(self, folder: Path) -> None:
-        """Write ``recipe.json`` and ``masks.safetensors`` into `folder`, both or neither."""
+        """Write ``recipe.json``, ``masks.safetensors`` and, if weights were corrected, ``weights.safetensors``."""
         with whole_folder(folder) as partial:
             self.masks.save(partial / MASKS_FILE, self.record.model_fingerprint)
+            if self.values:
+                metadata = {_WEIGHTS_FORMAT: self.record.model_fingerprint}
+                save_tensors(_Named(self.values), partial / WEIGHTS_FILE, metadata)
             write_json(partial / RECIPE_FILE, self.record.model_dump(mode="json"))
 
     @classmethod
@@ -93,13 +149,66 @@ class Variant:
             raise VariantError(f"there is no pruned variant in {folder} ({RECIPE_FILE} is missing)")
         try:
             record = VariantRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, ValidationError) as error:
-            raise VariantError(f"{path} is damaged; delete the folder and run again") from error
+        except ValueError as error:
+            raise VariantError(f"{path} is damaged ({_reason(error)}); delete the folder and run again") from error
         if model_fingerprint is not None and record.model_fingerprint != model_fingerprint:
             raise VariantError(
                 f'variant "{record.id}" belongs to another model ({record.model}); load that one to open it'
             )
-        return cls(record, MaskSet.open(folder / MASKS_FILE, record.model_fingerprint))
+        masks = MaskSet.open(folder / MASKS_FILE, record.model_fingerprint)
+        weights = folder / WEIGHTS_FILE
+        return cls(record, masks, _KeptValues(weights, record, masks) if weights.is_file() else {})
+
+    @classmethod
+    def between(cls, dense: nn.Module, pruned: nn.Module, name: str) -> Variant:
+        """Take over a model that was pruned elsewhere, as a variant of its dense parent.
+
+        A weight that is zero counts as removed. Where other weights differ from the dense ones, their values are taken
+        over too. What was done is not known, unless the model was loaded from a folder that :meth:`export` wrote: then
+        the variant has the recipe, calibration set and remarks that lie beside the checkpoint, so that frames show it
+        as what it is (method ``wanda``, and so on) and not by its new name.
+
+        Parameters
+        ----------
+        dense, pruned
+            Of the same architecture and size; either may be streamed from its checkpoint.
+        name
+            What to call it.
+
+        Raises
+        ------
+        VariantError
+            If they do not fit together, nothing was removed, or the pruned model differs in more than its projections.
+        """
+        parent, child = Anatomy(dense), Anatomy(pruned)
+        _check_same_parts(parent, child, name)
+        packed, values, others = {}, {}, _Others(parent, child)
+        already = 0  # zero in the dense model, too
+        for layer in range(len(parent.blocks)):
+            with parent.loaded(layer, to_read=True), child.loaded(layer, to_read=True):
+                for role in parent.roles(layer):
+                    before = parent.weight(layer, role)
+                    weight = child.weight(layer, role).to(before)
+                    mask = weight != 0
+                    already += int((before == 0).logical_and_(~mask).sum())
+                    packed[layer, role] = MaskSet.pack({(layer, role): mask})
+                    if not torch.equal(weight, before * mask):
+                        values[layer, role] = weight[mask].cpu()
+                others.compare(parent.parameter_names(layer))
+        with residence_of(dense).present(parent.other_names(), to_read=True):
+            with residence_of(pruned).present(parent.other_names(), to_read=True):
+                others.compare(parent.other_names())
+        masks = MaskSet.joined(packed.values())
+        if masks.removed() == already:
+            raise VariantError(f'"{name}" has no weight that is zero: it is not pruned, or its masks were not applied')
+        if others.different:
+            raise VariantError(
+                f'"{name}" differs from this model in more than its projections ({others.different[0]}'
+                + (f" and {len(others.different) - 1} more" if len(others.different) > 1 else "")
+                + "); it was trained after it was pruned, or pruned from another model, and cannot be compared with this one"
+            )
+        record = VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint())
+        return cls(_as_stated(record, pruned), masks, values)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -124,11 +233,12 @@ class Variant:
         anatomy = Anatomy(model)
         self.check_belongs_to(anatomy.fingerprint())
         for key in self.masks:
-            weight = anatomy.weight(*key)
-            weight.mul_(self.masks[key].to(weight.device))
+            anatomy.set_weight(*key, self.weight(key, anatomy.weight(*key)))
 
     def export(self, model: Any, tokenizer: Any, folder: Path) -> None:
-        """Write an ordinary checkpoint that ``from_pretrained`` loads, with the recipe beside it.
+        """Write an ordinary checkpoint that ``from_pretrained`` loads, with the recipe and a model card beside it.
+
+        A model that is streamed from its shards is also written so, a block at a time.
 
         Parameters
         ----------
@@ -146,9 +256,10 @@ class Variant:
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DiskError(f"{folder} is not empty; export into a new folder")
-        with self.applied(model), whole_folder(folder) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+        anatomy = Anatomy(model)
+        self.check_belongs_to(anatomy.fingerprint())
+        with whole_folder(folder) as partial:
+            write_checkpoint(self, anatomy, tokenizer, partial)
             write_json(partial / RECIPE_FILE, self.record.model_dump(mode="json"))
 
     def check_belongs_to(self, model_fingerprint: str) -> None:
@@ -185,12 +296,43 @@ class DenseCopy:
         variant.check_belongs_to(self._fingerprint)
         try:
             for key in variant.masks:
-                weight = self._anatomy.weight(*key)
-                torch.mul(self._dense[key], variant.masks[key].to(weight.device), out=weight)
+                self._anatomy.set_weight(*key, variant.weight(key, self._dense[key]))
             yield
         finally:
             for key in variant.masks:
-                self._anatomy.weight(*key).copy_(self._dense[key])
+                self._anatomy.set_weight(*key, self._dense[key])
+
+
+class _KeptValues(Mapping[Key, Tensor]):
+    """Values of kept weights, read from their file as they are asked for."""
+
+    def __init__(self, path: Path, record: VariantRecord, masks: MaskSet) -> None:
+        self._path = path
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                sizes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise VariantError(f"{path} is damaged ({error}); delete the variant's folder and run again") from error
+        if metadata.get(_WEIGHTS_FORMAT) != record.model_fingerprint:
+            raise VariantError(
+                f"{path} is not a weight file of this variant; delete the variant's folder and run again"
+            )
+        self._names = {key: f"{key[0]}.{key[1]}" for key in masks if f"{key[0]}.{key[1]}" in sizes}
+        if len(self._names) != len(sizes) or any(sizes[n] != [masks.kept(k)] for k, n in self._names.items()):
+            raise VariantError(f"{path} does not fit its masks; delete the variant's folder and run again")
+
+    def __getitem__(self, key: Key) -> Tensor:
+        name = self._names[key]
+        with safe_open(self._path, "pt") as file:
+            values: Tensor = file.get_tensor(name).clone()  # else the whole file stays mapped
+        return values
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def prune(
@@ -198,28 +340,28 @@ def prune(
     tokenizer: Any,
     recipes: Recipe | Sequence[Recipe],
     corpus: Corpus | None = None,
-    calibration: CalibrationSet | None = None,
+    calibration: CalibrationSet | Sequence[CalibrationSet] = (),
     *,
     name: str | None = None,
     batch_tokens: int = 2048,
     progress: Progress = lambda tokens: None,
 ) -> list[Variant]:
-    """Make the variants of one calibration set: one for each recipe, in their order.
+    """Make pruned variants: one for each recipe and calibration set, those of a set together, in their order.
 
     Parameters
     ----------
     model, tokenizer
         As :func:`pruning.load_model` gives them; the model is unchanged afterwards.
     recipes
-        What to make.
+        What to make. One that needs no text makes one variant, whatever the calibration sets.
     corpus, calibration
-        Where the text is, and how much of which languages to take; needed unless no recipe's method is calibrated.
+        Where the text is, and how much of which languages to take; needed unless no recipe is calibrated.
     name
         What to call the model in frames; its ``name_or_path`` by default.
     batch_tokens
         Tokens that go through a block at a time.
     progress
-        Told of the work as it is done.
+        Told of the tokens as they go through a block.
 
     Raises
     ------
@@ -229,21 +371,36 @@ def prune(
         If a recipe cannot be carried out on this model.
     """
     wanted = [recipes] if isinstance(recipes, Recipe) else list(recipes)
-    tokens = text = None
-    if corpus is not None and calibration is not None:
-        tokens = calibration_tokens(tokenizer, corpus, calibration)
-        text = calibration_fingerprint(corpus, calibration)
-    masks = sweep(model, wanted, tokens, batch_tokens=batch_tokens, progress=progress)
+    sets = [calibration] if isinstance(calibration, CalibrationSet) else list(calibration)
+    jobs = planned_jobs(wanted, sets)
+    text = CalibrationText.draw(tokenizer, corpus, sets) if corpus is not None and sets else None
+    anatomy = Anatomy(model)
+    pruned = sweep(anatomy, jobs, text, batch_tokens=batch_tokens, progress=progress)
+    return variants_of(anatomy, {job: pruned(job) for job in jobs}, name or model.name_or_path, corpus)
+
+
+def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> list[Job]:
+    """Return a job for every recipe that needs no text, then one for every calibration set and other recipe."""
+    recipes, sets = list(recipes), list(sets)
+    jobs = [Job(recipe) for recipe in recipes if not recipe.calibrated or not sets]
+    jobs += [Job(recipe, calibration) for calibration in sets for recipe in recipes if recipe.calibrated]
+    return list(dict.fromkeys(jobs))
+
+
+def variants_of(anatomy: Anatomy, results: Mapping[Job, Pruned], name: str, corpus: Corpus | None) -> list[Variant]:
+    """Return what a sweep has made as variants."""
+    fingerprint = anatomy.fingerprint()
     variants = []
-    for recipe in wanted:
-        used = calibration if recipe.scoring.calibrated else None
+    for job, pruned in results.items():
+        text = calibration_fingerprint(corpus, job.calibration) if corpus and job.calibration else None
         record = VariantRecord(
-            id=recipe.variant_id(used),
-            model=name or model.name_or_path,
-            model_fingerprint=Anatomy(model).fingerprint(),
-            recipe=recipe,
-            calibration=used,
-            text_fingerprint=text if used else None,
+            id=job.id,
+            model=name,
+            model_fingerprint=fingerprint,
+            recipe=job.recipe,
+            calibration=job.calibration,
+            text_fingerprint=text,
+            remarks=pruned.remarks,
         )
-        variants.append(Variant(record, masks[recipe]))
+        variants.append(Variant(record, pruned.masks, pruned.values or {}))
     return variants

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from pruning import Segment
 
@@ -40,7 +40,28 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 8},
     "mistral": {"sliding_window": 8},
+    "gpt2": {"n_inner": 48},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "head_dim": 8,
+        "mlp_only_layers": [1],
+    },
+    "mt5": {"d_kv": 8, "d_ff": 48, "num_hidden_layers": 2, "num_decoder_layers": 2, "decoder_start_token_id": 0},
 }
+_SPECIAL["t5"] = _SPECIAL["umt5"] = _SPECIAL["mt5"]
+#: Those whose heads all have keys and values of their own.
+_MULTI_HEAD = ("gpt_neox", "bloom", "opt", "gpt2", "mt5", "t5", "umt5")
 ARCHITECTURES = [
     "llama",
     "mistral",
@@ -52,11 +73,25 @@ ARCHITECTURES = [
     "gemma3_text",
     "cohere",
     "cohere2",
+    "phi3",
+    "gpt_neox",
+    "bloom",
+    "opt",
+    "gpt2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mt5",
 ]
+DECODERS = [kind for kind in ARCHITECTURES if kind != "mt5"]
 
 
-def tiny_model(kind: str = "llama", seed: int = 0) -> Any:
-    """Return a random model of three blocks; weights large enough for its states to differ between tokens."""
+def tiny_model(kind: str = "llama", seed: int = 0, **settings: Any) -> Any:
+    """Return a random model of three blocks; weights large enough for its states to differ between tokens.
+
+    Encoder-decoders have two blocks and two. BLOOM's MLP has four times the hidden size by definition; else it has 48
+    neurons, or 24 in each of four experts.
+    """
     torch.manual_seed(seed)
     if kind == "gemma3":
         from transformers import (
@@ -79,13 +114,19 @@ def tiny_model(kind: str = "llama", seed: int = 0) -> Any:
             Gemma3Config(text_config=Gemma3TextConfig(**text), vision_config=vision, mm_tokens_per_image=4)
         )
     else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_SMALL, **_SPECIAL.get(kind, {})))
+        values = _SMALL | _SPECIAL.get(kind, {}) | settings
+        if kind in _MULTI_HEAD:
+            del values["num_key_value_heads"]
+        config = AutoConfig.for_model(kind, **values)
+        model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.1)
-            elif "norm" in name:
+            elif "norm" in name or ".ln_" in name:
                 parameter.normal_(1, 0.1)
+            else:
+                parameter.normal_(0, 0.1)
     return model.eval()
 
 
@@ -107,6 +148,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 

@@ -1,12 +1,26 @@
-"""Scoring methods: pure functions of a weight and the statistics of its inputs. The higher, the more it matters.
+"""Pruning methods: pure functions of a weight and statistics. The higher the score, the more a weight matters.
 
-A method is one file beside this one that calls :func:`register` once, and one line in the imports below.
+A method is one file beside this one that calls :func:`register` once, and one word in the imports below.
 """
 
 from __future__ import annotations
 
-from .registry import Method, known_methods, method_named, register
+from .registry import Method, Solved, known_methods, method_named, register
 
-from . import magnitude, wanda  # isort: skip  (they register themselves)
+from . import grasp, m_wanda, magnitude, random, ria, snip, sparsegpt, wanda  # isort: skip  (they register themselves)
 
-__all__ = ["Method", "known_methods", "magnitude", "method_named", "register", "wanda"]
+__all__ = [
+    "Method",
+    "Solved",
+    "grasp",
+    "known_methods",
+    "m_wanda",
+    "magnitude",
+    "method_named",
+    "random",
+    "register",
+    "ria",
+    "snip",
+    "sparsegpt",
+    "wanda",
+]

@@ -5,17 +5,15 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from ..statistics import InputStatistics
+from ..statistics import Statistics
 from .registry import Method, register
 
 
 def score(
-    weight: Float[Tensor, "outputs inputs"], statistics: InputStatistics | None = None
+    weight: Float[Tensor, "outputs inputs"], statistics: Statistics | None = None
 ) -> Float[Tensor, "outputs inputs"]:
     """Return ``|W|`` in float32; `statistics` are not used."""
     return weight.float().abs()
 
 
-METHOD = register(
-    Method("magnitude", score, calibrated=False, pattern="matrix", source="Han et al., NeurIPS 2015, 1506.02626")
-)
+METHOD = register(Method("magnitude", score, source="Han et al., NeurIPS 2015, 1506.02626"))

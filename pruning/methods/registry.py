@@ -1,45 +1,85 @@
-"""The table of scoring methods."""
+"""The table of pruning methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import RecipeError, did_you_mean
-from ..statistics import InputStatistics
+from ..parameters import Parameter
+from ..statistics import CURVATURE, GRADIENT
 
-Score = Callable[
-    [Float[Tensor, "outputs inputs"], InputStatistics | None],
-    Float[Tensor, "outputs inputs"],
-]
+#: ``score(weight, statistics, **parameters)`` gives a float32 score for every weight; the lowest go.
+Score = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a method that corrects weights makes of matrices that read the same input.
+
+    Attributes
+    ----------
+    masks
+        Kept weights of each, ``True`` = kept.
+    weights
+        The corrected weights, zero where removed, in the dtype of the dense ones.
+    remarks
+        What a reader of the recipe should know, such as a raised damping.
+    """
+
+    masks: list[Tensor]
+    weights: list[Tensor]
+    remarks: tuple[str, ...] = ()
+
+
+#: ``solve(weights, statistics, pattern, budgets, **parameters)`` prunes matrices that read the same input, each by its
+#: budget, and corrects what stays.
+Solve = Callable[..., Solved]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A scoring method.
+    """A pruning method.
 
     Attributes
     ----------
     name
         As written in a recipe.
     score
-        ``score(weight, statistics)`` gives a float32 score for every weight; the lowest go first.
-    calibrated
-        Whether `score` needs statistics of the calibration text (else it is called with ``None``).
-    pattern
-        The native pattern, used when a recipe names none.
+        ``score(weight, statistics, **parameters)`` gives a float32 score for every weight; the lowest go.
     source
         The publication that defines it.
+    needs
+        Statistics it asks for: ``squares``, ``positive``, ``gram`` of the inputs, ``gradient`` or ``curvature`` of the
+        loss; none if it needs no calibration text.
+    pattern, allocation
+        The native ones, used when a recipe names none.
+    solve
+        For methods that also correct the weights that stay; `score` then serves whole-model comparisons.
+    parameters
+        What a recipe may set.
     """
 
     name: str
     score: Score
-    calibrated: bool
-    pattern: str
     source: str
+    needs: frozenset[str] = frozenset()
+    pattern: str = "matrix"
+    allocation: str = "uniform"
+    solve: Solve | None = None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration text."""
+        return bool(self.needs)
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it needs derivatives of the whole model's loss."""
+        return bool(self.needs & {GRADIENT, CURVATURE})
 
 
 _METHODS: dict[str, Method] = {}

@@ -5,19 +5,18 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from ..statistics import InputStatistics
+from ..statistics import SQUARES, Statistics
 from .registry import Method, register
 
 
-def score(
-    weight: Float[Tensor, "outputs inputs"], statistics: InputStatistics | None
-) -> Float[Tensor, "outputs inputs"]:
+def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Float[Tensor, "outputs inputs"]:
     """Return ``|W_ij| · ‖X_j‖₂`` in float32 (Sun et al., ICLR 2024, 2306.11695, eq. 1).
 
     The published code divides the norm by the number of samples; that scales all scores alike and moves no rank.
     """
-    assert statistics is not None, "Wanda needs the statistics of its inputs"
-    return weight.float().abs() * statistics.norms.to(weight.device)
+    return weight.float().abs() * statistics.known_inputs.norms
 
 
-METHOD = register(Method("wanda", score, calibrated=True, pattern="row", source="Sun et al., ICLR 2024, 2306.11695"))
+METHOD = register(
+    Method("wanda", score, source="Sun et al., ICLR 2024, 2306.11695", needs=frozenset({SQUARES}), pattern="row")
+)

@@ -8,16 +8,11 @@ they are numbers.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
-
 import torch
+from benchmarks.harness import number, paired_ratios, report
 
 from probes import DenseSignal, NeuronFiring, PooledStates, Session, SignalError, TokenLoss
 from pruning import Corpus, load_model, text_source
-
-ROUNDS = 7
 
 
 def test_all_readers_over_a_plain_forward_pass(capsys):
@@ -25,6 +20,7 @@ def test_all_readers_over_a_plain_forward_pass(capsys):
     source = text_source("bundled")
     segments = Corpus(source, source, source).take("heldout", "en", 48)
     session = Session(model, tokenizer)
+    without_head = session.anatomy.stack_module(session.anatomy.stacks[0])
     batches, layers = session.batches(segments), len(session.anatomy.blocks)
     dense_signal = DenseSignal(len(segments), layers)
     references = []
@@ -45,7 +41,7 @@ def test_all_readers_over_a_plain_forward_pass(capsys):
     def body() -> None:
         for batch in batches:
             with torch.no_grad():
-                session.anatomy.body(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
+                without_head(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
 
     def internals() -> None:
         for batch, dense in zip(batches, references, strict=True):
@@ -55,29 +51,12 @@ def test_all_readers_over_a_plain_forward_pass(capsys):
         for batch, dense in zip(batches, references, strict=True):
             session.read(batch, [pooled, firing, SignalError(dense, error), loss])
 
-    whole = paired_ratios(everything, plain)
-    inner = paired_ratios(internals, body)
+    rounds = number("ROUNDS", 7)
+    whole = paired_ratios(everything, plain, rounds)
+    inner = paired_ratios(internals, body, rounds)
     assert min(whole + inner) > 0
     with capsys.disabled():
         tokens = sum(int(batch.real.sum()) for batch in batches)
-        print(f"\n{tokens} tokens in {len(batches)} batches, median of {ROUNDS} pairs (lowest to highest)")
+        print(f"\n{tokens} tokens in {len(batches)} batches, median of {rounds} pairs (lowest to highest)")
         report("all readers / forward pass with logits", whole)
         report("all readers but the loss / forward pass without the head", inner)
-
-
-def paired_ratios(one: Callable[[], None], other: Callable[[], None]) -> list[float]:
-    """Time two functions in turn, so that drift of the machine's speed hits both."""
-    one()
-    other()
-    ratios = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        one()
-        middle = time.perf_counter()
-        other()
-        ratios.append((middle - began) / (time.perf_counter() - middle))
-    return ratios
-
-
-def report(name: str, ratios: list[float]) -> None:
-    print(f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")

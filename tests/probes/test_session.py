@@ -6,17 +6,18 @@ import pytest
 import torch
 from tokenizers.processors import ByteLevel
 from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
 
 from probes import NeuronFiring, PooledStates, Session, TokenLoss
 from pruning import Segment
-from pruning.anatomy import BLOCK_SITES
-from pruning.errors import TextError
+from pruning.anatomy import ROLES
+from pruning.errors import ModelError, TextError
 
 
 class Recorder:
     """Keeps everything: what the probes see."""
 
-    sites = frozenset({*BLOCK_SITES, "final"})
+    sites = frozenset({*ROLES, "activation", "residual", "final"})
 
     def __init__(self):
         self.seen = {}
@@ -28,47 +29,99 @@ class Recorder:
 def hooked(model, anatomy, batch):
     """What plain PyTorch hooks see of the same modules in an ordinary forward pass."""
     seen, handles = {}, []
-    places = {(layer, site): anatomy.path(layer, site) for layer in range(3) for site in BLOCK_SITES}
+    places = {(layer, site): anatomy.path(layer, site) for layer in range(3) for site in anatomy.sites(layer)}
     places[3, "final"] = anatomy.final_norm_path
+
+    def hook(key):
+        def keep(module, inputs, output):
+            value = anatomy.site(*key, output, batch.ids.shape) if key[0] < 3 else output
+            seen[key] = value.clone()
+
+        return keep
+
     for key, path in places.items():
-        module = attrgetter(path)(model)
-        handles.append(module.register_forward_hook(lambda m, i, o, key=key: seen.__setitem__(key, o)))
+        handles.append(attrgetter(path)(model).register_forward_hook(hook(key)))
+    positions = {} if anatomy.kind == "bloom" else {"position_ids": batch.positions}  # it has none
     with torch.no_grad():
-        model(input_ids=batch.ids, attention_mask=batch.real, position_ids=batch.positions, use_cache=False)
+        model(input_ids=batch.ids, attention_mask=batch.real, **positions, use_cache=False)
     for handle in handles:
         handle.remove()
     return seen
 
 
-def test_every_site_read_through_nnsight_equals_plain_hooks(make_model, architecture, tokenizer, segments):
-    session = Session(make_model(architecture), tokenizer)
+def test_every_site_read_through_nnsight_equals_plain_hooks(make_model, decoder, tokenizer, segments):
+    check_all_sites(Session(make_model(decoder), tokenizer), segments)
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "granite", "starcoder2", "phi", "stablelm", "xglm"])
+def test_architectures_that_are_not_in_the_table_are_read_too(make_model, kind, tokenizer, segments):
+    check_all_sites(Session(make_model(kind), tokenizer), segments)
+
+
+def check_all_sites(session, segments):
     (batch,) = session.batches(segments)
     recorder = Recorder()
     session.read(batch, [recorder])
     expected = hooked(session.model, session.anatomy, batch)
     assert recorder.seen.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(recorder.seen[key], value), key
+    for (layer, site), value in expected.items():
+        assert torch.equal(recorder.seen[layer, site], value), (layer, site)
+        if site in ROLES:
+            assert value.shape == (*batch.ids.shape, session.anatomy.shape(layer, site)[0])
 
 
-def test_pooled_states_and_firing_counts_equal_sums_over_hooked_values(make_model, architecture, tokenizer, segments):
-    session = Session(make_model(architecture), tokenizer)
+def test_pooled_states_and_firing_counts_equal_sums_over_hooked_values(make_model, decoder, tokenizer, segments):
+    session = Session(make_model(decoder), tokenizer)
     (batch,) = session.batches(segments)
-    pooled, firing = PooledStates(len(segments), 3, 32), NeuronFiring(3, 48)
-    session.read(batch, [pooled, firing])
     seen = hooked(session.model, session.anatomy, batch)
+    active = [layer for layer in range(3) if (layer, "activation") in seen]
+    pooled, firing = PooledStates(len(segments), 3, 32), NeuronFiring(3, 128 if decoder == "bloom" else 48)
+    session.read(batch, [pooled, firing])
     for row, index in enumerate(batch.segments):
         counted = batch.counted[row].bool()
         for layer in range(3):
             torch.testing.assert_close(pooled.means[index, layer], seen[layer, "residual"][row, counted].mean(dim=0))
-    for layer in range(3):
+    assert active == {"mixtral": [], "qwen2_moe": [0], "qwen3_moe": [1]}.get(decoder, [0, 1, 2])
+    for layer in active:
         fired = (seen[layer, "activation"][batch.counted.bool()] > 0).sum(dim=0)
         assert torch.equal(firing.fired[layer], fired)
-    assert firing.tokens == int(batch.counted.sum())
+    if 0 in active:
+        assert firing.tokens == int(batch.counted.sum())
 
 
-def test_token_loss_is_the_cross_entropy_of_the_models_own_logits(make_model, architecture, tokenizer, segments):
-    session = Session(make_model(architecture), tokenizer)
+def test_two_sessions_of_one_model_read_the_same(make_model, decoder, tokenizer, segments):
+    model = make_model(decoder)
+    one, other = Recorder(), Recorder()
+    for recorder in (one, other):
+        session = Session(model, tokenizer)
+        session.read(session.batches(segments)[0], [recorder])
+    assert all(torch.equal(value, other.seen[key]) for key, value in one.seen.items())
+
+
+def test_a_model_gets_only_the_inputs_that_it_takes(make_model, tokenizer, segments):
+    class Plain(LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    whole, plain = Recorder(), Recorder()
+    for recorder, kind in ((whole, LlamaForCausalLM), (plain, Plain)):
+        model = make_model("llama")
+        model.__class__ = kind
+        session = Session(model, tokenizer)
+        (batch,) = session.batches(segments)
+        session.read(batch, [recorder])
+    real = batch.real.bool()
+    for key, value in whole.seen.items():
+        torch.testing.assert_close(plain.seen[key][real], value[real])
+
+
+def test_an_encoder_decoder_is_refused(make_model, tokenizer):
+    with pytest.raises(ModelError, match='probes read decoder-only models; "mt5" can be pruned, not read'):
+        Session(make_model("mt5"), tokenizer)
+
+
+def test_token_loss_is_the_cross_entropy_of_the_models_own_logits(make_model, decoder, tokenizer, segments):
+    session = Session(make_model(decoder), tokenizer)
     loss = TokenLoss(len(segments), session.anatomy)
     for batch in session.batches(segments):
         session.read(batch, [loss])

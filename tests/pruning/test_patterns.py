@@ -1,49 +1,86 @@
 from __future__ import annotations
 
-import numpy as np
+import naive
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from pruning.errors import RecipeError
-from pruning.patterns import known_patterns, matrix, pattern_named, removed, row
+from pruning.patterns import Columns, known_patterns, n_of_m, pattern_named, removed
 
-# Few distinct values, so that ties are the rule.
-tied_scores = arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 12)), elements=st.sampled_from([0, 1, 2]))
-sparsities = st.floats(0.01, 0.99)
-
-
-def naive(scores: np.ndarray, k: int) -> np.ndarray:
-    """Remove the first k of a stable sort."""
-    keep = np.ones(scores.shape, dtype=bool)
-    keep[np.argsort(scores, kind="stable")[:k]] = False
-    return keep
+#: Few different values, so that there are many ties.
+scores = st.tuples(st.integers(1, 9), st.integers(1, 5), st.randoms(use_true_random=False)).map(
+    lambda t: torch.tensor([[float(t[2].randrange(4)) for _ in range(4 * t[1])] for _ in range(t[0])])
+)
+sparsities = st.floats(0, 0.99)
 
 
-@settings(deadline=None)
-@given(tied_scores, sparsities)
-def test_row_removes_the_first_of_a_stable_sort_in_every_row(scores, sparsity):
-    expected = np.stack([naive(line, removed(scores.shape[1], sparsity)) for line in scores])
-    assert np.array_equal(row(torch.from_numpy(scores), sparsity).numpy(), expected)
+@settings(max_examples=60, deadline=None)
+@given(scores, sparsities)
+def test_row_removes_the_lowest_of_every_row_as_a_stable_sort_would(scores, sparsity):
+    row = pattern_named("row")
+    budget = row.uniform(tuple(scores.shape), sparsity)
+    assert torch.equal(row.keep(scores, budget), naive.keep_row(scores, sparsity))
 
 
-@settings(deadline=None)
-@given(tied_scores, sparsities)
-def test_matrix_removes_the_first_of_a_stable_sort_of_all(scores, sparsity):
-    expected = naive(scores.ravel(), removed(scores.size, sparsity)).reshape(scores.shape)
-    assert np.array_equal(matrix(torch.from_numpy(scores), sparsity).numpy(), expected)
+@settings(max_examples=60, deadline=None)
+@given(scores, sparsities)
+def test_matrix_removes_the_lowest_of_all_as_a_stable_sort_would(scores, sparsity):
+    matrix = pattern_named("matrix")
+    budget = matrix.uniform(tuple(scores.shape), sparsity)
+    assert torch.equal(matrix.keep(scores, budget), naive.keep_matrix(scores, sparsity))
 
 
-def test_half_of_bf16_weights_is_exactly_half():
-    scores = torch.randn(64, 100, generator=torch.Generator().manual_seed(0)).bfloat16().float().abs()
-    assert scores.unique().numel() < scores.numel()  # there are ties
-    assert int(matrix(scores, 0.5).sum()) == 3200
-    assert (row(scores, 0.5).sum(dim=1) == 50).all()
+@settings(max_examples=60, deadline=None)
+@given(scores, st.integers(1, 3))
+def test_n_of_m_removes_n_of_every_group_as_a_stable_sort_would(scores, n):
+    pattern = pattern_named(f"{n}:4")
+    assert torch.equal(pattern.keep(scores, 0), naive.keep_n_m(scores, n, 4))
+    assert pattern.uniform(tuple(scores.shape), 0.5) == scores.numel() * n // 4
 
 
-def test_unknown_pattern_is_refused_with_a_suggestion():
-    with pytest.raises(RecipeError, match='did you mean "matrix"'):
-        pattern_named("matrx")
-    assert set(known_patterns()) == {"row", "matrix"}
+@settings(max_examples=60, deadline=None)
+@given(scores, st.floats(0, 1), st.sampled_from(["row", "matrix"]))
+def test_any_budget_is_met_exactly(scores, share, name):
+    budget = int(share * scores.numel())
+    keep = pattern_named(name).keep(scores, budget)
+    assert int((~keep).sum()) == budget
+    if name == "row":
+        gone = (~keep).sum(dim=1)
+        assert int(gone.max() - gone.min()) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores, st.floats(0, 1), st.integers(1, 7), st.sampled_from(["row", "matrix"]))
+def test_blocks_of_columns_meet_the_budget_together(scores, share, width, name):
+    budget = int(share * scores.numel())
+    inputs = scores.shape[1]
+    gone = torch.zeros(len(scores), dtype=torch.long)
+    for start in range(0, inputs, width):
+        keep = pattern_named(name).keep(scores[:, start : start + width].contiguous(), budget, Columns(start, inputs))
+        gone += (~keep).sum(dim=1)
+    assert int(gone.sum()) == budget
+    if name == "row":
+        assert int(gone.max() - gone.min()) <= 1
+
+
+def test_groups_of_any_size():
+    scores = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    for m in (2, 8, 16, 64):
+        assert torch.equal(pattern_named(f"1:{m}").keep(scores, 0), naive.keep_n_m(scores, 1, m))
+
+
+@pytest.mark.parametrize("sparsity", [0.29, 0.57, 0.58])  # decimals that are a little less in binary
+def test_a_decimal_sparsity_means_what_it_says(sparsity):
+    assert removed(100, sparsity) == round(100 * sparsity)
+
+
+def test_unknown_patterns_are_refused():
+    with pytest.raises(RecipeError, match="did you mean"):
+        pattern_named("rows")
+    for name in ("4:4", "0:4", "5:4", "1:1000"):
+        with pytest.raises(RecipeError, match="n out of every m"):
+            pattern_named(name)
+    assert n_of_m("matrix") is None
+    assert set(known_patterns()) == {"row", "matrix", "model", "2:4", "4:8"}

@@ -24,9 +24,82 @@ def test_the_native_pattern_is_the_default():
     assert Recipe(method="magnitude", sparsity=0.5, pattern="row").pattern == "row"
 
 
+def test_native_choices_follow_the_method_and_the_pattern():
+    assert Recipe(method="sparsegpt", sparsity=0.5).pattern == "matrix"
+    assert Recipe(method="snip", sparsity=0.5).pattern == "model"
+    assert Recipe(method="snip", sparsity=0.5).propagation == "dense"
+    assert Recipe(method="wanda", sparsity=0.5).allocation == "uniform"
+    assert Recipe(method="m-wanda", sparsity=0.5).allocation == "cross-lingual"
+    assert Recipe(method="m-wanda", pattern="2:4").allocation == "uniform"
+    assert Recipe(method="m-wanda", sparsity=0.5, allocation="uniform").allocation == "uniform"
+
+
+def test_n_of_m_settles_the_sparsity():
+    assert Recipe(method="wanda", pattern="2:4").sparsity == 0.5
+    assert Recipe(method="wanda", pattern="1:4", sparsity=0.25).sparsity == 0.25
+    with pytest.raises(ValidationError, match="leave sparsity out"):
+        Recipe(method="wanda", pattern="2:4", sparsity=0.6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"pattern": "5:4"}, "n out of every m"),
+        ({"pattern": "rows"}, 'did you mean "row"'),
+        ({"allocation": "owls"}, 'did you mean "owl"'),
+        ({"allocation": "owl", "pattern": "2:4"}, "goes with row or matrix"),
+        ({"allocation": "owl", "pattern": "model"}, "goes with row or matrix"),
+        ({"roles": ["query"]}, 'unknown role "query"'),
+        ({"blocks": "first"}, 'is not like "0:4"'),
+        ({"blocks": ":"}, 'is not like "0:4"'),
+        ({"parameters": {"power": 2}}, "has no parameter"),
+        ({"method": "ria", "parameters": {"power": -1}}, "is not between 0 and 4"),
+        ({"method": "ria", "parameters": {"power": float("nan")}}, "is not between 0 and 4"),
+        ({"method": "ria", "parameters": {"pwr": 1}}, 'did you mean "power"'),
+    ],
+)
+def test_what_does_not_go_together_is_refused(wrong, words):
+    with pytest.raises(ValidationError, match=words):
+        Recipe(**({"method": "wanda", "sparsity": 0.5} | wrong))
+
+
+def test_scope():
+    recipe = Recipe(method="wanda", sparsity=0.5, roles=("o", "gate"), blocks="0:2, 5,7:")
+    assert [layer for layer in range(9) if recipe.covers(layer, "o")] == [0, 1, 5, 7, 8]
+    assert recipe.covers(0, "gate.3")
+    assert not recipe.covers(0, "up")
+    assert recipe.scope == "o gate, blocks 0:2,5,7:"
+    assert Recipe(method="wanda", sparsity=0.5).scope == "all"
+
+
+def test_parameters_that_are_the_default_make_no_other_recipe():
+    plain = Recipe(method="ria", sparsity=0.5)
+    assert Recipe(method="ria", sparsity=0.5, parameters={"power": 0.5}) == plain
+    other = Recipe(method="ria", sparsity=0.5, allocation="owl", parameters={"spread": 0.1, "power": 1})
+    assert other.method_label == "ria(power=1)"
+    assert other.allocation_label == "owl(spread=0.1)"
+    assert other.variant_id(None) == "ria-0.5-matrix-owl-power=1-spread=0.1"
+    assert Recipe.model_validate_json(other.model_dump_json()) == other
+
+
+def test_ids_are_folder_names_and_tell_recipes_apart():
+    recipes = [
+        Recipe(method="wanda", pattern="2:4"),
+        Recipe(method="wanda", sparsity=0.5),
+        Recipe(method="wanda", sparsity=0.5, roles=("o",)),
+        Recipe(method="wanda", sparsity=0.5, blocks="0:2"),
+        Recipe(method="wanda", sparsity=0.5, blocks="0,2"),
+        Recipe(method="wanda", sparsity=0.5, allocation="owl"),
+        Recipe(method="wanda", sparsity=0.5, propagation="dense"),
+    ]
+    ids = [recipe.variant_id(CalibrationSet.named("en")) for recipe in recipes]
+    assert len(set(ids)) == len(ids)
+    assert not any(set(name) & set(':/\\*?"<>|') for name in ids)
+
+
 def test_a_method_cannot_be_registered_twice():
     with pytest.raises(ValueError, match="registered already"):
-        register(Method("magnitude", magnitude.score, calibrated=False, pattern="row", source=""))
+        register(Method("magnitude", magnitude.score, source=""))
 
 
 def test_mixes_share_a_constant_total():

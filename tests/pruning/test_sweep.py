@@ -1,132 +1,230 @@
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 
-from pruning import ROLES, Anatomy, Recipe
+from pruning import Anatomy, CalibrationSet, Recipe
+from pruning.calibration import CalibrationText, Piece
+from pruning.engine import Job, Schedule, Workspace, sweep
+from pruning.engine.sweep import sweep_work
 from pruning.errors import ModelError, RecipeError
-from pruning.sweep import sweep, sweep_work
+
+EN = CalibrationSet(name="en", languages=("en",), samples=4, length=16)
+MIX = CalibrationSet(name="en+sw", languages=("en", "sw"), samples=4, length=16)
 
 
-def naive_wanda(
-    model: Any, ids: torch.Tensor, sparsity: float, propagation: str
-) -> dict[tuple[int, str], torch.Tensor]:
-    """Wanda from the paper in float64: whole forward passes, inputs caught by plain hooks, rows sorted."""
-    model = model.double()
-    anatomy = Anatomy(model)
-    masks: dict[tuple[int, str], torch.Tensor] = {}
-    for layer in range(len(anatomy.blocks)):
-        inputs: dict[str, torch.Tensor] = {}
-
-        def catch(module, args, role, inputs=inputs):
-            inputs[role] = args[0].reshape(-1, args[0].shape[-1])
-
-        handles = [
-            anatomy.projection(layer, role).register_forward_pre_hook(partial(catch, role=role)) for role in ROLES
-        ]
-        with torch.no_grad():
-            model(input_ids=ids)
-        for handle in handles:
-            handle.remove()
-        for role in ROLES:
-            weight = anatomy.weight(layer, role)
-            scores = weight.abs() * inputs[role].norm(dim=0)
-            order = scores.sort(dim=1, stable=True).indices[:, : math.floor(weight.shape[1] * sparsity)]
-            masks[layer, role] = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, False)
-        if propagation == "pruned":
-            for role in ROLES:
-                anatomy.weight(layer, role).mul_(masks[layer, role])
-    return masks
+def text() -> CalibrationText:
+    """The English text of the mix is the first half of that of `EN`."""
+    ids = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(7))
+    en, more, sw = Piece("en", 0, 16, 0, 2), Piece("en", 0, 16, 2, 4), Piece("sw", 0, 16, 0, 2)
+    tokens = {en: ids[:2], more: ids[2:4], sw: ids[4:]}
+    return CalibrationText(tokens, {EN: [en, more], MIX: [en, sw]})
 
 
-@pytest.mark.parametrize("propagation", ["pruned", "dense"])
-def test_wanda_masks_equal_a_naive_float64_version(make_model, architecture, calibration_ids, propagation):
-    recipe = Recipe(method="wanda", sparsity=0.5, propagation=propagation)
-    masks = sweep(make_model(architecture), [recipe], calibration_ids, batch_tokens=32)[recipe]
-    expected = naive_wanda(make_model(architecture), calibration_ids, 0.5, propagation)
-    for key, mask in expected.items():
-        assert torch.equal(masks[key], mask), key
+def jobs(*recipes: Recipe) -> list[Job]:
+    return [Job(r, s) for r in recipes for s in ((EN, MIX) if r.calibrated else (None,))]
 
 
-def test_propagation_makes_a_difference_from_the_second_block_on(model, calibration_ids):
-    recipes = [Recipe(method="wanda", sparsity=0.5, propagation=p) for p in ("pruned", "dense")]
-    pruned, dense = sweep(model, recipes, calibration_ids).values()
-    assert all(torch.equal(pruned[0, role], dense[0, role]) for role in ROLES)
+GRID = [
+    Recipe(method="wanda", sparsity=0.3),
+    Recipe(method="wanda", sparsity=0.5, pattern="2:4"),
+    Recipe(method="wanda", sparsity=0.5, propagation="dense"),
+    Recipe(method="wanda", sparsity=0.5, roles=("o", "down"), blocks="1:"),
+    Recipe(method="wanda", sparsity=0.5, blocks="0,2"),
+    Recipe(method="wanda", sparsity=0.5, allocation="owl"),
+    Recipe(method="sparsegpt", sparsity=0.5),
+    Recipe(method="sparsegpt", sparsity=0.5, pattern="model"),
+    Recipe(method="sparsegpt", sparsity=0.5, propagation="dense"),
+    Recipe(method="ria", sparsity=0.5, parameters={"power": 1.0}),
+    Recipe(method="m-wanda", sparsity=0.5),
+    Recipe(method="magnitude", sparsity=0.5),
+    Recipe(method="magnitude", sparsity=0.5, allocation="owl"),
+    Recipe(method="snip", sparsity=0.5),
+    Recipe(method="grasp", sparsity=0.5, pattern="row"),
+    Recipe(method="random", sparsity=0.5),
+]
+
+
+def equal(one: Any, other: Any) -> bool:
+    values = (one.values or {}), (other.values or {})
+    return (
+        one.masks == other.masks
+        and values[0].keys() == values[1].keys()
+        and all(torch.equal(value, values[1][key]) for key, value in values[0].items())
+        and one.remarks == other.remarks
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "mixtral", "mt5"])
+def test_a_grid_in_lockstep_equals_its_jobs_one_by_one(kind):
+    anatomy = Anatomy(tiny_model(kind))
+    wanted = jobs(*GRID)
+    together = sweep(anatomy, wanted, text())
+    for job in wanted:
+        assert equal(together(job), sweep(anatomy, [job], text())(job)), job.id
+
+
+def test_statistics_of_pieces_add_up_to_those_of_the_whole_text(model):
+    """The mix shares its English text with the English set; alone, it is drawn as one piece each."""
+    recipe = Recipe(method="wanda", sparsity=0.5, propagation="dense")
+    shared = sweep(Anatomy(model), jobs(recipe), text())
+    ids = torch.cat([tokens for piece, tokens in text().tokens.items() if piece in text().pieces[EN]])
+    whole = Piece("en", 0, 16, 0, 4)
+    alone = sweep(Anatomy(model), [Job(recipe, EN)], CalibrationText({whole: ids}, {EN: [whole]}))
+    assert shared(Job(recipe, EN)).masks == alone(Job(recipe, EN)).masks
+
+
+def test_propagation_makes_a_difference_from_the_second_block_on(model):
+    one, other = (Job(Recipe(method="wanda", sparsity=0.5, propagation=p), EN) for p in ("pruned", "dense"))
+    result = sweep(Anatomy(model), [one, other], text())
+    pruned, dense = result(one).masks, result(other).masks
+    assert all(torch.equal(pruned[key], dense[key]) for key in pruned if key[0] == 0)
     assert pruned != dense
 
 
-def test_recipes_in_lockstep_equal_recipes_one_by_one(model, calibration_ids):
+def test_a_recipe_keeps_to_its_scope_and_its_sparsity_there():
+    anatomy = Anatomy(tiny_model())
+    recipe = Recipe(method="wanda", sparsity=0.5, roles=("o", "q"), blocks="1:")
+    masks = sweep(anatomy, [Job(recipe, EN)], text())(Job(recipe, EN)).masks
+    assert set(masks) == {(1, "q"), (1, "o"), (2, "q"), (2, "o")}
+    assert masks.sparsity() == 0.5
+    gpt2 = Recipe(method="magnitude", sparsity=0.5, roles=("gate",))
+    with pytest.raises(RecipeError, match='no projection "gate"; it has q k v o up down'):
+        sweep(Anatomy(tiny_model("gpt2")), [Job(gpt2)])
+    with pytest.raises(RecipeError, match=r"none of this model's 3 \(0 to 2\)"):
+        sweep(anatomy, [Job(Recipe(method="magnitude", sparsity=0.5, blocks="3:"))])
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.99])
+@pytest.mark.parametrize("allocation", ["owl", "cross-lingual"])
+@pytest.mark.parametrize("pattern", ["row", "matrix"])
+def test_allocations_remove_exactly_as_much_as_uniform_does(allocation, pattern, sparsity):
+    anatomy = Anatomy(tiny_model("mixtral"))
+    spread = {"spread": 0.005}
     recipes = [
-        Recipe(method="wanda", sparsity=0.3),
-        Recipe(method="wanda", sparsity=0.6, pattern="matrix"),
-        Recipe(method="wanda", sparsity=0.5, propagation="dense"),
-        Recipe(method="magnitude", sparsity=0.5),
+        Recipe(method="wanda", sparsity=sparsity, pattern=pattern, allocation=allocation, parameters=spread),
+        Recipe(method="wanda", sparsity=sparsity, pattern=pattern),
     ]
-    together = sweep(model, recipes, calibration_ids)
-    for recipe in recipes:
-        assert together[recipe] == sweep(model, [recipe], calibration_ids)[recipe]
+    pruned = sweep(anatomy, [Job(recipe, MIX) for recipe in recipes], text())
+    shifted, even = (pruned(Job(recipe, MIX)).masks for recipe in recipes)
+    assert shifted.kept() == even.kept()
+    assert {key: shifted.kept(key) for key in shifted} != {key: even.kept(key) for key in even}
 
 
-@pytest.mark.parametrize(
-    ("method", "pattern"),
-    [("wanda", "row"), ("wanda", "matrix"), ("magnitude", "row"), ("magnitude", "matrix")],
-)
-def test_sparsity_is_exact_for_every_method_and_pattern(make_model, architecture, calibration_ids, method, pattern):
-    recipe = Recipe(method=method, sparsity=0.25, pattern=pattern)
-    masks = sweep(make_model(architecture), [recipe], calibration_ids)[recipe]
-    assert all(masks.sparsity(key) == 0.25 for key in masks)  # 32 and 48 inputs divide by four
-    if pattern == "row":
-        assert all(bool((masks[key].sum(dim=1) * 4 == masks[key].shape[1] * 3).all()) for key in masks)
+def test_n_of_m_needs_inputs_in_groups_of_m():
+    anatomy = Anatomy(tiny_model("llama", intermediate_size=50))
+    with pytest.raises(RecipeError, match="role down has 50"):
+        sweep(anatomy, [Job(Recipe(method="magnitude", sparsity=0.5, pattern="2:4"))])
+    scoped = Job(Recipe(method="magnitude", sparsity=0.5, pattern="2:4", roles=("q", "o")))
+    assert sweep(anatomy, [scoped])(scoped).masks.sparsity() == 0.5
 
 
-def test_row_sparsity_is_exact_when_scores_tie(model, calibration_ids):
+def test_row_sparsity_is_exact_when_scores_tie(model):
     anatomy = Anatomy(model)
     for key in anatomy:
         anatomy.weight(*key).fill_(0.01)
-    recipe = Recipe(method="wanda", sparsity=0.5)
-    masks = sweep(model, [recipe], calibration_ids)[recipe]
+    job = Job(Recipe(method="wanda", sparsity=0.5), EN)
+    masks = sweep(anatomy, [job], text())(job).masks
     assert all(bool((masks[key].sum(dim=1) * 2 == masks[key].shape[1]).all()) for key in masks)
 
 
-def test_the_model_is_unchanged_afterwards_bit_for_bit(make_model, architecture, calibration_ids):
+def test_the_model_is_unchanged_afterwards_bit_for_bit(make_model, architecture):
     model = make_model(architecture)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    sweep(model, [Recipe(method="wanda", sparsity=0.5)], calibration_ids)
+    sweep(Anatomy(model), jobs(*GRID[:2], *GRID[5:7], *GRID[-3:-1]), text())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_model_is_unchanged_when_the_sweep_fails(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def fail(tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(Anatomy(model), jobs(*GRID), text(), progress=fail)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_embeddings_and_head_are_never_pruned(make_model, architecture, calibration_ids):
-    model = make_model(architecture)
-    recipe = Recipe(method="magnitude", sparsity=0.5)
-    masks = sweep(model, [recipe])[recipe]
-    assert {role for _, role in masks} == set(ROLES)
+def test_only_roles_are_ever_pruned(make_model, architecture):
+    anatomy = Anatomy(make_model(architecture))
+    job = Job(Recipe(method="magnitude", sparsity=0.5))
+    assert set(sweep(anatomy, [job])(job).masks) == set(anatomy)
 
 
-def test_batch_size_does_not_change_the_masks(model, calibration_ids):
-    recipe = Recipe(method="wanda", sparsity=0.5)
-    small, large = (sweep(model, [recipe], calibration_ids, batch_tokens=n)[recipe] for n in (16, 1000))
+def test_batch_size_does_not_change_the_masks(model):
+    job = Job(Recipe(method="wanda", sparsity=0.5), EN)
+    small, large = (sweep(Anatomy(model), [job], text(), batch_tokens=n)(job).masks for n in (16, 1000))
     assert small == large
 
 
-@pytest.mark.parametrize("propagations", [["pruned"], ["dense"], ["pruned", "dense", "pruned"]])
-def test_work_foretold_is_work_done(model, calibration_ids, propagations):
-    recipes = [Recipe(method="wanda", sparsity=0.2 + i / 10, propagation=p) for i, p in enumerate(propagations)]
+@pytest.mark.parametrize("recipe", GRID, ids=lambda recipe: recipe.variant_id(None))
+def test_work_foretold_is_work_done(model, recipe):
     done: list[int] = []
-    sweep(model, recipes, calibration_ids, progress=done.append)
-    assert sum(done) == sweep_work(Anatomy(model), recipes, calibration_ids.numel())
+    anatomy = Anatomy(model)
+    sweep(anatomy, jobs(recipe), text(), progress=done.append)
+    assert sum(done) == sweep_work(anatomy, jobs(recipe), text())
+
+
+def test_shared_text_goes_through_the_model_once(model):
+    """Under dense propagation any number of jobs costs one pass; under pruned propagation the first block is shared."""
+    anatomy = Anatomy(model)
+    size = 6 * 16
+    dense = jobs(
+        *(Recipe(method=m, sparsity=s, propagation="dense") for m in ("wanda", "sparsegpt") for s in (0.3, 0.5))
+    )
+    assert sweep_work(anatomy, dense, text()) == 3 * size
+    pruned = jobs(Recipe(method="wanda", sparsity=0.5), Recipe(method="sparsegpt", sparsity=0.5))
+    own = 4 * (4 * 16)  # four jobs of four samples
+    assert [Schedule(anatomy, pruned, text()).tokens(layer) for layer in range(3)] == [size + own, 2 * own, own]
+
+
+def test_a_workspace_in_a_folder_gives_the_same(model, tmp_path):
+    wanted = jobs(*GRID)
+    in_memory = sweep(Anatomy(model), wanted, text())
+    for spill in (False, True):
+        workspace = Workspace(tmp_path / "work", "key", spill=spill)
+        on_disk = sweep(Anatomy(model), wanted, text(), workspace=workspace)
+        assert all(equal(in_memory(job), on_disk(job)) for job in wanted)
+        workspace.close()
 
 
 def test_a_method_that_needs_text_says_so(model):
     with pytest.raises(RecipeError, match="wanda needs calibration text"):
-        sweep(model, [Recipe(method="wanda", sparsity=0.5)])
+        sweep(Anatomy(model), [Job(Recipe(method="wanda", sparsity=0.5))])
 
 
-def test_nan_weights_are_refused_with_their_place(model):
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "snip"])
+def test_nan_weights_are_refused_with_their_place(model, method):
     Anatomy(model).weight(1, "up")[3, 4] = torch.nan
-    with pytest.raises(ModelError, match="block 1, role up"):
-        sweep(model, [Recipe(method="magnitude", sparsity=0.5)])
+    with pytest.raises(ModelError, match=r"block 1, role (up|gate)|loss on the calibration text is not finite"):
+        sweep(Anatomy(model), jobs(Recipe(method=method, sparsity=0.5)), text())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_pruned_with_float32_statistics(dtype):
+    anatomy = Anatomy(tiny_model().to(dtype))
+    wanted = jobs(*GRID)
+    pruned = sweep(anatomy, wanted, text())
+    for job in wanted:
+        result = pruned(job)
+        assert all(value.dtype == dtype for value in (result.values or {}).values())
+        shapes = [anatomy.shape(*key) for key in anatomy if job.recipe.covers(*key)]
+        even = sum(job.recipe.choosing.uniform(shape, job.recipe.sparsity) for shape in shapes)
+        assert sum(o * i for o, i in shapes) - result.masks.kept() == even
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_nearly_the_same_masks():
+    on_cpu, on_gpu = Anatomy(tiny_model()), Anatomy(tiny_model().cuda())
+    wanted = jobs(*GRID)
+    cpu, gpu = sweep(on_cpu, wanted, text()), sweep(on_gpu, wanted, text())
+    for job in wanted:
+        iou = cpu(job).masks.iou(gpu(job).masks)
+        assert min(iou.values()) > 0.98, job.id

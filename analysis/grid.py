@@ -1,0 +1,184 @@
+"""The first stage of a study: its pruned variants, each saved as soon as it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pruning import Anatomy, Corpus, Variant, load_model
+from pruning.calibration import CalibrationText, calibration_fingerprint
+from pruning.engine import Job, Workspace, check_fits, sweep
+from pruning.engine.plan import Plan, make_plan
+from pruning.engine.sweep import sweep_work
+from pruning.errors import VariantError
+from pruning.files import content_sha256
+from pruning.models import checkpoint_bytes
+from pruning.variants import variants_of
+
+from .ledger import Ledger
+from .study import Study
+
+VARIANTS = "variants"
+SCRATCH = "scratch"
+#: Called with the work done: tokens through a block, times the weights of a block.
+Advance = Callable[[float], None]
+
+
+class Grid:
+    """The variants of a study: those to be made, and models pruned elsewhere.
+
+    Parameters
+    ----------
+    study, folder, ledger, corpus
+        What to do, where, what is finished, and the text.
+    anatomy, tokenizer
+        Of the dense model.
+    memory
+        Cap on resident memory in bytes while pruning.
+
+    Raises
+    ------
+    RecipeError, TextError
+        If a recipe does not fit the model, or there is too little text.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        folder: Path,
+        ledger: Ledger,
+        corpus: Corpus,
+        anatomy: Anatomy,
+        tokenizer: Any,
+        memory: int | None = None,
+    ) -> None:
+        self.study = study
+        self.folder = folder
+        self.ledger = ledger
+        self.corpus = corpus
+        self.anatomy = anatomy
+        self.tokenizer = tokenizer
+        self.jobs = {job.id: job for job in study.jobs()}
+        for job in self.jobs.values():
+            check_fits(anatomy, job.recipe)
+        self.fingerprint = anatomy.fingerprint()
+        self.keys = {name: self._job_key(job) for name, job in self.jobs.items()}
+        self.keys |= {name: self._import_key(name) for name in study.imported}
+        pending = [job for job in self.jobs.values() if not self._finished(job.id)]
+        sets = [job.calibration for job in self.jobs.values() if job.calibration]
+        self.text = CalibrationText.draw(tokenizer, corpus, sets) if pending and sets else None
+        self.plan: Plan | None = make_plan(anatomy, pending, self.text, memory=memory) if pending else None
+
+    @property
+    def names(self) -> list[str]:
+        """Ids of all variants."""
+        return list(self.keys)
+
+    def place(self, variant: str) -> Path:
+        """Return the folder of a variant."""
+        return self.folder / VARIANTS / variant
+
+    def open(self, variant: str) -> Variant:
+        """Open a finished variant."""
+        return Variant.open(self.place(variant), self.fingerprint)
+
+    @property
+    def work(self) -> float:
+        """Work that is left."""
+        waves = self.plan.waves if self.plan else ()
+        return self._block_weights * sum(sweep_work(self.anatomy, wave, self.text) for wave in waves)
+
+    def make(self, stage: Callable[[str], None], advance: Advance) -> None:
+        """Make all variants that are missing."""
+        waves = self.plan.waves if self.plan else ()
+        for number, wave in enumerate(waves, start=1):
+            stage(f"pruning {_words(wave)}" + (f" (wave {number} of {len(waves)})" if len(waves) > 1 else ""))
+            self._sweep(wave, advance)
+        for name, source in self.study.imported.items():
+            if not self._finished(name):
+                stage(f"taking over {name}")
+                self._import(name, source)
+
+    def _sweep(self, wave: Sequence[Job], advance: Advance) -> None:
+        assert self.plan is not None
+        began = time.monotonic()
+        key = content_sha256(sorted(self.keys[job.id] for job in wave))
+        workspace = Workspace(self.folder / SCRATCH / key[:16], key, spill=self.plan.spill)
+        results = sweep(
+            self.anatomy,
+            wave,
+            self.text,
+            workspace=workspace,
+            progress=lambda tokens: advance(tokens * self._block_weights),
+        )
+        for job in wave:  # one at a time, since weights may be large
+            (variant,) = variants_of(self.anatomy, {job: results(job)}, self.study.model_name, self.corpus)
+            self._save(variant, (time.monotonic() - began) / len(wave))
+        workspace.close()
+
+    def _import(self, name: str, source: str) -> None:
+        began = time.monotonic()
+        pruned, _ = load_model(source, dtype=self.study.dtype, device=self.study.device)
+        try:
+            variant = Variant.between(self.anatomy.model, pruned, name)
+        except VariantError as error:
+            raise VariantError(f"{source}: {error}") from error
+        self._save(variant, time.monotonic() - began)
+
+    def _save(self, variant: Variant, seconds: float) -> None:
+        place = self.place(variant.id)
+        variant.save(place)
+        self.ledger.finish(f"variant {variant.id}", self.keys[variant.id], sorted(place.iterdir()), seconds)
+
+    def _finished(self, name: str) -> bool:
+        return self.ledger.finished(f"variant {name}", self.keys[name])
+
+    def _job_key(self, job: Job) -> str:
+        text = calibration_fingerprint(self.corpus, job.calibration) if job.calibration else None
+        calibration = job.calibration.model_dump(mode="json") if job.calibration else None
+        return content_sha256(
+            {**self._common, "recipe": job.recipe.model_dump(mode="json"), "set": calibration, "text": text}
+        )
+
+    def _import_key(self, name: str) -> str:
+        source = Path(self.study.imported[name])
+        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.glob("*.safetensors"))
+        return content_sha256({**self._common, "imported": str(source), "files": files})
+
+    @property
+    def _common(self) -> dict[str, str]:
+        return {
+            "prunescope": version("prunescope"),
+            "model": self.fingerprint,
+            "dtype": str(self.anatomy.model.dtype),
+        }
+
+    @property
+    def _block_weights(self) -> float:
+        return float(sum(outputs * inputs for outputs, inputs in map(self._shape_in_first, self.anatomy.roles(0))))
+
+    def _shape_in_first(self, role: str) -> tuple[int, int]:
+        return self.anatomy.shape(0, role)
+
+
+def load_for_pruning(study: Study, memory: int | None, console: Console) -> tuple[Any, Any]:
+    """Load a study's model, its weights left on disk if a memory cap does not leave room for them."""
+    size = checkpoint_bytes(study.model) if memory is not None else None
+    stream = memory is not None and (size is None or 2 * size > memory)
+    note = ", its weights a block at a time" if stream else ""
+    console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False, soft_wrap=True)
+    return load_model(study.model, dtype=study.dtype, device=study.device, stream=stream)
+
+
+def _words(wave: Sequence[Job]) -> str:
+    sets = list(dict.fromkeys(f"{j.calibration.name} (seed {j.calibration.seed})" for j in wave if j.calibration))
+    methods = ", ".join(dict.fromkeys(job.recipe.method for job in wave))
+    if not sets:
+        return f"{methods}, without text"
+    which = sets[0] if len(sets) == 1 else f"{len(sets)} calibration sets"
+    return f"{len(wave)} variants: {methods}; {which}"

@@ -1,0 +1,118 @@
+"""How many weights each projection gives: at once where that is settled, else after a survey of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..allocation import (
+    CROSS_LINGUAL,
+    OWL,
+    UNIFORM,
+    Budgets,
+    by_block,
+    language_correlation,
+    outlier_share,
+    shifted,
+    threshold,
+    uniform,
+)
+from ..anatomy import Anatomy
+from ..masks import Key
+from ..methods import wanda
+from ..patterns import MODEL
+from ..recipes import Recipe
+from ..statistics import POSITIVE, SQUARES, InputStatistics, Statistics
+from .choices import Derivatives, scored, unseen
+from .jobs import Job, covered_shapes
+
+
+def needs_survey(recipe: Recipe) -> bool:
+    """Whether the dense model must be looked at as a whole before the first weight goes."""
+    return recipe.allocation != UNIFORM or recipe.pattern == MODEL
+
+
+def survey_needs(recipe: Recipe) -> frozenset[str]:
+    """Return the statistics of inputs that a recipe's survey asks for."""
+    needs = set(recipe.scoring.needs) & {SQUARES, POSITIVE, "gram"} if recipe.pattern == MODEL else set()
+    return frozenset(needs | ({SQUARES} if recipe.allocation != UNIFORM else set()))
+
+
+@dataclass
+class Survey:
+    """What one job wants to know of the dense model, collected block by block.
+
+    Attributes
+    ----------
+    job
+        For whom.
+    scores
+        Of every projection, for one threshold over all.
+    importance
+        Of every block, for allocations.
+    """
+
+    job: Job
+    scores: dict[Key, Tensor] = field(default_factory=dict)
+    importance: dict[int, float] = field(default_factory=dict)
+    unseen: list[Key] = field(default_factory=list)
+
+    def look(
+        self,
+        anatomy: Anatomy,
+        layer: int,
+        inputs: Mapping[str, InputStatistics],
+        derivatives: Derivatives | None = None,
+    ) -> None:
+        """Take in one block."""
+        recipe = self.job.recipe
+        covered = [
+            (group, role) for group in anatomy.groups(layer) for role in group.roles if recipe.covers(layer, role)
+        ]
+        if not covered:
+            return
+        if recipe.pattern == MODEL:
+            for group, role in covered:
+                seen = inputs.get(group.leader)
+                if unseen(recipe, seen):
+                    self.unseen.append((layer, role))
+                else:
+                    self.scores[layer, role] = scored(anatomy, layer, role, recipe, seen, derivatives)
+        elif recipe.allocation == OWL:
+            self.importance[layer] = outlier_share(
+                [wanda.score(anatomy.weight(layer, role), Statistics(inputs[group.leader])) for group, role in covered],
+                recipe.allocation_parameters["outlier"],
+            )
+        elif recipe.allocation == CROSS_LINGUAL:
+            groups = dict.fromkeys(group.leader for group, _ in covered)
+            self.importance[layer] = language_correlation([inputs[leader] for leader in groups])
+
+    def budgets(self, anatomy: Anatomy) -> tuple[Budgets, list[str]]:
+        """Return the budgets, and remarks on them."""
+        recipe = self.job.recipe
+        shapes = covered_shapes(anatomy, recipe)
+        even = uniform(shapes, recipe.choosing, recipe.sparsity)
+        total = sum(even.values())
+        if recipe.pattern == MODEL:
+            apart = {key: even[key] for key in self.unseen}
+            return threshold(self.scores, total - sum(apart.values())) | apart, []
+        sign = recipe.allocation_parameters.get("sign", -1.0)  # OWL: the more outliers, the less a block gives
+        values = [-sign * importance for importance in self.importance.values()]
+        if any(value != value for value in values):
+            return even, [
+                "cross-lingual allocation compares languages, and this calibration set has one: every block gives the same"
+            ]
+        sizes = [sum(shape[0] * shape[1] for key, shape in shapes.items() if key[0] == b) for b in self.importance]
+        sparsities = shifted(values, sizes, recipe.sparsity, recipe.allocation_parameters["spread"])
+        return by_block(shapes, dict(zip(self.importance, sparsities, strict=True)), total), []
+
+
+def settled(anatomy: Anatomy, jobs: Sequence[Job]) -> dict[Job, Budgets]:
+    """Return the budgets of the jobs that need no survey."""
+    return {
+        job: uniform(covered_shapes(anatomy, job.recipe), job.recipe.choosing, job.recipe.sparsity)
+        for job in jobs
+        if not needs_survey(job.recipe)
+    }

@@ -1,0 +1,138 @@
+"""What is to be done, and which text must go through which block for it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..anatomy import Anatomy
+from ..calibration import CalibrationSet, CalibrationText, Piece
+from ..errors import RecipeError
+from ..masks import Key
+from ..patterns import Shape
+from ..recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant to be made: a recipe, with a calibration set unless it needs none."""
+
+    recipe: Recipe
+    calibration: CalibrationSet | None = None
+
+    @property
+    def id(self) -> str:
+        """The name of the variant that it makes."""
+        return self.recipe.variant_id(self.calibration)
+
+
+def covered_shapes(anatomy: Anatomy, recipe: Recipe) -> dict[Key, Shape]:
+    """Return the shape of every projection in a recipe's scope."""
+    return {key: anatomy.shape(*key) for key in anatomy if recipe.covers(*key)}
+
+
+def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
+    """Check that a recipe can be carried out on a model.
+
+    Raises
+    ------
+    RecipeError
+        If the model lacks a role or the blocks, or its inputs cannot be cut into groups of m.
+    """
+    kinds = dict.fromkeys(anatomy.role_kinds())
+    for role in recipe.roles:
+        if role not in kinds:
+            raise RecipeError(f'this {anatomy.kind} model has no projection "{role}"; it has {" ".join(kinds)}')
+    shapes = covered_shapes(anatomy, recipe)
+    if not shapes:
+        raise RecipeError(
+            f'blocks "{recipe.blocks}" are none of this model\'s {len(anatomy.blocks)} (0 to {len(anatomy.blocks) - 1})'
+        )
+    m = recipe.choosing.group
+    for (layer, role), (_, inputs) in shapes.items():
+        if m and inputs % m:
+            raise RecipeError(
+                f'pattern "{recipe.pattern}" needs inputs in groups of {m}, but block {layer}, role {role} has '
+                f"{inputs}; choose another pattern, or leave that role out with roles = [...]"
+            )
+
+
+def projection_seed(key: Key) -> int:
+    """Return a number that belongs to a projection, for methods that draw."""
+    return zlib.crc32(f"{key[0]}.{key[1]}".encode())
+
+
+class Schedule:
+    """Which text goes through which block, and for which jobs.
+
+    Text goes through dense blocks once for all jobs that see the same: every job with dense propagation, and those with
+    pruned propagation up to the first block in which they remove something. From then on such a job has states of its
+    own.
+
+    Parameters
+    ----------
+    anatomy
+        Of the model.
+    jobs
+        Those that read calibration text block by block.
+    text
+        Of all their calibration sets.
+    """
+
+    def __init__(self, anatomy: Anatomy, jobs: Iterable[Job], text: CalibrationText | None) -> None:
+        self.jobs = list(jobs)
+        self.text = text
+        self.blocks = len(anatomy.blocks)
+        layers = {job: [layer for layer, _ in covered_shapes(anatomy, job.recipe)] for job in self.jobs}
+        self._first = {job: min(covered) for job, covered in layers.items()}
+        self._last = {job: max(covered) for job, covered in layers.items()}
+
+    def pieces_of(self, job: Job) -> Sequence[Piece]:
+        """Return the text of a job."""
+        assert self.text is not None
+        assert job.calibration is not None
+        return self.text.pieces[job.calibration]
+
+    def shares(self, job: Job, layer: int) -> bool:
+        """Whether a job sees at this block what the dense model sees."""
+        return job.recipe.propagation == "dense" or layer <= self._first[job]
+
+    def on_pieces(self, layer: int) -> list[Job]:
+        """Return the jobs that the dense states before a block serve, now or later."""
+        return [job for job in self.jobs if self._last[job] >= layer and self.shares(job, layer)]
+
+    def pieces(self, layer: int) -> list[Piece]:
+        """Return the text that goes through a dense block for several jobs."""
+        return list(dict.fromkeys(piece for job in self.on_pieces(layer) for piece in self.pieces_of(job)))
+
+    def on_their_own(self, layer: int) -> list[Job]:
+        """Return the jobs with states of their own before a block, and something left to do."""
+        return [job for job in self.jobs if self._last[job] >= layer and not self.shares(job, layer)]
+
+    def departs(self, job: Job, layer: int) -> bool:
+        """Whether a job gets states of its own after a block that it shares."""
+        return job.recipe.propagation == "pruned" and self._first[job] == layer < self._last[job]
+
+    def goes_on(self, job: Job, layer: int) -> bool:
+        """Whether a job has anything to do after a block."""
+        return self._last[job] > layer
+
+    def tokens(self, layer: int) -> int:
+        """Return how many tokens go through a block, every pass counted."""
+        assert self.text is not None
+        size = {piece: tokens.numel() for piece, tokens in self.text.tokens.items()}
+        total = sum(size[piece] for piece in self.pieces(layer))
+        for job in self.jobs:
+            own = sum(size[piece] for piece in self.pieces_of(job))
+            if self.departs(job, layer):
+                total += own
+        for job in self.on_their_own(layer):
+            own = sum(size[piece] for piece in self.pieces_of(job))
+            total += own * (int(job.recipe.covers_block(layer)) + int(self.goes_on(job, layer)))
+        return total
+
+    @property
+    def work(self) -> int:
+        """Tokens that go through blocks in all."""
+        return sum(self.tokens(layer) for layer in range(self.blocks)) if self.jobs else 0

@@ -1,0 +1,273 @@
+"""What a grid of jobs will need, before it starts: memory, disk and time; and how to keep within a cap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from humanize import naturaldelta, naturalsize
+
+from ..anatomy import Anatomy
+from ..calibration import CalibrationText
+from ..errors import RecipeError
+from ..statistics import GRAM
+from .budgets import needs_survey
+from .jobs import Job, Schedule, covered_shapes
+from .streams import StackStarter, Stream, run_block
+
+#: Bytes that Python, torch and transformers take before any model is there.
+_BASE = 700 << 20
+_FLOAT = 4
+#: A job's own work on a block over the forward passes that it cannot do without, measured on the embedded model.
+_OVERHEAD = {False: 1.2, True: 1.8}
+
+
+class MemoryCapError(RecipeError):
+    """A memory cap that cannot hold what is asked for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a grid will need.
+
+    Attributes
+    ----------
+    waves
+        Jobs that go through the model together, one wave after the other.
+    spill
+        Whether hidden states go to disk.
+    memory
+        Bytes at the most, estimated.
+    scratch, kept
+        Bytes on disk: while it runs, and of the finished variants.
+    seconds_a_block
+        Of one block with all its jobs, from a trial with a little text; 0 if no text is needed.
+    blocks
+        Of the model.
+    """
+
+    waves: tuple[tuple[Job, ...], ...]
+    spill: bool
+    memory: int
+    scratch: int
+    kept: int
+    seconds_a_block: float
+    blocks: int
+
+    def __str__(self) -> str:
+        """Return the plan in one line."""
+        jobs = sum(len(wave) for wave in self.waves)
+        parts = [f"{jobs} variant{'s' * (jobs != 1)}" + (f" in {len(self.waves)} waves" if len(self.waves) > 1 else "")]
+        parts.append(f"memory about {naturalsize(self.memory, binary=True)}")
+        parts.append(
+            f"disk {naturalsize(self.kept, binary=True)}"
+            + (f" and {naturalsize(self.scratch, binary=True)} while it runs" if self.scratch else "")
+        )
+        if self.seconds_a_block:
+            total = self.seconds_a_block * self.blocks
+            parts.append(f"about {self.seconds_a_block:.1f} s a block, {naturaldelta(total)} in all")
+        return "pruning plan: " + ", ".join(parts)
+
+
+def make_plan(
+    anatomy: Anatomy,
+    jobs: Sequence[Job],
+    text: CalibrationText | None,
+    *,
+    memory: int | None = None,
+    batch_tokens: int = 2048,
+) -> Plan:
+    """Work out what jobs will need, and split them so that they keep within a cap.
+
+    Parameters
+    ----------
+    anatomy, jobs, text
+        As for the sweep.
+    memory
+        Cap on resident memory in bytes; none by default.
+    batch_tokens
+        Tokens that go through a block at a time.
+
+    Raises
+    ------
+    MemoryCapError
+        If even one job after the other, with hidden states on disk, would need more.
+    """
+    needed = _Needs(anatomy, text, batch_tokens)
+    apart, together = _apart(jobs)
+    waves, spill = [*apart, tuple(together)], False
+    peak = max(needed.peak(wave, spill=False) for wave in waves)
+    if memory is not None and peak > memory:
+        spill = True
+        for count in _halvings(len(together)):
+            waves = [*apart, *_cut(together, count)]
+            peak = max(needed.peak(wave, spill=True) for wave in waves)
+            if peak <= memory:
+                break
+        else:
+            hint = "" if anatomy.streamed else "; a checkpoint on disk can be streamed: prunescope prune --memory"
+            raise MemoryCapError(
+                f"a memory cap of {naturalsize(memory, binary=True)} cannot hold one block with what it needs: about "
+                f"{naturalsize(peak, binary=True)} for this model and these recipes{hint}"
+            )
+    rate = needed.seconds_a_token() if text is not None and any(job.recipe.scoring.needs for job in jobs) else 0.0
+    seconds = sum(rate * needed.tokens_a_block(wave) for wave in waves)
+    scratch = max(needed.states(wave) for wave in waves) * 2 if text else 0
+    return Plan(
+        tuple(wave for wave in waves if wave),
+        spill,
+        peak,
+        scratch,
+        sum(needed.kept(job) for job in jobs),
+        seconds,
+        len(anatomy.blocks),
+    )
+
+
+def _apart(jobs: Sequence[Job]) -> tuple[list[tuple[Job, ...]], list[Job]]:
+    """Return the waves of jobs that share nothing with others and can be saved early, and all other jobs."""
+    at_once = tuple(job for job in jobs if not job.recipe.calibrated)
+    by_set: dict[object, list[Job]] = {}
+    for job in jobs:
+        if job.recipe.scoring.differentiates:
+            by_set.setdefault(job.calibration, []).append(job)
+    apart = [wave for wave in (at_once, *map(tuple, by_set.values())) if wave]
+    done = {job for wave in apart for job in wave}
+    return apart, [job for job in jobs if job not in done]
+
+
+def _halvings(jobs: int) -> Iterable[int]:
+    count = 1
+    while count < jobs:
+        yield count
+        count *= 2
+    yield max(jobs, 1)
+
+
+def _cut(jobs: Sequence[Job], count: int) -> list[tuple[Job, ...]]:
+    """Cut jobs into waves, those of one calibration set next to each other."""
+    size = max(-(-len(jobs) // count), 1)
+    return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
+
+
+class _Needs:
+    """Estimates for one model and text; every number is in bytes unless it says otherwise."""
+
+    def __init__(self, anatomy: Anatomy, text: CalibrationText | None, batch_tokens: int) -> None:
+        self.anatomy = anatomy
+        self.text = text
+        self.batch_tokens = batch_tokens
+        self.element = anatomy.element_size
+        sizes = [sum(p.numel() for p in block.parameters()) for block in anatomy.blocks]
+        self.largest_block = max(sizes) * self.element
+        self.whole = sum(sizes) * self.element + anatomy.other_numel * self.element
+        self.widest = max(anatomy.shape(layer, role)[0] for layer, role in anatomy)
+        self.largest_matrix = max(out * inputs for out, inputs in (anatomy.shape(*key) for key in anatomy))
+
+    def peak(self, jobs: Sequence[Job], *, spill: bool) -> int:
+        """Return the most that a wave of jobs will hold at a time."""
+        streamed = self.anatomy.streamed
+        weights = max(self.largest_block, self.anatomy.other_numel * self.element) if streamed else self.whole
+        differentiates = [job for job in jobs if job.recipe.scoring.differentiates]
+        if differentiates and streamed:
+            method = differentiates[0].recipe.method
+            raise MemoryCapError(
+                f"{method} differentiates the loss of the whole model, which must be in memory; raise the memory cap to "
+                f"at least {naturalsize(4 * self.whole, binary=True)}, or leave {method} out"
+            )
+        prunable = sum(o * i for o, i in (self.anatomy.shape(*key) for key in self.anatomy))
+        extra = prunable * _FLOAT * 5 if differentiates else 0
+        extra += sum(
+            sum(o * i for o, i in covered_shapes(self.anatomy, job.recipe).values()) * _FLOAT
+            for job in jobs
+            if needs_survey(job.recipe) and job.recipe.pattern == "model"
+        )
+        batch = self.batch_tokens * (self.widest * 4 + self.anatomy.hidden_size * 6) * max(self.element, _FLOAT)
+        scoring = self.largest_block + self.largest_matrix * _FLOAT * 4
+        states = self.states(jobs)
+        if spill:
+            states = 2 * max((self._own_states(job) for job in jobs), default=0)
+        return _BASE + weights + self._statistics(jobs) + scoring + states + batch + extra
+
+    def _statistics(self, jobs: Sequence[Job]) -> int:
+        """Return what Gram matrices and their factorization take, at the worst block."""
+        with_gram = [job for job in jobs if GRAM in job.recipe.scoring.needs and job.calibration]
+        if not with_gram or self.text is None:
+            return 0
+        worst = 0
+        schedule = Schedule(self.anatomy, with_gram, self.text)
+        for layer in range(len(self.anatomy.blocks)):
+            grams = [self.anatomy.shape(layer, group.leader)[1] ** 2 * _FLOAT for group in self.anatomy.groups(layer)]
+            sharing = schedule.on_pieces(layer)
+            pieces = len(schedule.pieces(layer))
+            sets = len({job.calibration for job in sharing if len(schedule.pieces_of(job)) > 1})
+            factors = 2 if sharing else 1  # kept for the next recipe of the same set
+            worst = max(worst, sum(grams) * max(pieces + sets * factors, 1) + max(grams) * 2)
+        stacked = max(
+            sum(self.anatomy.shape(layer, role)[0] * self.anatomy.shape(layer, role)[1] for role in group.roles)
+            for layer in range(len(self.anatomy.blocks))
+            for group in self.anatomy.groups(layer)
+        )
+        return worst + stacked * _FLOAT * 4
+
+    def states(self, jobs: Sequence[Job]) -> int:
+        """Return what the hidden states of a wave take, before and after a block."""
+        reading = [job for job in jobs if job.recipe.scoring.needs and not job.recipe.scoring.differentiates]
+        if not reading or self.text is None:
+            return 0
+        schedule = Schedule(self.anatomy, reading, self.text)
+        tokens = 0
+        for layer in range(len(self.anatomy.blocks)):
+            shared = sum(self.text.tokens[piece].numel() for piece in schedule.pieces(layer))
+            own = sum(self.text.size(j.calibration) for j in schedule.on_their_own(layer) if j.calibration)
+            tokens = max(tokens, shared + own)
+        return 2 * tokens * self.anatomy.hidden_size * self.element
+
+    def _own_states(self, job: Job) -> int:
+        if self.text is None or job.calibration is None:
+            return 0
+        return self.text.size(job.calibration) * self.anatomy.hidden_size * self.element
+
+    def kept(self, job: Job) -> int:
+        """Return what a finished variant takes on disk."""
+        shapes = covered_shapes(self.anatomy, job.recipe)
+        weights = sum(outputs * inputs for outputs, inputs in shapes.values())
+        values = weights * (1 - job.recipe.sparsity) * self.element if job.recipe.scoring.solve else 0
+        return int(weights / 8 + values)
+
+    def tokens_a_block(self, jobs: Sequence[Job]) -> float:
+        """Return the tokens that a block must be run on, with what the jobs do beside as if it were more."""
+        total = 0.0
+        for solves in (False, True):
+            some = [
+                job
+                for job in jobs
+                if job.recipe.scoring.needs
+                and not job.recipe.scoring.differentiates
+                and (job.recipe.scoring.solve is not None) == solves
+            ]
+            if some:
+                total += Schedule(self.anatomy, some, self.text).work / len(self.anatomy.blocks) * _OVERHEAD[solves]
+        return total
+
+    @torch.no_grad()
+    def seconds_a_token(self) -> float:
+        """Run the first block on a little text and see how long it takes."""
+        assert self.text is not None
+        piece, tokens = next(iter(self.text.tokens.items()))
+        few = tokens[: max(1, self.batch_tokens // piece.length)]
+        stream = Stream([few], [piece.language])
+        stack = self.anatomy.stacks[0]
+        with self.anatomy.loaded(0):
+            with self.anatomy.loaded_for_start():
+                StackStarter(self.anatomy, stack)(stream)
+            times = []
+            for _ in range(3):
+                began = time.perf_counter()
+                list(run_block(self.anatomy.blocks[0], stream, 0, stack, lambda tokens: None))
+                if self.anatomy.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - began)
+        return min(times) / few.numel()

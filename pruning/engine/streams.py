@@ -1,0 +1,263 @@
+"""Calibration text on its way through the blocks: hidden states, what blocks are called with, and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, InputGroup, Stack
+from ..errors import ModelError
+from ..statistics import InputStatistics
+
+#: Tensors that are looked through for an equal one.
+_KEPT_ONCE = 64
+#: Called with the number of tokens that have just gone through one block.
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a block is called with beside the hidden states: position embeddings, attention mask and so on."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """Text before a block.
+
+    Attributes
+    ----------
+    tokens
+        Token ids of each batch, ``[blocks, length]``.
+    languages
+        Of each batch; a batch has one.
+    hidden
+        Hidden states of each batch, ``[blocks, length, hidden]``.
+    memory
+        What the encoder made of each batch, for the blocks of a decoder.
+    arguments
+        Of each batch, block by block of the present stack.
+    """
+
+    tokens: list[Tensor]
+    languages: list[str]
+    hidden: Sequence[Tensor] = ()
+    memory: list[Tensor] | None = None
+    arguments: list[list[Arguments]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return sum(batch.numel() for batch in self.tokens)
+
+
+class StackStarter:
+    """Brings text to the first block of a stack, and catches what each block will be called with.
+
+    The stack runs with its blocks replaced by stand-ins that note their arguments and pass the hidden states on, so
+    that whatever an architecture hands to its blocks is caught as it is. The very first block runs once in earnest:
+    some hand on more than hidden states (position biases), which the stand-ins then do too. Arguments that are
+    the same for several batches are kept once.
+    """
+
+    def __init__(self, anatomy: Anatomy, stack: Stack) -> None:
+        self._anatomy = anatomy
+        self._stack = stack
+        self._extras: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
+        self._known: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, stream: Stream) -> None:
+        """Give `stream` the hidden states and arguments at the beginning of the stack."""
+        stream.hidden, stream.arguments = [], []
+        for i, ids in enumerate(stream.tokens):
+            memory = None if stream.memory is None else stream.memory[i]
+            hidden, arguments = self._begin(ids, memory)
+            stream.hidden.append(hidden)
+            stream.arguments.append(arguments)
+
+    def _begin(self, ids: Tensor, memory: Tensor | None) -> tuple[Tensor, list[Arguments]]:
+        blocks = self._anatomy.blocks[self._stack.first : self._stack.stop]
+        inputs: list[Tensor] = []
+        arguments: list[Arguments] = []
+        original = blocks[0].forward
+
+        def stand_in(hidden_states: Tensor, *positional: Any, **named: Any) -> Any:
+            if not inputs:
+                inputs.append(hidden_states)
+                shape = tuple(hidden_states.shape)
+                if shape not in self._extras:
+                    real = original(hidden_states, *positional, **named)
+                    self._extras[shape] = real[1:] if isinstance(real, tuple) else None
+            arguments.append(Arguments(self._kept_once(positional), self._kept_once(named)))
+            extras = self._extras[tuple(inputs[0].shape)]
+            return hidden_states if extras is None else (hidden_states, *extras)
+
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(_replaced_forward(block, stand_in))
+            run_stack(self._anatomy, self._stack, ids, memory)
+        return inputs[0], arguments
+
+    def _kept_once(self, value: Any) -> Any:
+        """Return `value` with every tensor replaced by an equal one that is kept already."""
+        if isinstance(value, Tensor):
+            for known in self._known:
+                if known is value or (
+                    known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
+                ):
+                    return known
+            if len(self._known) < _KEPT_ONCE:
+                self._known.append(value)
+            return value
+        if isinstance(value, tuple | list):
+            return type(value)(self._kept_once(item) for item in value)
+        if isinstance(value, dict):
+            return {name: self._kept_once(item) for name, item in value.items()}
+        return value
+
+
+def run_stack(anatomy: Anatomy, stack: Stack, ids: Tensor, memory: Tensor | None) -> None:
+    """Call the module that runs a stack on token ids."""
+    device = anatomy.device
+    module = anatomy.stack_module(stack)
+    if not anatomy.encoder_decoder:
+        module(input_ids=ids.to(device), use_cache=False)
+    elif memory is None:
+        module(input_ids=encoder_ids(ids).to(device))
+    else:
+        module(input_ids=decoder_ids(anatomy, ids).to(device), encoder_hidden_states=memory, use_cache=False)
+
+
+def encoder_ids(ids: Tensor) -> Tensor:
+    """Return what the encoder of an encoder-decoder reads of a block of text: its first half."""
+    return ids[:, : ids.shape[1] // 2]
+
+
+def decoder_labels(ids: Tensor) -> Tensor:
+    """Return what its decoder is to predict: the second half."""
+    return ids[:, ids.shape[1] // 2 :].contiguous()
+
+
+def decoder_ids(anatomy: Anatomy, ids: Tensor) -> Tensor:
+    """Return what its decoder reads: the second half, one token later."""
+    model: Any = anatomy.model
+    shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=decoder_labels(ids))
+    return shifted
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward")  # nnsight, for one, puts a forward of its own on the instance
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward  # the class's own method shows again
+        else:
+            module.forward = before
+
+
+class _EndOfStatistics(Exception):
+    """Raised once all inputs that are wanted of a block have been seen."""
+
+
+def run_block(block: nn.Module, stream: Stream, layer: int, stack: Stack, progress: Progress) -> Iterator[Tensor]:
+    """Yield a block's output for every batch; an empty tensor where it was left before its end."""
+    device = next(block.parameters()).device
+    for ids, hidden, arguments in zip(stream.tokens, stream.hidden, stream.arguments, strict=True):
+        call = arguments[layer - stack.first]
+        try:
+            output = block(hidden.to(device), *call.positional, **call.named)
+            yield output[0] if isinstance(output, tuple) else output
+        except _EndOfStatistics:
+            yield hidden.new_empty(0)
+        progress(ids.numel())
+
+
+@torch.no_grad()
+def gather(
+    anatomy: Anatomy,
+    layer: int,
+    stream: Stream,
+    wanted: dict[InputGroup, frozenset[str]],
+    progress: Progress,
+    *,
+    to_the_end: bool,
+) -> tuple[dict[str, InputStatistics], list[Tensor]]:
+    """Run a dense block; return the statistics of the wanted inputs, by leading role, and the block's outputs.
+
+    A block that is not wanted to its end is left as soon as all inputs have been seen, so that it is spared the
+    product that costs most.
+    """
+    block, stack = anatomy.blocks[layer], anatomy.stack_of(layer)
+    device = next(block.parameters()).device
+    statistics = {
+        group.leader: InputStatistics(anatomy.shape(layer, group.leader)[1], needs, device)
+        for group, needs in wanted.items()
+    }
+    places: dict[str, list[InputGroup]] = {}
+    for group in wanted:
+        places.setdefault(group.module, []).append(group)
+    seen: set[str] = set()
+    language = ""
+
+    def observe(module: nn.Module, inputs: tuple[Tensor, ...], path: str) -> None:
+        groups = places[path]
+        if groups[0].expert is None:
+            for group in groups:
+                statistics[group.leader].add(inputs[0], language)
+        else:
+            _observe_experts(anatomy, layer, groups, inputs, statistics, language)
+        seen.add(path)
+        if not to_the_end and len(seen) == len(places):
+            raise _EndOfStatistics
+
+    outputs: list[Tensor] = []
+    with ExitStack() as hooks:
+        for path in places:
+            handle = anatomy.module(layer, path).register_forward_pre_hook(partial(observe, path=path))
+            hooks.callback(handle.remove)
+        runs = run_block(block, stream, layer, stack, progress)
+        for batch_language in stream.languages:
+            language = batch_language
+            seen.clear()
+            outputs.append(next(runs))
+            if len(seen) < len(places):
+                missing = ", ".join(sorted(set(places) - seen))
+                raise ModelError(f"block {layer}: nothing was sent through {missing}; this model is not as expected")
+        next(runs, None)  # lets it report the last batch
+    return statistics, outputs
+
+
+def _observe_experts(
+    anatomy: Anatomy,
+    layer: int,
+    groups: Sequence[InputGroup],
+    inputs: tuple[Tensor, ...],
+    statistics: dict[str, InputStatistics],
+    language: str,
+) -> None:
+    """Add the tokens that were sent to each expert, and what the expert makes of them before its last product."""
+    hidden, chosen = inputs[0].flatten(0, -2), inputs[1]
+    experts: dict[int, dict[bool, InputGroup]] = {}
+    for group in groups:
+        assert group.expert is not None
+        experts.setdefault(group.expert, {})[group.inner] = group
+    for expert, wanted in experts.items():
+        rows = hidden[(chosen.reshape(len(hidden), -1) == expert).any(dim=1)]
+        if len(rows) == 0:
+            continue
+        if False in wanted:
+            statistics[wanted[False].leader].add(rows, language)
+        if True in wanted:
+            statistics[wanted[True].leader].add(anatomy.expert_inner(layer, expert, rows), language)

@@ -1,0 +1,29 @@
+"""GraSP: weights go whose removal lowers the gradient flow least, or raises it."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..statistics import CURVATURE, Statistics
+from .registry import Method, register
+
+
+def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Float[Tensor, "outputs inputs"]:
+    """Return ``w · (H g)`` in float32, H and g of the mean token loss (Wang et al., ICLR 2020, 2002.07376).
+
+    The paper's score is the negative of this, of which the largest go; here the lowest go.
+    """
+    assert statistics.curvature is not None, "GraSP needs the Hessian-gradient product of the loss"
+    return weight.float() * statistics.curvature
+
+
+METHOD = register(
+    Method(
+        "grasp",
+        score,
+        source="Wang et al., ICLR 2020, 2002.07376",
+        needs=frozenset({CURVATURE}),
+        pattern="model",
+    )
+)

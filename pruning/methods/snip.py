@@ -1,0 +1,26 @@
+"""SNIP: a weight matters as much as the loss changes when it starts to shrink."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..statistics import GRADIENT, Statistics
+from .registry import Method, register
+
+
+def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Float[Tensor, "outputs inputs"]:
+    """Return ``|w · ∂L/∂w|`` in float32, L the mean token loss (Lee et al., ICLR 2019, 1810.02340)."""
+    assert statistics.gradient is not None, "SNIP needs the gradient of the loss"
+    return (weight.float() * statistics.gradient).abs()
+
+
+METHOD = register(
+    Method(
+        "snip",
+        score,
+        source="Lee et al., ICLR 2019, 1810.02340",
+        needs=frozenset({GRADIENT}),
+        pattern="model",
+    )
+)

@@ -1,0 +1,39 @@
+"""Numbers that a method or an allocation leaves to its user."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import RecipeError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One number, with the value it has when a recipe does not say and the range it must be in."""
+
+    default: float | int
+    lowest: float | int
+    highest: float | int
+    meaning: str
+
+
+def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, float | int]) -> dict[str, float]:
+    """Return the given parameters, those left out that have their default value.
+
+    Raises
+    ------
+    RecipeError
+        If a name is unknown or a value out of range.
+    """
+    for name, value in given.items():
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "it has none"
+            raise RecipeError(f'{owner} has no parameter "{name}"; {hint}')
+        limits = known[name]
+        if not (math.isfinite(value) and limits.lowest <= value <= limits.highest):
+            raise RecipeError(
+                f"{name} = {value:g} is not between {limits.lowest:g} and {limits.highest:g} ({limits.meaning})"
+            )
+    return {name: float(value) for name, value in given.items() if value != known[name].default}

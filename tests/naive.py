@@ -1,0 +1,272 @@
+"""Pruning methods written slowly and plainly in float64 from their definitions: what the tests take as the truth.
+
+W is [outputs, inputs], X is [tokens, inputs], a mask is True where a weight is kept. The lowest scores go; of equal
+scores the first by position goes first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+# Scores
+
+
+def magnitude(W: Tensor) -> Tensor:
+    """Magnitude: |W|."""
+    return W.detach().double().abs()
+
+
+def wanda(W: Tensor, X: Tensor) -> Tensor:
+    """Wanda (Sun et al., ICLR 2024): |W_ij| * ||X_j||_2."""
+    return magnitude(W) * _norms(X)
+
+
+def ria(W: Tensor, X: Tensor, power: float = 0.5) -> Tensor:
+    """RIA (Zhang et al., ICLR 2024): (|W| / column sum + |W| / row sum) * ||X_j||_2 ** power; 0 / 0 is 0."""
+    size = magnitude(W)
+    norms = _norms(X)
+    scores = torch.zeros_like(size)
+    for i in range(size.shape[0]):
+        for j in range(size.shape[1]):
+            if size[i, j] > 0:  # then neither sum is 0
+                relative = size[i, j] / size[:, j].sum() + size[i, j] / size[i, :].sum()
+                scores[i, j] = relative * norms[j] ** power
+    return scores
+
+
+def m_wanda(W: Tensor, X_by_language: dict[str, Tensor], spread: float = 1.0, firing: float = 1.0) -> Tensor:
+    """M-Wanda (Choenni and Titov, EMNLP 2025), as METHODS.md reconstructs it.
+
+    |W| * (mean + spread * std over languages of n_l) * p ** firing.
+    """
+    by_language = torch.stack(list(language_norms(X_by_language).values()))
+    mean = by_language.mean(dim=0)
+    std = ((by_language - mean) ** 2).mean(dim=0).sqrt()
+    every_token = torch.cat(list(X_by_language.values())).double()
+    share_positive = (every_token > 0).double().mean(dim=0)
+    return magnitude(W) * (mean + spread * std) * share_positive**firing
+
+
+def snip(gradient: Tensor, W: Tensor) -> Tensor:
+    """SNIP (Lee et al., ICLR 2019): |w * dL/dw|."""
+    return (W.detach().double() * gradient.detach().double()).abs()
+
+
+def grasp(W: Tensor, hessian_gradient: Tensor) -> Tensor:
+    """GraSP (Wang et al., ICLR 2020): it removes the largest -w * (Hg), so the lowest w * (Hg) go."""
+    return W.detach().double() * hessian_gradient.detach().double()
+
+
+def gradients(loss_function: Callable[[], Tensor], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return g = dL/dw and Hg for every weight; H is the Hessian over all these weights together, by double backward.
+
+    The closure takes nothing and computes the loss from these very tensors: float64 leaves that require gradients.
+    """
+    if any(weight.dtype != torch.float64 for weight in weights):
+        raise TypeError("the weights must be float64")
+    loss = loss_function()
+    if loss.dtype != torch.float64:
+        raise TypeError("the loss must be computed in float64")
+    first = torch.autograd.grad(loss, weights, create_graph=True)
+    along = torch.zeros((), dtype=torch.float64)
+    for gradient in first:
+        along = along + (gradient * gradient.detach()).sum()
+    second = torch.autograd.grad(along, weights, allow_unused=True, materialize_grads=True)
+    return [gradient.detach() for gradient in first], [product.detach() for product in second]
+
+
+# Patterns
+
+
+def keep_row(scores: Tensor, s: float) -> Tensor:
+    """Remove the floor(inputs * s) lowest of every row."""
+    return torch.stack([_keep_all_but_lowest(row, _count(row.numel(), s)) for row in scores])
+
+
+def keep_matrix(scores: Tensor, s: float) -> Tensor:
+    """Remove the floor(numel * s) lowest of the matrix; positions count along the rows."""
+    return _keep_all_but_lowest(scores, _count(scores.numel(), s))
+
+
+def keep_model(scores: dict[str, Tensor], s: float) -> dict[str, Tensor]:
+    """Remove the floor(n * s) lowest of all matrices together; positions count in the order of the keys."""
+    everything = torch.cat([matrix.reshape(-1) for matrix in scores.values()])
+    keep = _keep_all_but_lowest(everything, _count(everything.numel(), s))
+    masks: dict[str, Tensor] = {}
+    start = 0
+    for key, matrix in scores.items():
+        masks[key] = keep[start : start + matrix.numel()].reshape(matrix.shape)
+        start += matrix.numel()
+    return masks
+
+
+def keep_n_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Remove the n lowest of every m consecutive inputs of every row."""
+    outputs, inputs = scores.shape
+    if inputs % m:
+        raise ValueError(f"{inputs} inputs are not a multiple of {m}")
+    keep = torch.ones(outputs, inputs, dtype=torch.bool)
+    for i in range(outputs):
+        for a in range(0, inputs, m):
+            keep[i, a : a + m] = _keep_all_but_lowest(scores[i, a : a + m], n)
+    return keep
+
+
+# SparseGPT
+
+
+def sparsegpt(
+    W: Tensor,
+    X: Tensor,
+    sparsity: float | None = None,
+    pattern: str | tuple[int, int] = "matrix",
+    block: int = 128,
+    damping: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT (Frantar and Alistarh, ICML 2023): return the mask and the corrected weights.
+
+    The pattern is "matrix", "row" or (n, m), n removed of every m; a sparsity goes with the first two only.
+    """
+    if not isinstance(pattern, tuple) and pattern not in ("matrix", "row"):
+        raise ValueError(f"unknown pattern {pattern!r}")
+    if isinstance(pattern, tuple) != (sparsity is None):
+        raise ValueError("give a sparsity with 'matrix' and 'row', and none with (n, m)")
+    share = 0.0 if sparsity is None else sparsity
+    W = W.detach().double().clone()
+    X = X.detach().double()
+    outputs, inputs = W.shape
+    H = X.T @ X
+    for j in range(inputs):
+        if H[j, j] == 0:
+            H[j, j] = 1
+            W[:, j] = 0
+    H = H + damping * H.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
+    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+
+    keep = torch.ones(outputs, inputs, dtype=torch.bool)
+    for j in range(inputs):
+        # Every column before j is done, and its error has reached W[:, j:]: choose here what goes next.
+        if isinstance(pattern, tuple):
+            n, m = pattern
+            if j % m == 0:
+                keep[:, j : j + m] = keep_n_m(_saliency(W, U, j, j + m), n, m)
+        elif j % block == 0:
+            a, b = j, min(j + block, inputs)
+            scores = _saliency(W, U, a, b)
+            if pattern == "matrix":
+                total = _count(W.numel(), share)
+                keep[:, a:b] = _keep_all_but_lowest(scores, total * b // inputs - total * a // inputs)
+            else:
+                total = _count(inputs, share)
+                for i in range(outputs):
+                    keep[i, a:b] = _keep_all_but_lowest(scores[i], total * b // inputs - total * a // inputs)
+        pruned = torch.where(keep[:, j], W[:, j], 0.0)
+        error = (W[:, j] - pruned) / U[j, j]
+        for later in range(j + 1, inputs):
+            W[:, later] -= error * U[j, later]
+        W[:, j] = pruned
+    return keep, W
+
+
+def reconstruction_error(W: Tensor, W_new: Tensor, X: Tensor) -> float:
+    """Return ||X (W - W_new)^T||^2."""
+    return float(((X.double() @ (W.double() - W_new.double()).T) ** 2).sum())
+
+
+# Sparsities of blocks
+
+
+def owl_block_sparsities(
+    wanda_scores_by_block: list[list[Tensor]], s: float, outlier: float = 5.0, spread: float = 0.08
+) -> list[float]:
+    """OWL (Yin et al., ICML 2024): blocks with a larger share of scores above outlier * mean stay denser."""
+    shares, sizes = [], []
+    for block in wanda_scores_by_block:
+        scores = torch.cat([matrix.detach().double().reshape(-1) for matrix in block])
+        above = int((scores > outlier * scores.mean()).sum())
+        shares.append(above / scores.numel())
+        sizes.append(scores.numel())
+    return [s - shift for shift in _shifts(shares, sizes, spread)]
+
+
+def cross_lingual_block_sparsities(
+    norms_by_block: list[list[dict[str, Tensor]]],
+    s: float,
+    spread: float = 0.08,
+    sign: int = 1,
+    sizes: list[int] | None = None,
+) -> list[float]:
+    """M-Wanda's allocation as METHODS.md reconstructs it, from the mean correlation of n_l between languages.
+
+    A block is a list over groups of inputs of language -> n_l; sizes are the blocks' numbers of weights (None: equal).
+    """
+    correlations = []
+    for groups in norms_by_block:
+        by_group = []
+        for norms in groups:
+            if len(norms) < 2:
+                raise ValueError("a correlation between languages needs two")
+            pairs = [_pearson(one, other) for one, other in combinations(norms.values(), 2)]
+            by_group.append(sum(pairs) / len(pairs))
+        correlations.append(sum(by_group) / len(by_group))
+    if sizes is None:
+        sizes = [1] * len(correlations)
+    return [s + sign * shift for shift in _shifts(correlations, sizes, spread)]
+
+
+def language_norms(X_by_language: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return M-Wanda's n_l: each language's ||X_j||_2 as if all languages had their mean number of tokens."""
+    mean_tokens = sum(X.shape[0] for X in X_by_language.values()) / len(X_by_language)
+    return {
+        language: ((X.double() ** 2).sum(dim=0) / X.shape[0] * mean_tokens).sqrt()
+        for language, X in X_by_language.items()
+    }
+
+
+# Parts of the above
+
+
+def _count(n: int, s: float) -> int:
+    """Return how many of n go at sparsity s."""
+    return math.floor(n * s + 1e-9)
+
+
+def _keep_all_but_lowest(scores: Tensor, k: int) -> Tensor:
+    """Remove the k lowest; sorted() is stable, so of equal scores the first goes first."""
+    values = scores.reshape(-1).tolist()
+    keep = [True] * len(values)
+    for position in sorted(range(len(values)), key=values.__getitem__)[:k]:
+        keep[position] = False
+    return torch.tensor(keep, dtype=torch.bool).reshape(scores.shape)
+
+
+def _norms(X: Tensor) -> Tensor:
+    return (X.detach().double() ** 2).sum(dim=0).sqrt()
+
+
+def _saliency(W: Tensor, U: Tensor, a: int, b: int) -> Tensor:
+    """Return SparseGPT's w^2 / U_jj^2 of columns a to b."""
+    return W[:, a:b] ** 2 / U.diagonal()[a:b] ** 2
+
+
+def _pearson(x: Tensor, y: Tensor) -> float:
+    """Return the correlation of two vectors, 0 if one is constant."""
+    if x.min() == x.max() or y.min() == y.max():
+        return 0.0
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    return float((x * y).sum() / ((x**2).sum() * (y**2).sum()).sqrt())
+
+
+def _shifts(values: list[float], sizes: list[int], spread: float) -> list[float]:
+    """Map values min-max onto a range of 2 * spread and take off their mean by size; equal values (to 1e-12) give 0."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-12:
+        return [0.0] * len(values)
+    ratios = [(value - low) / (high - low) * 2 * spread for value in values]
+    mean = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True)) / sum(sizes)
+    return [ratio - mean for ratio in ratios]

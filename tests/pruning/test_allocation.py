@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import naive
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pruning.allocation import allocation_named, by_block, language_correlation, outlier_share, shifted, threshold
+from pruning.errors import RecipeError
+from pruning.statistics import InputStatistics
+
+
+def random_blocks(sizes: list[list[tuple[int, int]]]) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        [torch.randn(shape, generator=generator, dtype=torch.float64).abs() ** (b + 1) for shape in shapes]
+        for b, shapes in enumerate(sizes)
+    ]
+
+
+def test_owl_equals_a_naive_version():
+    blocks = random_blocks([[(8, 16), (16, 8)], [(8, 16), (16, 8)], [(8, 16), (32, 8)], [(8, 16), (16, 8)]])
+    for outlier, spread in ((5.0, 0.08), (2.0, 0.2)):
+        shares = [outlier_share(scores, outlier) for scores in blocks]
+        sizes = [sum(score.numel() for score in scores) for scores in blocks]
+        expected = naive.owl_block_sparsities(blocks, 0.5, outlier, spread)
+        assert shifted(shares, sizes, 0.5, spread) == pytest.approx(expected)
+        assert max(shifted(shares, sizes, 0.5, spread)) - min(expected) == pytest.approx(2 * spread)
+
+
+def test_cross_lingual_correlation_equals_a_naive_version():
+    generator = torch.Generator().manual_seed(4)
+    groups, norms = [], []
+    for block in range(3):
+        groups.append([])
+        norms.append([])
+        for width in (12, 20):
+            x = {
+                lang: torch.randn(9 + 3 * n, width, generator=generator) + block * torch.arange(width) / 10
+                for n, lang in enumerate(("en", "sw", "zh"))
+            }
+            statistics = InputStatistics(width, frozenset({"squares"}))
+            for lang, rows in x.items():
+                statistics.add(rows, lang)
+            groups[-1].append(statistics)
+            norms[-1].append(naive.language_norms(x))
+    correlations = [language_correlation(statistics) for statistics in groups]
+    expected = naive.cross_lingual_block_sparsities(norms, 0.5, 0.08, 1)
+    assert shifted([-c for c in correlations], [1, 1, 1], 0.5, 0.08) == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_language_has_no_correlation():
+    statistics = InputStatistics(4, frozenset({"squares"}))
+    statistics.add(torch.randn(3, 4), "en")
+    assert language_correlation([statistics]) != language_correlation([statistics])  # NaN
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    st.integers(0, 80),
+)
+def test_one_threshold_for_all_matrices_equals_a_stable_sort(first, second, total):
+    scores = {(0, "q"): torch.tensor([first]).float(), (1, "k"): torch.tensor([second]).float()}
+    total = min(total, len(first) + len(second))
+    budgets = threshold(scores, total)
+    everything = torch.cat([score.flatten() for score in scores.values()])
+    gone = everything.sort(stable=True).indices[:total]
+    assert budgets == {(0, "q"): int((gone < len(first)).sum()), (1, "k"): int((gone >= len(first)).sum())}
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=3, max_size=3))
+def test_budgets_add_up_to_the_total(sparsities):
+    shapes = {(layer, role): (7 + layer, 11) for layer in range(3) for role in ("q", "down")}
+    wanted = sum(a * b * sparsities[layer] for (layer, _), (a, b) in shapes.items())
+    total = int(wanted)
+    budgets = by_block(shapes, dict(enumerate(sparsities)), total)
+    assert sum(budgets.values()) == total
+    assert all(0 <= budgets[key] <= shapes[key][0] * shapes[key][1] for key in shapes)
+
+
+def test_a_block_cannot_give_more_than_it_has():
+    with pytest.raises(RecipeError, match="lower the spread"):
+        shifted([0.0, 1.0], [10, 10], 0.95, 0.1)
+
+
+def test_equal_blocks_give_the_same():
+    assert shifted([0.2, 0.2, 0.2], [1, 2, 3], 0.5, 0.08) == [0.5, 0.5, 0.5]
+
+
+def test_unknown_allocation_is_refused():
+    with pytest.raises(RecipeError, match="did you mean"):
+        allocation_named("owls")
