@@ -259,8 +259,9 @@ def overlap(matrix: pd.DataFrame, *, languages: pd.DataFrame, seeds: pd.DataFram
         heat.tick_params(length=0)
         heat.tick_params(axis="x", rotation=30)
         heat.tick_params(axis="y", rotation=0)
-        grid = bottom.subplots(1, len(ROLES), sharex=True, sharey=True)
-        for axes, role in zip(np.atleast_1d(grid), ROLES, strict=True):
+        roles = [role for role in ROLES if role in {*languages["role"], *seeds["role"]}]
+        grid = bottom.subplots(1, len(roles), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, role in zip(grid, roles, strict=True):
             _by_layer(axes, languages[languages["role"] == role], _COLOURS[0])
             _by_layer(axes, seeds[seeds["role"] == role], _COLOURS[4])
             axes.axhline(chance, color="#888888", linestyle="--", linewidth=0.8)

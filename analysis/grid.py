@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,15 +19,18 @@ from pruning.engine import Job, Workspace, check_fits, sweep
 from pruning.engine.plan import Plan, make_plan
 from pruning.engine.sweep import sweep_work
 from pruning.errors import VariantError
-from pruning.files import content_sha256
-from pruning.models import checkpoint_bytes
-from pruning.variants import variants_of
+from pruning.files import content_sha256, write_json
+from pruning.models import DEMO, checkpoint_bytes
+from pruning.variants import RECIPE_FILE, VariantRecord, variants_of
 
 from .ledger import Ledger
 from .study import Study
 
 VARIANTS = "variants"
 SCRATCH = "scratch"
+WAVE_FILE = "wave.json"
+#: A model is read from its shards if a memory cap is less than so many times its size on disk.
+_ROOM = 6
 #: Called with the work done: tokens through a block, times the weights of a block.
 Advance = Callable[[float], None]
 
@@ -72,7 +78,9 @@ class Grid:
         pending = [job for job in self.jobs.values() if not self._finished(job.id)]
         sets = [job.calibration for job in self.jobs.values() if job.calibration]
         self.text = CalibrationText.draw(tokenizer, corpus, sets) if pending and sets else None
-        self.plan: Plan | None = make_plan(anatomy, pending, self.text, memory=memory) if pending else None
+        self.plan: Plan | None = None
+        if pending:
+            self.plan = make_plan(anatomy, pending, self.text, memory=memory, begun=self._begun(pending))
 
     @property
     def names(self) -> list[str]:
@@ -95,20 +103,23 @@ class Grid:
 
     def make(self, stage: Callable[[str], None], advance: Advance) -> None:
         """Make all variants that are missing."""
-        waves = self.plan.waves if self.plan else ()
-        for number, wave in enumerate(waves, start=1):
-            stage(f"pruning {_words(wave)}" + (f" (wave {number} of {len(waves)})" if len(waves) > 1 else ""))
-            self._sweep(wave, advance)
         for name, source in self.study.imported.items():
             if not self._finished(name):
                 stage(f"taking over {name}")
                 self._import(name, source)
+        waves = self.plan.waves if self.plan else ()
+        self._tidy(waves)
+        for number, wave in enumerate(waves, start=1):
+            stage(f"pruning {_words(wave)}" + (f" (wave {number} of {len(waves)})" if len(waves) > 1 else ""))
+            self._sweep(wave, advance)
+        self._tidy()
 
     def _sweep(self, wave: Sequence[Job], advance: Advance) -> None:
         assert self.plan is not None
         began = time.monotonic()
-        key = content_sha256(sorted(self.keys[job.id] for job in wave))
-        workspace = Workspace(self.folder / SCRATCH / key[:16], key, spill=self.plan.spill)
+        scratch = self._scratch(wave)
+        workspace = Workspace(scratch, scratch.name, spill=self.plan.spill)
+        write_json(scratch / WAVE_FILE, [job.id for job in wave])
         results = sweep(
             self.anatomy,
             wave,
@@ -117,18 +128,75 @@ class Grid:
             progress=lambda tokens: advance(tokens * self._block_weights),
         )
         for job in wave:  # one at a time, since weights may be large
-            (variant,) = variants_of(self.anatomy, {job: results(job)}, self.study.model_name, self.corpus)
-            self._save(variant, (time.monotonic() - began) / len(wave))
+            if not self._finished(job.id):  # else it was saved before a kill
+                made = {job: results(job)}
+                (variant,) = variants_of(self.fingerprint, made, self.study.model_name, self.corpus)
+                self._save(variant, (time.monotonic() - began) / len(wave))
         workspace.close()
 
     def _import(self, name: str, source: str) -> None:
         began = time.monotonic()
-        pruned, _ = load_model(source, dtype=self.study.dtype, device=self.study.device)
+        stream = self.anatomy.streamed
+        pruned, _ = load_model(source, dtype=self.study.dtype, device=self.study.device, stream=stream)
         try:
             variant = Variant.between(self.anatomy.model, pruned, name)
         except VariantError as error:
             raise VariantError(f"{source}: {error}") from error
+        variant = replace(variant, record=variant.record.model_copy(update={"model": self.study.model_name}))
+        self._check_unlike_others(variant)
         self._save(variant, time.monotonic() - began)
+
+    def _check_unlike_others(self, variant: Variant) -> None:
+        """Raise ``VariantError`` if frames could not tell a variant that is taken over from another one."""
+        columns = variant.columns()
+        for job in self.jobs.values():
+            made = VariantRecord(
+                id=job.id,
+                model=self.study.model_name,
+                model_fingerprint=self.fingerprint,
+                recipe=job.recipe,
+                calibration=job.calibration,
+            )
+            if made.columns(0.0) == columns:
+                raise VariantError(
+                    f'imported "{variant.id}" says that it is "{job.id}", which this study makes itself; '
+                    f"leave one of them out, or remove the {RECIPE_FILE} beside that checkpoint"
+                )
+        for name in self.study.imported:
+            if name != variant.id and self._finished(name) and self.open(name).columns() == columns:
+                raise VariantError(
+                    f'imported "{variant.id}" and "{name}" say that they are the same variant; '
+                    f"leave one of them out, or remove the {RECIPE_FILE} beside its checkpoint"
+                )
+
+    # -- scratch folders of waves ------------------------------------------------------------------------------
+
+    def _scratch(self, wave: Iterable[Job]) -> Path:
+        key = content_sha256(sorted(self.keys[job.id] for job in wave))
+        return self.folder / SCRATCH / key[:16]
+
+    def _begun(self, pending: Sequence[Job]) -> list[tuple[Job, ...]]:
+        """Return the waves that a killed run was in the middle of, if they are still wanted as they were."""
+        waves = []
+        for path in sorted((self.folder / SCRATCH).glob(f"*/{WAVE_FILE}")):
+            try:
+                wave = tuple(self.jobs[name] for name in json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, KeyError, TypeError):  # damaged, or of a study that was changed since
+                continue
+            if self._scratch(wave) == path.parent and set(wave) & set(pending):
+                waves.append(wave)
+        return waves
+
+    def _tidy(self, waves: Iterable[Iterable[Job]] = ()) -> None:
+        """Remove what other waves than these have left, and the scratch folder when it is empty."""
+        keep = {self._scratch(wave) for wave in waves}
+        for folder in (self.folder / SCRATCH).glob("*"):
+            if folder not in keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
+
+    # -- saving ------------------------------------------------------------------------------------------------
 
     def _save(self, variant: Variant, seconds: float) -> None:
         place = self.place(variant.id)
@@ -147,7 +215,8 @@ class Grid:
 
     def _import_key(self, name: str) -> str:
         source = Path(self.study.imported[name])
-        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.glob("*.safetensors"))
+        found = [*source.glob("*.safetensors"), *source.glob(RECIPE_FILE)]
+        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found)
         return content_sha256({**self._common, "imported": str(source), "files": files})
 
     @property
@@ -167,12 +236,19 @@ class Grid:
 
 
 def load_for_pruning(study: Study, memory: int | None, console: Console) -> tuple[Any, Any]:
-    """Load a study's model, its weights left on disk if a memory cap does not leave room for them."""
-    size = checkpoint_bytes(study.model) if memory is not None else None
-    stream = memory is not None and (size is None or 2 * size > memory)
-    note = ", its weights a block at a time" if stream else ""
-    console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False, soft_wrap=True)
+    """Load a study's model, its weights left on disk if a memory cap may not leave room for them."""
+    stream = False
+    if memory is not None and not any(job.recipe.scoring.differentiates for job in study.jobs()):
+        size = checkpoint_bytes(study.model)
+        stream = size is None or _ROOM * size > memory
+    tell_loading(study, console, ", its weights a block at a time" if stream else "")
     return load_model(study.model, dtype=study.dtype, device=study.device, stream=stream)
+
+
+def tell_loading(study: Study, console: Console, note: str = "") -> None:
+    """Say that the model is loaded."""
+    note += " (converted on first use, about a minute)" if study.model == DEMO else ""
+    console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _words(wave: Sequence[Job]) -> str:
@@ -181,4 +257,4 @@ def _words(wave: Sequence[Job]) -> str:
     if not sets:
         return f"{methods}, without text"
     which = sets[0] if len(sets) == 1 else f"{len(sets)} calibration sets"
-    return f"{len(wave)} variants: {methods}; {which}"
+    return f"{len(wave)} variant{'s' * (len(wave) > 1)}: {methods}; {which}"

@@ -105,7 +105,7 @@ def analyze(
 
     Quantiles are each model's own, so both questions are answered: does the dense set still fire in the pruned model
     (``still_firing``, at the dense model's threshold), and which neurons would be selected now (``kept, lost,
-    gained``)?
+    gained``)? Both frames are empty for a mixture of experts, whose neurons are not read.
 
     Parameters
     ----------
@@ -115,6 +115,8 @@ def analyze(
         Variant to the columns that describe it.
     """
     languages = list(dict.fromkeys(language for _, language in readings))
+    if not next(iter(readings.values())).fired.numel():
+        return tidy("neurons", []), tidy("language_neurons", [])
     dense = firing_probabilities(readings, DENSE, languages)
     before = select(dense)
     neurons, sets = [], []

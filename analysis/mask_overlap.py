@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from pruning import MaskSet
+from pruning.anatomy import role_kind
 from pruning.recipes import UNCALIBRATED
 
 from . import figures
@@ -74,7 +75,8 @@ def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
     """Draw the mean IoU of every pair of calibration sets, and IoU by layer and role with chance level and ceiling."""
     shown = of_recipe(frame, recipe)
     chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
-    shown = shown[shown["metric"] == "iou"]
+    shown = shown[shown["metric"] == "iou"].copy()
+    shown["role"] = shown["role"].astype(str).map(role_kind)  # one panel for all experts
     mean = shown.groupby(["calibration", "seed", "other_calibration", "other_seed"], observed=True)["value"].mean()
     sets: list[tuple[str, int]] = []
     for (a, sa, b, sb), _ in mean.items():

@@ -35,7 +35,7 @@ class ReportFacts:
     heldout_tokens
         Tokens read of each language, special ones left out.
     blocks, neurons
-        Of the model: blocks, and MLP neurons a block.
+        Of the model: blocks, and MLP neurons that were read in all.
     versions
         Of the libraries.
     """
@@ -136,7 +136,7 @@ def _recipe_findings(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]
                 f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f})."
             )
     sets = of_recipe(frames["language_neurons"], recipe).groupby("metric", observed=True)["value"].sum()
-    before = sets["kept"] + sets["lost"]
+    before = sets.get("kept", 0) + sets.get("lost", 0)
     if before:
         yield (
             f"{sets['kept'] / before:.0%} of the dense model's language-specific neurons are selected again after "
@@ -202,14 +202,15 @@ def _captions(frames: Frames, facts: ReportFacts) -> Iterator[tuple[str, str, st
                 "highest), red: the same set with another seed, the most that can be expected; dashed: independent "
                 "masks.",
             )
-        yield (
-            section,
-            f"language-neurons-{name}",
-            f"LAPE: language-specific neurons, the 1 % of all {facts.blocks * facts.neurons:,} MLP neurons with the "
-            "lowest entropy of firing over languages, counted for every language in which they fire above the 95 % "
-            "quantile. Left: dense model. Right: share of them selected again in the pruned model. Firing was counted "
-            f"on {text}; with so little text rare neurons are uncertain.",
-        )
+        if facts.neurons:
+            yield (
+                section,
+                f"language-neurons-{name}",
+                f"LAPE: language-specific neurons, the 1 % of all {facts.neurons:,} MLP neurons with the lowest entropy "
+                "of firing over languages, counted for every language in which they fire above the 95 % quantile. "
+                "Left: dense model. Right: share of them selected again in the pruned model. Firing was counted "
+                f"on {text}; with so little text rare neurons are uncertain.",
+            )
 
 
 def _rank(facts: ReportFacts) -> int:

@@ -26,12 +26,11 @@ from probes import DENSE, Readings, Session, pooled_states, read_against_dense
 from pruning import Anatomy, Corpus, Segment, load_model
 from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
-from pruning.models import DEMO
 from pruning.text import fingerprint
 
 from . import figures, lape, lsar, mask_overlap, perplexity, signal
 from .frames import FRAMES, dense_columns, read_frame, recipes_of, write_frame
-from .grid import VARIANTS, Grid, load_for_pruning
+from .grid import VARIANTS, Grid, load_for_pruning, tell_loading
 from .ledger import Ledger
 from .progress import WorkProgress
 from .report import ReportFacts, write_report
@@ -86,9 +85,13 @@ def _run_locked(study: Study, folder: Path, console: Console, memory: int | None
     if only_prune:
         return _prune_only(study, folder, ledger, console, memory)
     texts = _Texts(study)
-    note = " (converted on first use, about a minute)" if study.model == DEMO else ""
-    console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False, soft_wrap=True)
+    tell_loading(study, console)
     model, tokenizer = load_model(study.model, dtype=study.dtype, device=study.device)
+    if Anatomy(model).encoder_decoder:
+        raise StudyError(
+            f"{study.model_name} is an encoder-decoder, which can be pruned but not read: "
+            "make its variants with prunescope prune"
+        )
     run = _Run(study, folder, ledger, texts, model, tokenizer, console, memory)
     write_text(folder / STUDY_FILE, study.to_toml())
     return run.everything()
@@ -315,7 +318,7 @@ class _Run:
                 study=self.study,
                 heldout_tokens={lang: self._tokens_read(lang) for lang in self.study.languages},
                 blocks=len(self.anatomy.blocks),
-                neurons=self.anatomy.n_neurons,
+                neurons=self._neurons(),
                 versions=self._versions(),
             )
             with self._timed() as clock:
@@ -342,6 +345,10 @@ class _Run:
 
     def _count(self, segments: Iterable[Segment]) -> int:
         return sum(int(batch.real.sum()) for batch in self.session.batches(list(segments)))
+
+    def _neurons(self) -> int:
+        """Return how many MLP neurons were read in all."""
+        return int(Readings.open(self._readings_file(DENSE, self.study.languages[0])).fired.numel())
 
     def _tokens_read(self, language: str) -> int:
         return int(Readings.open(self._readings_file(DENSE, language)).tokens.sum())
@@ -395,6 +402,7 @@ def _drawn(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Any]]:
         yield f"signal-{name}", signal.plot(frames["signal"], recipe)
         yield f"signal-roles-{name}", signal.plot_roles(frames["signal"], recipe)
         yield f"subspaces-{name}", lsar.plot(frames["subspaces"], recipe)
-        yield f"language-neurons-{name}", lape.plot(frames["language_neurons"], recipe)
+        if len(frames["language_neurons"]):
+            yield f"language-neurons-{name}", lape.plot(frames["language_neurons"], recipe)
     for recipe in recipes_of(frames["mask_overlap"]):
         yield f"mask-overlap-{figures.recipe_slug(recipe)}", mask_overlap.plot(frames["mask_overlap"], recipe)

@@ -31,9 +31,11 @@ def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, 
     for (variant, language), read in readings.items():
         if variant == DENSE:
             continue
-        segments, layers, sites = read.error.shape
-        error = read.error.reshape(segments, -1).numpy()
-        power = read.power.reshape(segments, -1).numpy()
+        segments = len(read.error)
+        there = ~read.power.isnan().all(dim=0)  # a model without gates, or with experts, lacks some sites
+        layer, site = (index.numpy() for index in there.nonzero(as_tuple=True))
+        error = read.error[:, there].numpy()
+        power = read.power[:, there].numpy()
         tokens = read.tokens.numpy().astype(np.float64)
 
         def of(
@@ -52,9 +54,9 @@ def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, 
             {
                 **columns[variant],
                 "language": language,
-                "layer": np.tile(np.repeat(np.arange(layers), sites), 2),
-                "role": list(SIGNAL_SITES) * layers * 2,
-                "metric": ["error"] * layers * sites + ["snr_db"] * layers * sites,
+                "layer": np.tile(layer, 2),
+                "role": [SIGNAL_SITES[i] for i in site] * 2,
+                "metric": ["error"] * len(site) + ["snr_db"] * len(site),
                 "value": value,
                 "low": low,
                 "high": high,

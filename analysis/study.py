@@ -14,9 +14,10 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probes import DENSE
-from pruning import CalibrationSet, Corpus, Recipe, text_source
+from pruning import CalibrationSet, Corpus, Recipe, known_methods, text_source
 from pruning.engine import Job
 from pruning.errors import StudyError, TextError, did_you_mean
+from pruning.files import PARTIAL
 from pruning.languages import language_tags
 from pruning.models import DEMO, DEMO_NAME, Dtype
 from pruning.patterns import n_of_m
@@ -24,6 +25,7 @@ from pruning.text import HubDataset
 from pruning.variants import planned_jobs
 
 _TextSpec = str | HubDataset
+_NAME = re.compile(r"\w[\w.+=-]*")
 #: Share of weights removed when a study does not say.
 DEFAULT_SPARSITY = 0.5
 
@@ -103,7 +105,9 @@ class RecipeGrid(_Section):
 
     def recipes(self) -> list[Recipe]:
         """Return the recipes of the grid; patterns n:m, which settle the sparsity, are one point of its axis."""
-        axes = {name: _axis(getattr(self, name)) for name in ("method", "pattern", "allocation", "propagation", "blocks")}
+        axes = {
+            name: _axis(getattr(self, name)) for name in ("method", "pattern", "allocation", "propagation", "blocks")
+        }
         parameters = {name: _axis(value) for name, value in self.parameters.items()}
         recipes = []
         for point in product(*axes.values(), *parameters.values()):
@@ -115,7 +119,9 @@ class RecipeGrid(_Section):
             for sparsity in sparsities:
                 if sparsity is None and not n_of_m(given["pattern"]):
                     sparsity = DEFAULT_SPARSITY
-                recipes.append(Recipe(**given, sparsity=sparsity, roles=self.roles, parameters=chosen))
+                recipes.append(
+                    Recipe.model_validate({**given, "sparsity": sparsity, "roles": self.roles, "parameters": chosen})
+                )
         return list(dict.fromkeys(recipes))
 
 
@@ -164,12 +170,14 @@ class Study(_Section):
         rank = self.evaluation.rank
         if rank is not None and rank > len(self.languages) - 1:
             raise ValueError(f"evaluation.rank {rank} is more than {len(self.languages) - 1}, the languages less one")
-        made = {job.id for job in self.jobs()}
+        taken = {DENSE, *known_methods(), *(job.id for job in self.jobs())}
         for name in self.imported:
-            if not re.fullmatch(r"[\w.+=-]+", name) or name in made | {DENSE}:
+            if not _NAME.fullmatch(name) or name.endswith(PARTIAL):
                 raise ValueError(
-                    f'imported: "{name}" cannot be used as a name; use letters, digits and . + = _ -, and no name of another variant'
+                    f'imported: "{name}" cannot be used as a name; use letters, digits and . + = _ -, a letter or digit first'
                 )
+            if name in taken:
+                raise ValueError(f'imported: "{name}" is the name of a method or of another model here; choose another')
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from importlib.metadata import version
 from importlib.resources import files as package_files
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .variants import Variant
 
 CARD_FILE = "README.md"
+#: What a hub accepts as the base of another model; the path of a folder is none.
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_checkpoint(variant: Variant, anatomy: Anatomy, tokenizer: Any, folder: Path) -> None:
@@ -52,6 +55,7 @@ def model_card(variant: Variant) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     return environment.from_string(template).render(
         record=record,
+        hub_id=_HUB_ID.fullmatch(record.model) is not None and not Path(record.model).exists(),
         recipe=record.recipe,
         calibration=calibration,
         languages=[named(tag) for tag in calibration.languages] if calibration else [],

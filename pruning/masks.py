@@ -190,7 +190,7 @@ class MaskSet(Mapping[Key, Tensor]):
 
 def pack_bits(mask: Bool[Tensor, "outputs inputs"]) -> UInt8[Tensor, "outputs bytes"]:
     """Return a mask with eight weights a byte, each row filled up with zeros."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+    return torch.from_numpy(np.packbits(np.ascontiguousarray(mask.cpu().numpy()), axis=1))
 
 
 def _name(key: Key) -> str:

@@ -98,7 +98,7 @@ class Shards:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)
-        found = {}
+        found: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
             with _opened(path) as file:
                 found |= {name: file.get_tensor(name) for name in wanted}
@@ -380,7 +380,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from .engine.streams import Progress
 from .errors import DiskError, RecipeError, VariantError
 from .export import write_checkpoint
 from .files import whole_folder, write_json
-from .masks import Key, MaskSet
+from .masks import Key, MaskSet, pack_bits
 from .recipes import EVERYWHERE, UNCALIBRATED, Recipe
 from .streaming import residence_of, save_tensors
 from .text import Corpus
@@ -64,7 +64,7 @@ class VariantRecord(BaseModel):
     remarks: tuple[str, ...] = ()
 
     def columns(self, sparsity: float) -> dict[str, Any]:
-        """Return the columns of a tidy frame, given the share of weights removed, which counts if there is no recipe."""
+        """Return the columns of a tidy frame; `sparsity`, the share of weights removed, is for those without a recipe."""
         recipe, calibration = self.recipe, self.calibration
         columns: dict[str, Any] = {"model": self.model}
         if recipe is None:
@@ -132,7 +132,8 @@ class Variant:
             self.masks.save(partial / MASKS_FILE, self.record.model_fingerprint)
             if self.values:
                 metadata = {_WEIGHTS_FORMAT: self.record.model_fingerprint}
-                save_tensors(_Named(self.values), partial / WEIGHTS_FILE, metadata)
+                order = [key for key in self.masks if key in self.values]
+                save_tensors(_Named(self.values, order), partial / WEIGHTS_FILE, metadata)
             write_json(partial / RECIPE_FILE, self.record.model_dump(mode="json"))
 
     @classmethod
@@ -181,34 +182,33 @@ class Variant:
             If they do not fit together, nothing was removed, or the pruned model differs in more than its projections.
         """
         parent, child = Anatomy(dense), Anatomy(pruned)
-        _check_same_parts(parent, child, name)
-        packed, values, others = {}, {}, _Others(parent, child)
-        already = 0  # zero in the dense model, too
+        if _shapes(parent) != _shapes(child):
+            raise VariantError(f'"{name}" is not a pruned version of this model: its parts or their shapes differ')
+        record = _stated(
+            VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint()), child
+        )
+        bits, inputs, values, news = {}, {}, {}, 0
         for layer in range(len(parent.blocks)):
             with parent.loaded(layer, to_read=True), child.loaded(layer, to_read=True):
+                _check_unchanged(parent, child, parent.parameter_names(layer), name)
                 for role in parent.roles(layer):
                     before = parent.weight(layer, role)
                     weight = child.weight(layer, role).to(before)
                     mask = weight != 0
-                    already += int((before == 0).logical_and_(~mask).sum())
-                    packed[layer, role] = MaskSet.pack({(layer, role): mask})
+                    pruned_here = not torch.equal(weight, before)
+                    if pruned_here or (record.recipe is not None and record.recipe.covers(layer, role)):
+                        bits[layer, role], inputs[layer, role] = pack_bits(mask).numpy(), mask.shape[1]
                     if not torch.equal(weight, before * mask):
                         values[layer, role] = weight[mask].cpu()
-                others.compare(parent.parameter_names(layer))
-        with residence_of(dense).present(parent.other_names(), to_read=True):
-            with residence_of(pruned).present(parent.other_names(), to_read=True):
-                others.compare(parent.other_names())
-        masks = MaskSet.joined(packed.values())
-        if masks.removed() == already:
-            raise VariantError(f'"{name}" has no weight that is zero: it is not pruned, or its masks were not applied')
-        if others.different:
+                    news += int((~mask & (before != 0)).sum())
+        others = parent.other_names()
+        with residence_of(dense).present(others, to_read=True), residence_of(pruned).present(others, to_read=True):
+            _check_unchanged(parent, child, others, name)
+        if news == 0:
             raise VariantError(
-                f'"{name}" differs from this model in more than its projections ({others.different[0]}'
-                + (f" and {len(others.different) - 1} more" if len(others.different) > 1 else "")
-                + "); it was trained after it was pruned, or pruned from another model, and cannot be compared with this one"
+                f'"{name}" is zero nowhere but where this model is: it is not pruned, or its masks were not applied'
             )
-        record = VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint())
-        return cls(_as_stated(record, pruned), masks, values)
+        return cls(record, MaskSet(bits, inputs), values)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -303,6 +303,65 @@ class DenseCopy:
                 self._anatomy.set_weight(*key, self._dense[key])
 
 
+def _shapes(anatomy: Anatomy) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in anatomy.model.named_parameters(remove_duplicate=False)}
+
+
+def _check_unchanged(parent: Anatomy, child: Anatomy, names: Iterable[str], called: str) -> None:
+    """Raise ``VariantError`` unless those of the parameters that hold no projections are the same in both models."""
+    projections = parent.block_parameters()
+    for name in names:
+        if name not in projections:
+            before = parent.model.get_parameter(name)
+            after = child.model.get_parameter(name).to(before)
+            if not torch.equal(before, after) and not torch.allclose(after.float(), before.float(), rtol=_ROUNDING):
+                raise VariantError(
+                    f'"{called}" differs from this model in more than its projections ({name}): it was trained after '
+                    "it was pruned, or made from another model, and cannot be measured against this one"
+                )
+
+
+def _stated(record: VariantRecord, child: Anatomy) -> VariantRecord:
+    """Return a record with what :meth:`Variant.export` wrote beside a checkpoint, if it is of the same dense model."""
+    folder = str(child.model.name_or_path)
+    path = Path(folder) / RECIPE_FILE
+    if not folder:  # a model that was never loaded from anywhere
+        return record
+    try:
+        stated = VariantRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return record  # no such file, or another tool's
+    if stated.model_fingerprint != record.model_fingerprint:
+        remark = f"its {RECIPE_FILE} is left aside, since it speaks of another dense model ({stated.model})"
+        return record.model_copy(update={"remarks": (remark,)})
+    return stated.model_copy(update={"id": record.id, "model": record.model})
+
+
+def _reason(error: ValueError) -> str:
+    """Return in a few words what is wrong with a file."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
+
+
+class _Named(Mapping[str, Tensor]):
+    """Values by the names that they have in a file, each read when it is asked for."""
+
+    def __init__(self, values: Mapping[Key, Tensor], order: Iterable[Key]) -> None:
+        self._keys = {f"{layer}.{role}": (layer, role) for layer, role in order}
+        self._values = values
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[self._keys[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 class _KeptValues(Mapping[Key, Tensor]):
     """Values of kept weights, read from their file as they are asked for."""
 
@@ -321,6 +380,9 @@ class _KeptValues(Mapping[Key, Tensor]):
         self._names = {key: f"{key[0]}.{key[1]}" for key in masks if f"{key[0]}.{key[1]}" in sizes}
         if len(self._names) != len(sizes) or any(sizes[n] != [masks.kept(k)] for k, n in self._names.items()):
             raise VariantError(f"{path} does not fit its masks; delete the variant's folder and run again")
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._names  # without reading it, which Mapping's own does
 
     def __getitem__(self, key: Key) -> Tensor:
         name = self._names[key]
@@ -376,20 +438,33 @@ def prune(
     text = CalibrationText.draw(tokenizer, corpus, sets) if corpus is not None and sets else None
     anatomy = Anatomy(model)
     pruned = sweep(anatomy, jobs, text, batch_tokens=batch_tokens, progress=progress)
-    return variants_of(anatomy, {job: pruned(job) for job in jobs}, name or model.name_or_path, corpus)
+    return variants_of(anatomy.fingerprint(), {job: pruned(job) for job in jobs}, name or model.name_or_path, corpus)
 
 
 def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> list[Job]:
-    """Return a job for every recipe that needs no text, then one for every calibration set and other recipe."""
+    """Return a job for every recipe that needs no text, then one for every calibration set and other recipe.
+
+    Raises
+    ------
+    RecipeError
+        If two of them would have the same name.
+    """
     recipes, sets = list(recipes), list(sets)
     jobs = [Job(recipe) for recipe in recipes if not recipe.calibrated or not sets]
     jobs += [Job(recipe, calibration) for calibration in sets for recipe in recipes if recipe.calibrated]
-    return list(dict.fromkeys(jobs))
+    named: dict[str, Job] = {}
+    for job in jobs:
+        other = named.setdefault(job.id, job)
+        if other.calibration != job.calibration or other.recipe.sparsity != job.recipe.sparsity:
+            raise RecipeError(
+                f'two variants would be called "{job.id}"; give their calibration sets or seeds other names, '
+                "or their sparsities fewer digits"
+            )
+    return list(named.values())
 
 
-def variants_of(anatomy: Anatomy, results: Mapping[Job, Pruned], name: str, corpus: Corpus | None) -> list[Variant]:
-    """Return what a sweep has made as variants."""
-    fingerprint = anatomy.fingerprint()
+def variants_of(fingerprint: str, results: Mapping[Job, Pruned], name: str, corpus: Corpus | None) -> list[Variant]:
+    """Return what a sweep has made of the dense model with this fingerprint, as variants."""
     variants = []
     for job, pruned in results.items():
         text = calibration_fingerprint(corpus, job.calibration) if corpus and job.calibration else None

@@ -102,7 +102,8 @@ class Survey:
         values = [-sign * importance for importance in self.importance.values()]
         if any(value != value for value in values):
             return even, [
-                "cross-lingual allocation compares languages, and this calibration set has one: every block gives the same"
+                "cross-lingual allocation compares languages, and this calibration set has only one: "
+                "every block gives the same"
             ]
         sizes = [sum(shape[0] * shape[1] for key, shape in shapes.items() if key[0] == b) for b in self.importance]
         sparsities = shifted(values, sizes, recipe.sparsity, recipe.allocation_parameters["spread"])

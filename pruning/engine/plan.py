@@ -10,16 +10,22 @@ import torch
 from humanize import naturaldelta, naturalsize
 
 from ..anatomy import Anatomy
+from ..architectures import head_of
 from ..calibration import CalibrationText
 from ..errors import RecipeError
-from ..statistics import GRAM
-from .budgets import needs_survey
+from ..masks import Key
+from ..patterns import MODEL, Shape
+from ..statistics import CURVATURE, GRAM
 from .jobs import Job, Schedule, covered_shapes
 from .streams import StackStarter, Stream, run_block
+from .sweep import GRADIENT_TOKENS
 
-#: Bytes that Python, torch and transformers take before any model is there.
+#: Bytes that Python, torch, transformers and a tokenizer take before any model is there.
 _BASE = 700 << 20
+#: Memory that is taken over what is held: gaps that the allocator leaves.
+_SLACK = 1.4
 _FLOAT = 4
+_GIB = 1 << 30
 #: A job's own work on a block over the forward passes that it cannot do without, measured on the embedded model.
 _OVERHEAD = {False: 1.2, True: 1.8}
 
@@ -60,11 +66,9 @@ class Plan:
         """Return the plan in one line."""
         jobs = sum(len(wave) for wave in self.waves)
         parts = [f"{jobs} variant{'s' * (jobs != 1)}" + (f" in {len(self.waves)} waves" if len(self.waves) > 1 else "")]
-        parts.append(f"memory about {naturalsize(self.memory, binary=True)}")
-        parts.append(
-            f"disk {naturalsize(self.kept, binary=True)}"
-            + (f" and {naturalsize(self.scratch, binary=True)} while it runs" if self.scratch else "")
-        )
+        parts.append(f"memory about {_size(self.memory)}")
+        parts += ["hidden states on disk"] if self.spill else []
+        parts.append(f"disk {_size(self.kept)}" + (f" and {_size(self.scratch)} while it runs" if self.scratch else ""))
         if self.seconds_a_block:
             total = self.seconds_a_block * self.blocks
             parts.append(f"about {self.seconds_a_block:.1f} s a block, {naturaldelta(total)} in all")
@@ -78,6 +82,7 @@ def make_plan(
     *,
     memory: int | None = None,
     batch_tokens: int = 2048,
+    begun: Sequence[tuple[Job, ...]] = (),
 ) -> Plan:
     """Work out what jobs will need, and split them so that they keep within a cap.
 
@@ -89,6 +94,8 @@ def make_plan(
         Cap on resident memory in bytes; none by default.
     batch_tokens
         Tokens that go through a block at a time.
+    begun
+        Waves that a killed run was in the middle of. They stay as they are, unless they do not keep within the cap.
 
     Raises
     ------
@@ -96,27 +103,29 @@ def make_plan(
         If even one job after the other, with hidden states on disk, would need more.
     """
     needed = _Needs(anatomy, text, batch_tokens)
-    apart, together = _apart(jobs)
-    waves, spill = [*apart, tuple(together)], False
+    begun = [wave for wave in begun if memory is None or needed.peak(wave, spill=True) <= memory]
+    apart, together = _apart([job for job in jobs if not any(job in wave for wave in begun)])
+    apart = [*begun, *apart]
+    waves, spill = [wave for wave in (*apart, tuple(together)) if wave], False
     peak = max(needed.peak(wave, spill=False) for wave in waves)
     if memory is not None and peak > memory:
         spill = True
         for count in _halvings(len(together)):
-            waves = [*apart, *_cut(together, count)]
+            waves = [wave for wave in (*apart, *_cut(together, count)) if wave]
             peak = max(needed.peak(wave, spill=True) for wave in waves)
             if peak <= memory:
                 break
         else:
-            hint = "" if anatomy.streamed else "; a checkpoint on disk can be streamed: prunescope prune --memory"
+            hint = "" if anatomy.streamed else "; prunescope prune reads a checkpoint on disk a block at a time"
             raise MemoryCapError(
-                f"a memory cap of {naturalsize(memory, binary=True)} cannot hold one block with what it needs: about "
-                f"{naturalsize(peak, binary=True)} for this model and these recipes{hint}"
+                f"a memory cap of {memory / _GIB:.2f} GiB cannot hold one block with what it needs: about "
+                f"{peak / _GIB:.2f} GiB for this model and these recipes{hint}"
             )
     rate = needed.seconds_a_token() if text is not None and any(job.recipe.scoring.needs for job in jobs) else 0.0
     seconds = sum(rate * needed.tokens_a_block(wave) for wave in waves)
-    scratch = max(needed.states(wave) for wave in waves) * 2 if text else 0
+    scratch = max(needed.states(wave) + sum(map(needed.kept, wave)) for wave in waves)
     return Plan(
-        tuple(wave for wave in waves if wave),
+        tuple(waves),
         spill,
         peak,
         scratch,
@@ -152,6 +161,10 @@ def _cut(jobs: Sequence[Job], count: int) -> list[tuple[Job, ...]]:
     return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
 
 
+def _size(number: float | int) -> str:
+    return naturalsize(number, binary=True)
+
+
 class _Needs:
     """Estimates for one model and text; every number is in bytes unless it says otherwise."""
 
@@ -163,33 +176,82 @@ class _Needs:
         sizes = [sum(p.numel() for p in block.parameters()) for block in anatomy.blocks]
         self.largest_block = max(sizes) * self.element
         self.whole = sum(sizes) * self.element + anatomy.other_numel * self.element
+        tied = getattr(anatomy.model, "all_tied_weights_keys", None) or ()
+        head = head_of(anatomy.model)
+        self.beside_blocks = self.element * sum(
+            anatomy.model.get_parameter(name).numel()
+            for name in anatomy.other_names()
+            if name not in tied and anatomy.model.get_submodule(name.rpartition(".")[0]) is not head
+        )
         self.widest = max(anatomy.shape(layer, role)[0] for layer, role in anatomy)
         self.largest_matrix = max(out * inputs for out, inputs in (anatomy.shape(*key) for key in anatomy))
 
     def peak(self, jobs: Sequence[Job], *, spill: bool) -> int:
         """Return the most that a wave of jobs will hold at a time."""
-        streamed = self.anatomy.streamed
-        weights = max(self.largest_block, self.anatomy.other_numel * self.element) if streamed else self.whole
-        differentiates = [job for job in jobs if job.recipe.scoring.differentiates]
-        if differentiates and streamed:
-            method = differentiates[0].recipe.method
-            raise MemoryCapError(
-                f"{method} differentiates the loss of the whole model, which must be in memory; raise the memory cap to "
-                f"at least {naturalsize(4 * self.whole, binary=True)}, or leave {method} out"
-            )
-        prunable = sum(o * i for o, i in (self.anatomy.shape(*key) for key in self.anatomy))
-        extra = prunable * _FLOAT * 5 if differentiates else 0
-        extra += sum(
-            sum(o * i for o, i in covered_shapes(self.anatomy, job.recipe).values()) * _FLOAT
-            for job in jobs
-            if needs_survey(job.recipe) and job.recipe.pattern == "model"
-        )
-        batch = self.batch_tokens * (self.widest * 4 + self.anatomy.hidden_size * 6) * max(self.element, _FLOAT)
-        scoring = self.largest_block + self.largest_matrix * _FLOAT * 4
-        states = self.states(jobs)
-        if spill:
-            states = 2 * max((self._own_states(job) for job in jobs), default=0)
-        return _BASE + weights + self._statistics(jobs) + scoring + states + batch + extra
+        differentiating = [job for job in jobs if job.recipe.scoring.differentiates]
+        weights = self.whole
+        if self.anatomy.streamed:
+            weights = self.largest_block + self.beside_blocks
+            if differentiating:
+                method = differentiating[0].recipe.method
+                raise MemoryCapError(
+                    f"{method} differentiates the loss of the whole model, which must be in memory; raise the memory "
+                    f"cap to at least {_size(4 * self.whole)}, or leave {method} out"
+                )
+        working = self._statistics(jobs) + self._choosing(jobs) + self._passing()
+        working += 2 * max(self._own_states(job) for job in jobs) if spill else self.states(jobs)
+        working += self._encoded(jobs) + self._surveyed(jobs)
+        if differentiating:
+            working = max(working, self._differentiating(differentiating))
+        saving = max(self.removable(job) for job in jobs) // 8
+        return int(_BASE + weights + _SLACK * max(working, saving))
+
+    def removable(self, job: Job) -> int:
+        """Return how many weights a job chooses from."""
+        return sum(outputs * inputs for outputs, inputs in covered_shapes(self.anatomy, job.recipe).values())
+
+    def _passing(self) -> int:
+        """Return what a batch needs on its way through a block."""
+        length = max((tokens.shape[1] for tokens in self.text.tokens.values()), default=0) if self.text else 0
+        heads = int(self.anatomy.config.num_attention_heads)
+        width = self.widest * 4 + self.anatomy.hidden_size * 6 + heads * length
+        return max(self.batch_tokens, length) * width * max(self.element, _FLOAT)
+
+    def _choosing(self, jobs: Sequence[Job]) -> int:
+        """Return what it takes to choose weights of a block, and what all jobs have chosen of it before it is saved."""
+        solves = any(job.recipe.scoring.solve is not None for job in jobs)
+        block = self.largest_block * (3 if solves else 2)  # a copy of the dense one, masks, corrected weights
+        chosen = self.largest_block / self.element / 8 * len(jobs)
+        for job in jobs:
+            if job.recipe.scoring.solve is not None:
+                chosen += self.largest_block * (1 - job.recipe.sparsity)
+        return int(block + chosen + self.largest_matrix * _FLOAT * 4)
+
+    def _surveyed(self, jobs: Sequence[Job]) -> int:
+        """Return what the scores of the whole model take, for jobs with one threshold over all."""
+        sizes = [self.removable(job) * _FLOAT for job in jobs if job.recipe.pattern == MODEL]
+        return sum(sizes) + 2 * max(sizes, default=0)
+
+    def _differentiating(self, jobs: Sequence[Job]) -> int:
+        """Return what derivatives take: of every weight, and of the activations and logits of a batch."""
+        assert self.text is not None
+        tokens = max(GRADIENT_TOKENS, max(tokens.shape[1] for tokens in self.text.tokens.values()))
+        twice = any(CURVATURE in job.recipe.scoring.needs for job in jobs)
+        activations = len(self.anatomy.blocks) * (self.widest * 4 + self.anatomy.hidden_size * 10)
+        activations *= 3 if twice else 1
+        weights = sum(outputs * inputs for outputs, inputs in map(self._shape, self.anatomy))
+        kept = weights * _FLOAT * (5 if twice else 3) + sum(self.removable(job) * _FLOAT for job in jobs)
+        return int(kept + tokens * (activations + self.anatomy.vocabulary * 4) * _FLOAT)
+
+    def _encoded(self, jobs: Sequence[Job]) -> int:
+        """Return what an encoder's output takes for the decoder to read: the first half of every text of every job."""
+        if not self.anatomy.encoder_decoder or self.text is None:
+            return 0
+        tokens = sum(self.text.size(job.calibration) for job in jobs if job.calibration) // 2
+        return tokens * self.anatomy.hidden_size * self.element
+
+    def _shape(self, key: Key) -> Shape:
+        return self.anatomy.shape(*key)
 
     def _statistics(self, jobs: Sequence[Job]) -> int:
         """Return what Gram matrices and their factorization take, at the worst block."""
@@ -232,8 +294,7 @@ class _Needs:
 
     def kept(self, job: Job) -> int:
         """Return what a finished variant takes on disk."""
-        shapes = covered_shapes(self.anatomy, job.recipe)
-        weights = sum(outputs * inputs for outputs, inputs in shapes.values())
+        weights = self.removable(job)
         values = weights * (1 - job.recipe.sparsity) * self.element if job.recipe.scoring.solve else 0
         return int(weights / 8 + values)
 

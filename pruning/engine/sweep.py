@@ -30,7 +30,7 @@ from .workspace import Workspace
 _OF_THE_LOSS = frozenset({GRADIENT, CURVATURE})
 _Needs = Callable[[Job], frozenset[str]]
 #: Tokens whose loss is differentiated at a time: whole logits are held for them.
-_GRADIENT_TOKENS = 256
+GRADIENT_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -163,15 +163,12 @@ class _Sweep:
         self._stream(streaming, at_once)
 
     def pruned(self, job: Job) -> Pruned:
-        packed = {_key(name): tensor.numpy() for name, tensor in self.workspace.results(job.id, "mask").items()}
+        packed = {key: tensor.numpy() for key, tensor in self.workspace.results(job.id, "mask").items()}
         order = [key for key in self.anatomy if key in packed]
         inputs = {key: self.anatomy.shape(*key)[1] for key in order}
-        values = {_key(name): tensor for name, tensor in self.workspace.results(job.id, "kept").items()}
-        return Pruned(
-            MaskSet({key: packed[key] for key in order}, inputs),
-            {key: values[key] for key in order if key in values} or None,
-            self.workspace.remarks(job.id),
-        )
+        masks = MaskSet({key: packed[key] for key in order}, inputs)
+        values = self.workspace.results(job.id, "kept")
+        return Pruned(masks, values or None, self.workspace.remarks(job.id))
 
     # -- the survey ------------------------------------------------------------------------------------------
 
@@ -202,12 +199,15 @@ class _Sweep:
         if not jobs:
             return
         schedule = Schedule(self.anatomy, jobs, self.text)
-        flow = _Flow(self, schedule, Workspace(), needs=lambda job: survey_needs(job.recipe))
+        aside = self.workspace.aside()
+        flow = _Flow(self, schedule, aside, needs=lambda job: survey_needs(job.recipe))
         for layer in range(schedule.blocks):
             with self.anatomy.loaded(layer):
                 flow.enter(layer)
                 yield layer, flow.through_dense(layer)
                 flow.leave(layer)
+            aside.checkpoint(layer + 1, flow.states())
+        aside.close()
 
     # -- derivatives -----------------------------------------------------------------------------------------
 
@@ -217,16 +217,18 @@ class _Sweep:
             batches = [
                 batch
                 for piece in self.text.pieces[calibration]
-                for batch in self.text.tokens[piece].split(max(1, _GRADIENT_TOKENS // piece.length))
+                for batch in self.text.tokens[piece].split(max(1, GRADIENT_TOKENS // piece.length))
             ]
-            blocks = 3 * len(self.anatomy.blocks)  # a pass back costs about two forwards
             with torch.enable_grad():
                 derivatives = differentiate(
-                    self.anatomy, batches, curvature=curvature, progress=lambda n: self.progress(n * blocks)
+                    self.anatomy, batches, curvature=curvature, progress=self._derivatives_progress
                 )
             for job in jobs:
                 if job.calibration == calibration:
                     self._choose_by_derivatives(job, derivatives)
+
+    def _derivatives_progress(self, tokens: int) -> None:
+        self.progress(3 * tokens * len(self.anatomy.blocks))  # a pass back costs about two forwards
 
     def _choose_by_derivatives(self, job: Job, derivatives: Derivatives) -> None:
         layers = range(len(self.anatomy.blocks))
@@ -330,7 +332,8 @@ class _Flow:
                     if stack.first > 0:  # a decoder, which reads what the encoder before it has made
                         stream.memory = [self.anatomy.encoded(hidden) for hidden in stream.hidden]
                     self._start(stack, stream)
-                    stream.hidden = self.workspace.keep(layer, name, "hidden", stream.hidden)
+                    # Under a name of its own: what came before it must stay, to go on from after a kill.
+                    stream.hidden = self.workspace.keep(layer, name, "begun", stream.hidden)
 
     def _start(self, stack: Stack, stream: Stream) -> None:
         if self._starter is None or self._starter[0] is not stack:
@@ -425,11 +428,6 @@ class _Flow:
 
 def _piece_name(piece: Piece) -> str:
     return f"{piece.language}-s{piece.seed}-{piece.length}-{piece.start}-{piece.stop}"
-
-
-def _key(name: str) -> Key:
-    layer, _, role = name.partition(".")
-    return int(layer), role
 
 
 @contextmanager

@@ -40,8 +40,8 @@ def score(
 ) -> Float[Tensor, "outputs inputs"]:
     """Return ``w² / U_jj²`` in float32 with the dense weights, as if every column came first.
 
-    Frantar & Alistarh, ICML 2023, 2301.00774. Only comparisons between matrices use this; within one, :func:`solve` does
-    with its corrected weights.
+    Frantar & Alistarh, ICML 2023, 2301.00774. Only comparisons between matrices use this; within one, :func:`solve`
+    compares corrected weights.
     """
     factor = _factor(statistics.known_inputs, damping)
     saliency = (weight.float() * factor.lower.diagonal().flip(0)).square()
@@ -176,7 +176,7 @@ def _factor(inputs: InputStatistics, damping: float) -> _Factor:
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:
-    """Return the lower factor (anything may be above its diagonal), or ``None`` if there is none; overwrites `matrix`."""
+    """Return the lower factor, with anything above its diagonal, or ``None`` if there is none. `matrix` is lost."""
     if matrix.device.type == "cpu":  # LAPACK in place is twice as fast as torch.linalg, which copies and clears
         lower, failed = lapack.spotrf(matrix.numpy().T, lower=0, clean=0, overwrite_a=1)
         return None if failed or lower[0, 0] != lower[0, 0] else torch.from_numpy(lower.T)

@@ -187,12 +187,12 @@ class Clock:
 
         return watched
 
-    def report(self, total: float, floor: float) -> None:
-        """Print the share of each part in `total` seconds, in units of `floor` seconds."""
-        print("  where the time goes, over the floor:", flush=True)
+    def report(self, total: float, unit: float, name: str) -> None:
+        """Print the share of each part in `total` seconds, in units of `unit` seconds."""
+        print(f"  where the time goes, over {name}:", flush=True)
         parts = dict(sorted(self.seconds.items(), key=lambda part: -part[1]))
-        for name, value in (parts | {"all else": total - sum(parts.values())}).items():
-            print(f"    {name}: {value / floor:.3f} ({value:.2f} s)", flush=True)
+        for part, value in (parts | {"all else": total - sum(parts.values())}).items():
+            print(f"    {part}: {value / unit:.3f} ({value:.2f} s)", flush=True)
 
 
 # -- text ----------------------------------------------------------------------------------------------------

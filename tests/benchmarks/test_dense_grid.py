@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 from benchmarks import published
-from benchmarks.harness import calibration_text, headline, in_words, number, pairs, seconds, token_blocks
+from benchmarks.harness import Clock, calibration_text, headline, in_words, number, pairs, seconds, token_blocks
 
 from pruning import Anatomy, Recipe, load_model
 from pruning.engine import Job, sweep
@@ -21,7 +21,7 @@ RECIPES = (("wanda", "row", 0), ("wanda", "2:4", 4), ("sparsegpt", "matrix", 0),
 
 
 @pytest.mark.parametrize("size", pairs("SIZES", "128x512"), ids=in_words)
-def test_a_grid_over_single_runs(size, capsys):
+def test_a_grid_over_single_runs(size, monkeypatch, capsys):
     model, tokenizer = load_model("demo", dtype="float32", device="cpu")
     anatomy = Anatomy(model)
     samples, length = size
@@ -51,6 +51,8 @@ def test_a_grid_over_single_runs(size, capsys):
             for key, weight in dense.items():
                 anatomy.set_weight(*key, weight)
         results = []
+        clock = Clock()
+        clock.watch(monkeypatch)
         ours = seconds(lambda: results.append(sweep(anatomy, jobs, text)))
         theirs = sum(each.values()) * len(LANGUAGES) * blocks / sample
         print("  published way, seconds a block of one variant: ", end="")
@@ -58,6 +60,7 @@ def test_a_grid_over_single_runs(size, capsys):
         print(f"  published way, {len(jobs)} variants one by one: {theirs:.0f} s", end="")
         print(f" (scaled up from {sample} blocks of one variant of each recipe)")
         print(f"  ours: {ours:.0f} s in one sweep")
+        clock.report(ours, ours, "our whole time")
         print(f"  published way, scaled / ours: {theirs / ours:.2f}")
     for job in jobs:
         assert results[0](job).masks.sparsity() == pytest.approx(0.5, abs=1e-3)

@@ -44,7 +44,7 @@ def inputs_like_a_models(inputs: int) -> InputStatistics:
 
 
 @pytest.mark.parametrize("pattern", ["matrix", "2:4"])
-def test_one_matrix(layer, pattern, capsys):
+def test_published_over_ours(layer, pattern, capsys):
     weight, inputs = layer
     gram = inputs.gram
     group = pattern_named(pattern).group
@@ -73,8 +73,10 @@ def test_one_matrix(layer, pattern, capsys):
         headline(f"SparseGPT, one matrix of {weight.shape[0]} outputs x {weight.shape[1]} inputs, pattern {pattern}")
         rounds = 1 if weight.shape[1] >= LONG else number("ROUNDS", 3)
         times = in_turn(rounds, {"plain": plain, "ours": ours})
-        report("published / ours", ratios(times["plain"], times["ours"]))
+        # Theirs without the copies that are made here, since it works in place.
+        times["plain"] = [sum(both) for both in zip(parts["factorization"], parts["column sweep"], strict=True)]
         sweeps = [whole - factor for whole, factor in zip(times["ours"], parts["our factorization"], strict=True)]
+        report("published / ours", ratios(times["plain"], times["ours"]))
         report("published / ours, factorization", ratios(parts["factorization"], parts["our factorization"]))
         report("published / ours, column sweep", ratios(parts["column sweep"], sweeps))
         report("seconds, published", times["plain"])

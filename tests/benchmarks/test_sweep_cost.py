@@ -1,6 +1,9 @@
 """A sweep over the embedded model against what no sweep can do without, and against the published scripts' way.
 
-make benchmarks, or pytest tests/benchmarks/test_sweep_cost.py -s -k 'wanda and 32x256'
+    make benchmarks, or pytest tests/benchmarks/test_sweep_cost.py -s -k 'wanda and 32x256'
+
+Everything runs on the same processor. The published way is timed too in units of the forward passes, which are the same
+for all: each block once up to the input of its last product, then once as a whole, on full batches.
 """
 
 from __future__ import annotations
@@ -81,9 +84,11 @@ def test_a_sweep_over_its_forward_passes(embedded, method, size, monkeypatch, ca
         report("published way / the same passes", ratios(times["originals"], times["floor"]))
         report("published way / ours", ratios(times["originals"], times["ours"]))
         print("  seconds: " + ", ".join(f"{name} {statistics.median(value):.1f}" for name, value in times.items()))
-        clock.report(sum(times["ours"]), sum(times["floor"]))
+        clock.report(sum(times["ours"]), sum(times["floor"]), "these passes")
         kept = {key: results[0].masks[key] & (weight != 0) for key, weight in dense.items()}
-        same = [float((kept[key] == theirs[0][key]).float().mean()) for key in dense]
-        print(f"  decisions on weights that are the same in both ways: {sum(same) / len(same):.4f}")
+        same = {key: float((kept[key] == theirs[0][key]).float().mean()) for key in dense}
+        first = [value for (layer, _), value in same.items() if layer == 0]
+        print("  decisions on weights that are the same in both ways: ", end="")
+        print(f"{sum(first) / len(first):.5f} in the first block, {sum(same.values()) / len(same):.5f} in all")
     assert results[0].masks.sparsity() == pytest.approx(0.5, abs=1e-3)
-    assert sum(same) / len(same) > 0.95
+    assert min(first) > 0.98  # in later blocks equal mathematics drifts apart: other roundings, other near ties
