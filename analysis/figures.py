@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -21,9 +20,9 @@ from matplotlib.figure import Figure
 
 from probes import DENSE
 from pruning import ROLES
+from pruning.allocation import UNIFORM
 from pruning.files import whole_file
 from pruning.languages import language_name
-from pruning.allocation import UNIFORM
 from pruning.recipes import EVERYWHERE, UNCALIBRATED
 from pruning.variants import UNKNOWN
 

@@ -206,7 +206,7 @@ def _captions(frames: Frames, facts: ReportFacts) -> Iterator[tuple[str, str, st
             yield (
                 section,
                 f"language-neurons-{name}",
-                f"LAPE: language-specific neurons, the 1 % of all {facts.neurons:,} MLP neurons with the lowest entropy "
+                f"LAPE: language-specific neurons, the 1 % of all {facts.neurons:,} MLP neurons with lowest entropy "
                 "of firing over languages, counted for every language in which they fire above the 95 % quantile. "
                 "Left: dense model. Right: share of them selected again in the pruned model. Firing was counted "
                 f"on {text}; with so little text rare neurons are uncertain.",

@@ -173,9 +173,7 @@ class Study(_Section):
         taken = {DENSE, *known_methods(), *(job.id for job in self.jobs())}
         for name in self.imported:
             if not _NAME.fullmatch(name) or name.endswith(PARTIAL):
-                raise ValueError(
-                    f'imported: "{name}" cannot be used as a name; use letters, digits and . + = _ -, a letter or digit first'
-                )
+                raise ValueError(f'imported: "{name}" cannot be used as a name; use letters, digits and . + = _ -')
             if name in taken:
                 raise ValueError(f'imported: "{name}" is the name of a method or of another model here; choose another')
         return self

@@ -146,20 +146,32 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     metadata
         For its header.
     """
+    facts = {name: _facts(tensors[name]) for name in tensors}
+    order = sorted(facts, key=lambda name: -facts[name].itemsize)  # so that each begins at a multiple of its items
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name in tensors:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        kind = _KINDS[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name in order:
+        begin, end = end, end + facts[name].size
+        header[name] = {"dtype": facts[name].kind, "shape": facts[name].shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned
+    encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in tensors:
+        for name in order:
             values = tensors[name].detach().cpu().contiguous()
             file.write(values.flatten().view(torch.uint8).numpy().data)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    kind: str
+    shape: list[int]
+    itemsize: int
+    size: int
+
+
+def _facts(tensor: Tensor) -> _Facts:
+    return _Facts(_KINDS[tensor.dtype], list(tensor.shape), tensor.itemsize, tensor.nbytes)
 
 
 @dataclass

@@ -64,7 +64,7 @@ class VariantRecord(BaseModel):
     remarks: tuple[str, ...] = ()
 
     def columns(self, sparsity: float) -> dict[str, Any]:
-        """Return the columns of a tidy frame; `sparsity`, the share of weights removed, is for those without a recipe."""
+        """Return the columns of a tidy frame; `sparsity`, the share that was removed, is for those without a recipe."""
         recipe, calibration = self.recipe, self.calibration
         columns: dict[str, Any] = {"model": self.model}
         if recipe is None:

@@ -17,12 +17,13 @@ from .registry import Method, register
 
 
 def score(
-    weight: Float[Tensor, "outputs inputs"], statistics: Statistics, *, variance: float = 1.0, firing: float = 1.0
+    weight: Float[Tensor, "outputs inputs"], statistics: Statistics, *, variance: float = 1.0, firing: float = 0.0
 ) -> Float[Tensor, "outputs inputs"]:
     """Return ``|W| · (mean_ℓ n_ℓ + variance · std_ℓ n_ℓ) · p^firing`` in float32 (a reconstruction, see above).
 
     ``n_ℓ`` is ``‖X_j‖₂`` in language ℓ, at equal numbers of tokens; the standard deviation is that of the population; p
-    is the share of tokens with a positive input.
+    is the share of tokens with a positive input. By default `firing` is 0, which leaves the last factor out: inputs of
+    great strength that are never positive would lose all their weights, which ruins models that have such inputs.
     """
     inputs = statistics.known_inputs
     norms = torch.stack(list(inputs.norms_by_language().values()))
@@ -40,7 +41,7 @@ METHOD = register(
         allocation="cross-lingual",
         parameters={
             "variance": Parameter(1, 0, 100, "weight of the deviation between languages"),
-            "firing": Parameter(1, 0, 10, "exponent of the share of tokens with a positive input"),
+            "firing": Parameter(0, 0, 10, "exponent of the share of tokens with a positive input"),
         },
     )
 )

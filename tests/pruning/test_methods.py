@@ -38,6 +38,8 @@ def job(recipe: Recipe) -> Job:
 
 
 def dense_recipe(method: str, pattern: str, **more: Any) -> Recipe:
+    if method == "m-wanda":
+        more = {"parameters": {"firing": 1.0}, **more}  # with all of its terms
     return Recipe(method=method, sparsity=0.5, pattern=pattern, allocation="uniform", propagation="dense", **more)
 
 

@@ -65,7 +65,7 @@ def test_streamed_model_has_the_dtypes_of_the_whole_one(tmp_path, make_model, to
     assert_prunes_the_same(streamed, whole, tokenizer, RECIPES[1:2])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mt5"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
 @pytest.mark.parametrize("tied", [False, True], ids=["head of its own", "tied head"])
 def test_heads_that_are_tied_and_not(tmp_path, tokenizer, kind, tied):
     folder = checkpoint(tmp_path, kind, tie_word_embeddings=tied)
@@ -203,7 +203,7 @@ def test_tensors_written_one_at_a_time_read_back(tmp_path):
     }
     save_tensors(tensors, tmp_path / "a", {"made": "here"})
     found = load_file(tmp_path / "a")
-    assert list(found) == sorted(tensors)
+    assert set(found) == set(tensors)
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )

@@ -4,40 +4,58 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from checkpoints import CORPUS, SHORT, checkpoint, saved
 
-from pruning import Anatomy, CalibrationSet, Corpus, Recipe, Variant, prune
-from pruning.errors import DiskError, VariantError
-from pruning.text import BundledText
+from pruning import Anatomy, CalibrationSet, Recipe, Variant, load_model, prune
+from pruning.errors import DiskError, RecipeError, VariantError
+
+WANDA, SPARSEGPT = Recipe(method="wanda", sparsity=0.5), Recipe(method="sparsegpt", sparsity=0.5)
 
 
 @pytest.fixture
 def variant(model, tokenizer):
-    source = BundledText()
-    calibration = CalibrationSet.named("en+sw", samples=4, length=16)
-    return prune(model, tokenizer, Recipe(method="wanda", sparsity=0.5), Corpus(source, source, source), calibration)[0]
+    return prune(model, tokenizer, WANDA, CORPUS, SHORT)[0]
 
 
-def test_dense_model_is_restored_bit_for_bit(model, variant):
+@pytest.fixture
+def corrected(model, tokenizer):
+    return prune(model, tokenizer, SPARSEGPT, CORPUS, SHORT)[0]
+
+
+@pytest.fixture(params=["variant", "corrected"])
+def any_variant(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_dense_model_is_restored_bit_for_bit(model, any_variant):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with variant.applied(model):
+    with any_variant.applied(model):
         weight = Anatomy(model).weight(0, "q")
         assert int((weight == 0).sum()) == weight.numel() // 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_dense_model_is_restored_when_the_block_fails(model, variant):
+def test_dense_model_is_restored_when_the_block_fails(model, any_variant):
     before = Anatomy(model).weight(1, "down").clone()
-    with pytest.raises(RuntimeError, match="on purpose"), variant.applied(model):
+    with pytest.raises(RuntimeError, match="on purpose"), any_variant.applied(model):
         raise RuntimeError("on purpose")
     assert torch.equal(Anatomy(model).weight(1, "down"), before)
 
 
-def test_saved_variant_opens(tmp_path, variant, model):
-    variant.save(tmp_path / "v")
+def test_saved_variant_opens(tmp_path, any_variant, model):
+    any_variant.save(tmp_path / "v")
     opened = Variant.open(tmp_path / "v", Anatomy(model).fingerprint())
-    assert opened.record == variant.record
-    assert opened.masks == variant.masks
+    assert opened.record == any_variant.record
+    assert opened.masks == any_variant.masks
+    assert dict(opened.values).keys() == any_variant.values.keys()
+    assert all(torch.equal(opened.values[key], value) for key, value in any_variant.values.items())
+
+
+def test_equal_variants_are_equal_bytes(tmp_path, model, tokenizer):
+    for name in ("one", "other"):
+        prune(model, tokenizer, SPARSEGPT, CORPUS, SHORT)[0].save(tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name
 
 
 def test_variant_of_another_model_is_refused(tmp_path, variant, make_model):
@@ -49,17 +67,46 @@ def test_variant_of_another_model_is_refused(tmp_path, variant, make_model):
         pass
 
 
-def test_variant_cannot_be_applied_twice(model, variant):
-    variant.apply(model)
+def test_variant_cannot_be_applied_twice(model, any_variant):
+    any_variant.apply(model)
     with pytest.raises(VariantError, match="pruned already"):
-        variant.apply(model)
+        any_variant.apply(model)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1, 2]", '{"id": 3'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1, 2]", '{"id": 3', '{"id": "a", "model": "m", "model_fingerprint": "f", "recipe": 3}']
+)
 def test_damaged_recipe_is_refused(tmp_path, variant, content):
     variant.save(tmp_path / "v")
     (tmp_path / "v" / "recipe.json").write_text(content)
-    with pytest.raises(VariantError, match="damaged"):
+    with pytest.raises(VariantError, match="damaged") as caught:
+        Variant.open(tmp_path / "v")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_that_is_not_registered_is_named(tmp_path, variant):
+    variant.save(tmp_path / "v")
+    path = tmp_path / "v" / "recipe.json"
+    path.write_text(path.read_text().replace('"wanda"', '"my-own"'))
+    with pytest.raises(VariantError, match='unknown method "my-own"'):
+        Variant.open(tmp_path / "v")
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -8])
+def test_damaged_weights_are_refused(tmp_path, corrected, size):
+    corrected.save(tmp_path / "v")
+    path = tmp_path / "v" / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(VariantError, match=r"weights.safetensors is damaged"):
+        Variant.open(tmp_path / "v")
+
+
+def test_weights_that_do_not_fit_the_masks_are_refused(tmp_path, model, tokenizer, corrected):
+    corrected.save(tmp_path / "v")
+    other = prune(model, tokenizer, Recipe(method="sparsegpt", sparsity=0.25), CORPUS, SHORT)[0]
+    other.save(tmp_path / "w")
+    (tmp_path / "w" / "weights.safetensors").replace(tmp_path / "v" / "weights.safetensors")
+    with pytest.raises(VariantError, match="does not fit its masks"):
         Variant.open(tmp_path / "v")
 
 
@@ -68,19 +115,142 @@ def test_missing_variant_is_refused(tmp_path):
         Variant.open(tmp_path)
 
 
-def test_exported_checkpoint_loads_and_is_the_pruned_model(tmp_path, model, tokenizer, variant):
-    ids = torch.arange(3, 20)[None]
-    variant.export(model, tokenizer, tmp_path / "checkpoint")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
-    with torch.no_grad(), variant.applied(model):
-        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
-    weight = Anatomy(loaded).weight(2, "gate")
-    assert int((weight == 0).sum()) == weight.numel() // 2
-    assert json.loads((tmp_path / "checkpoint" / "recipe.json").read_text())["recipe"]["method"] == "wanda"
-
-
 def test_export_never_overwrites(tmp_path, model, tokenizer, variant):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(DiskError, match="not empty"):
         variant.export(model, tokenizer, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_export_of_another_model_is_refused(tmp_path, make_model, tokenizer, variant):
+    with pytest.raises(VariantError, match="belongs to another model"):
+        variant.export(make_model(seed=5), tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"samples": 4}, {"length": 24}])
+def test_two_variants_never_share_a_name(model, tokenizer, change):
+    other = SHORT.model_copy(update=change)
+    with pytest.raises(RecipeError, match='two variants would be called "wanda-0.5-row-pruned-en\\+sw-s0"'):
+        prune(model, tokenizer, WANDA, CORPUS, [SHORT, other])
+    near = Recipe(method="wanda", sparsity=0.5 + 1e-9)
+    with pytest.raises(RecipeError, match="fewer digits"):
+        prune(model, tokenizer, [WANDA, near], CORPUS, SHORT)
+
+
+def test_a_recipe_without_text_makes_one_variant(model, tokenizer):
+    recipes = [Recipe(method="magnitude", sparsity=0.5), WANDA]
+    sets = [CalibrationSet.named(name, samples=2, length=16) for name in ("en", "sw")]
+    names = [variant.id for variant in prune(model, tokenizer, recipes, CORPUS, sets)]
+    assert names == ["magnitude-0.5-matrix", "wanda-0.5-row-pruned-en-s0", "wanda-0.5-row-pruned-sw-s0"]
+
+
+# Models that were pruned elsewhere
+
+
+def pruned_copy(make_model, variant, kind="llama"):
+    model = make_model(kind)
+    variant.apply(model)
+    return model
+
+
+@pytest.mark.parametrize("recipe", [WANDA, SPARSEGPT], ids=["masked", "corrected"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "phi3", "qwen2_moe", "mt5"])
+def test_a_model_pruned_elsewhere_is_taken_over_to_the_bit(make_model, tokenizer, kind, recipe):
+    dense = make_model(kind)
+    variant = prune(dense, tokenizer, recipe, CORPUS, SHORT)[0]
+    taken = Variant.between(dense, pruned_copy(make_model, variant, kind), "theirs")
+    assert taken.masks == variant.masks
+    assert taken.values.keys() == variant.values.keys()
+    assert all(torch.equal(taken.values[key], value) for key, value in variant.values.items())
+    assert taken.columns() | {"model": "m"} == {
+        "model": "m",
+        "method": "theirs",
+        "sparsity": 0.5,
+        "pattern": "unknown",
+        "allocation": "unknown",
+        "scope": "all",
+        "propagation": "none",
+        "calibration": "none",
+        "seed": 0,
+    }
+
+
+def test_projections_that_were_left_alone_are_not_in_the_masks(make_model, tokenizer):
+    dense = make_model()
+    variant = prune(dense, tokenizer, Recipe(method="magnitude", sparsity=0.5, roles=("o",), blocks="1:"))[0]
+    taken = Variant.between(dense, pruned_copy(make_model, variant), "theirs")
+    assert set(taken.masks) == {(1, "o"), (2, "o")}
+    assert taken.columns()["sparsity"] == 0.5
+
+
+def test_an_unpruned_model_is_refused_even_if_the_dense_one_has_zeros(make_model):
+    dense, same = make_model(), make_model()
+    with pytest.raises(VariantError, match="it is not pruned"):
+        Variant.between(dense, same, "same")
+    for model in (dense, same):
+        Anatomy(model).weight(0, "q")[:, ::2] = 0
+    Anatomy(same).weight(0, "up").mul_(2)
+    with pytest.raises(VariantError, match="it is not pruned"):
+        Variant.between(dense, same, "same")
+
+
+@pytest.mark.parametrize(
+    "other", [("llama", {"intermediate_size": 40}), ("llama", {"vocab_size": 301}), ("qwen2", {}), ("gpt2", {})]
+)
+def test_another_architecture_or_size_is_refused(make_model, tokenizer, other):
+    kind, settings = other
+    with pytest.raises(VariantError, match="its parts or their shapes differ"):
+        Variant.between(make_model(), make_model(kind, **settings), "theirs")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"])
+def test_a_model_that_differs_beside_its_projections_is_refused(make_model, variant, name):
+    other = pruned_copy(make_model, variant)
+    with torch.no_grad():
+        other.get_parameter(name).mul_(1.1)
+    with pytest.raises(VariantError, match=f"more than its projections \\({name}\\)"):
+        Variant.between(make_model(), other, "theirs")
+
+
+def test_rounding_beside_the_projections_does_no_harm(make_model, variant):
+    other = pruned_copy(make_model, variant).bfloat16().float()
+    taken = Variant.between(make_model(), other, "theirs")
+    assert taken.masks == variant.masks
+    assert taken.values.keys() == variant.masks.keys()  # rounded, so other than the dense ones
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_our_own_export_comes_back_as_what_it_is(tmp_path, stream):
+    folder = checkpoint(tmp_path / "model")
+    dense, tokenizer = load_model(str(folder), dtype="float32", device="cpu", stream=stream)
+    recipe = Recipe(method="sparsegpt", sparsity=0.5, roles=("q", "down"), blocks=":2")
+    (variant,) = prune(dense, tokenizer, recipe, CORPUS, SHORT)
+    variant.export(dense, tokenizer, tmp_path / "export")
+    pruned, _ = load_model(str(tmp_path / "export"), dtype="float32", device="cpu", stream=stream)
+    taken = Variant.between(dense, pruned, "again")
+    assert taken.record == variant.record.model_copy(update={"id": "again"})
+    assert taken.columns() == variant.columns()
+    assert taken.masks == variant.masks
+    taken.save(tmp_path / "again")
+    variant.save(tmp_path / "first")
+    for name in ("masks.safetensors", "weights.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
+def test_a_recipe_of_another_dense_model_or_tool_is_left_aside(tmp_path, make_model, tokenizer, variant):
+    saved(pruned_copy(make_model, variant), tmp_path)
+    pruned, _ = load_model(str(tmp_path), dtype="float32", device="cpu")
+    for content, remark in (
+        ("{}", ()),
+        ('{"stages": []}', ()),
+        ("no JSON", ()),
+        (
+            json.dumps(variant.record.model_dump(mode="json") | {"model": "other/model", "model_fingerprint": "0"}),
+            ("its recipe.json is left aside, since it speaks of another dense model (other/model)",),
+        ),
+    ):
+        (tmp_path / "recipe.json").write_text(content)
+        taken = Variant.between(make_model(), pruned, "theirs")
+        assert taken.record.recipe is None
+        assert taken.record.remarks == remark
