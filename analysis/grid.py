@@ -18,7 +18,7 @@ from pruning.calibration import CalibrationText, calibration_fingerprint
 from pruning.engine import Job, Workspace, check_fits, sweep
 from pruning.engine.plan import Plan, make_plan
 from pruning.engine.sweep import sweep_work
-from pruning.errors import VariantError
+from pruning.errors import ModelError, RecipeError, VariantError
 from pruning.files import content_sha256, write_json
 from pruning.models import DEMO, checkpoint_bytes
 from pruning.variants import RECIPE_FILE, VariantRecord, variants_of
@@ -120,13 +120,17 @@ class Grid:
         scratch = self._scratch(wave)
         workspace = Workspace(scratch, scratch.name, spill=self.plan.spill)
         write_json(scratch / WAVE_FILE, [job.id for job in wave])
-        results = sweep(
-            self.anatomy,
-            wave,
-            self.text,
-            workspace=workspace,
-            progress=lambda tokens: advance(tokens * self._block_weights),
-        )
+        try:
+            results = sweep(
+                self.anatomy,
+                wave,
+                self.text,
+                workspace=workspace,
+                progress=lambda tokens: advance(tokens * self._block_weights),
+            )
+        except (ModelError, RecipeError):  # it would end so again
+            self._tidy()
+            raise
         for job in wave:  # one at a time, since weights may be large
             if not self._finished(job.id):  # else it was saved before a kill
                 made = {job: results(job)}

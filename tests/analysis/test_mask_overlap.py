@@ -12,6 +12,7 @@ BASE = {
     "sparsity": 0.5,
     "pattern": "row",
     "allocation": "uniform",
+    "scope": "all",
     "propagation": "pruned",
 }
 

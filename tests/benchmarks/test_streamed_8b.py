@@ -1,7 +1,7 @@
 """A model larger than the memory that pruning may take: peak memory and time of ``prunescope prune --memory``.
 
     make benchmarks, or pytest tests/benchmarks/test_streamed_8b.py -s -k small
-    PRUNESCOPE_BENCH_8B=/big/disk pytest tests/benchmarks/test_streamed_8b.py -s -k 8b
+    PRUNESCOPE_BENCH_8B=/big/disk pytest tests/benchmarks/test_streamed_8b.py -s -k llama
 
 The checkpoint has the shape of Llama-3-8B and random weights, is written once and stays in the folder (16 GB).
 """
@@ -37,7 +37,7 @@ SHAPES = {
         "num_key_value_heads": 2,
         "vocab_size": 32064,
     },
-    "8b": {
+    "llama": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
@@ -67,11 +67,11 @@ sparsity = 0.5
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_pruning_from_shards(shape, dtype, tmp_path, tmp_path_factory, capsys):
     big = os.environ.get("PRUNESCOPE_BENCH_8B")
-    if shape == "8b" and not big:
+    if shape == "llama" and not big:
         pytest.skip("needs PRUNESCOPE_BENCH_8B, a folder with 20 GB free")
-    place = Path(big or "") if shape == "8b" else tmp_path_factory.getbasetemp()
+    place = Path(big or "") if shape == "llama" else tmp_path_factory.getbasetemp()
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0, dtype="bfloat16")
-    memory = os.environ.get("PRUNESCOPE_BENCH_MEMORY") or {"small": "1500MiB", "8b": "6GiB"}[shape]
+    memory = os.environ.get("PRUNESCOPE_BENCH_MEMORY") or {"small": "1500MiB", "llama": "6GiB"}[shape]
     with capsys.disabled():
         checkpoint = written(place / f"checkpoint-{shape}", config)
         size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))

@@ -131,7 +131,7 @@ def test_export_of_another_model_is_refused(tmp_path, make_model, tokenizer, var
 @pytest.mark.parametrize("change", [{"samples": 4}, {"length": 24}])
 def test_two_variants_never_share_a_name(model, tokenizer, change):
     other = SHORT.model_copy(update=change)
-    with pytest.raises(RecipeError, match='two variants would be called "wanda-0.5-row-pruned-en\\+sw-s0"'):
+    with pytest.raises(RecipeError, match=r'two variants would be called "wanda-0.5-row-pruned-en\+sw-s0"'):
         prune(model, tokenizer, WANDA, CORPUS, [SHORT, other])
     near = Recipe(method="wanda", sparsity=0.5 + 1e-9)
     with pytest.raises(RecipeError, match="fewer digits"):
