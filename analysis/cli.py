@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 
 
+_STOPPED = 130
 _MEMORY = "Most memory that pruning may take, such as 6GiB; a larger model is read from its shards."
 
 
@@ -97,6 +98,7 @@ def main() -> None:
     except PrunescopeError as error:
         Console(stderr=True, soft_wrap=True).print(f"prunescope: {error}", markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("prunescope: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == _STOPPED:  # typer has turned a KeyboardInterrupt into this
+            print("prunescope: stopped; run the same command again to go on", file=sys.stderr)
+        raise

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ from analysis.grid import Grid
 from analysis.ledger import Ledger
 from pruning import Anatomy, CalibrationSet, Recipe, Variant, load_model, prune
 from pruning.engine import Workspace
+from pruning.files import PARTIAL
 
 STUDY = """
 model = "model"
@@ -63,7 +62,9 @@ def variants(out: Path) -> dict[str, bytes]:
 
 
 def times(out: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (out / "variants").rglob("*") if path.is_file()}
+    """Return when each file of a finished variant was written."""
+    files = [path for path in (out / "variants").rglob("*") if path.is_file() and PARTIAL not in str(path)]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -142,21 +143,30 @@ def test_an_encoder_decoder_is_pruned_and_not_read(tmp_path):
 # Kills
 
 
-def waves_under(path: Path, count: int) -> int:
-    """Return the largest memory cap under which the study at `path` takes so many waves or more."""
+def cap_for_waves(path: Path, count: int) -> int:
+    """Return a memory cap under which a study takes so many waves or more."""
     content = load_study(path)
     model, tokenizer = load_model(content.model, device="cpu")
-    plan = Grid(
-        content, path.parent / "nothing", Ledger(path.parent), content.text.corpus(), Anatomy(model), tokenizer
-    ).plan
-    while plan is not None and len(plan.waves) < count:
+    cap = None
+    while True:
+        ledger, corpus = Ledger(path.parent), content.text.corpus()
+        plan = Grid(content, path.parent / "nothing", ledger, corpus, Anatomy(model), tokenizer, cap).plan
+        assert plan is not None
+        if len(plan.waves) >= count:
+            return plan.memory
         cap = plan.memory - 1
-        planned = Grid(
-            content, path.parent / "nothing", Ledger(path.parent), content.text.corpus(), Anatomy(model), tokenizer, cap
-        )
-        plan = planned.plan
-    assert plan is not None
-    return plan.memory
+
+
+def wave_under_way(out: Path) -> list[str] | None:
+    """Return the variants of a wave that has got past a block, once another wave is finished."""
+    done = {
+        path.parent.name for path in out.glob("variants/sparsegpt-*/recipe.json") if PARTIAL not in path.parent.name
+    }
+    for position in out.glob("scratch/*/position.json"):
+        wave = json.loads((position.parent / "wave.json").read_text())
+        if done and wave[0].startswith("sparsegpt") and done.isdisjoint(wave):
+            return wave
+    return None
 
 
 def test_a_run_that_is_killed_in_a_wave_goes_on_from_there(tmp_path):
@@ -164,26 +174,24 @@ def test_a_run_that_is_killed_in_a_wave_goes_on_from_there(tmp_path):
     text = text.replace('method = "wanda"', 'method = "sparsegpt"')
     checkpoint(tmp_path / "model", num_hidden_layers=8)
     path = study(tmp_path, text)
-    cap = waves_under(path, 5)  # one of them for magnitude
+    cap = cap_for_waves(path, 5)  # one of them for magnitude
     assert prunescope("prune", path, "--out", tmp_path / "whole").returncode == 0
 
     out = tmp_path / "killed"
     command = [sys.executable, "-c", "from analysis.cli import main; main()", "prune", str(path)]
     command += ["--out", str(out), "--memory", str(cap)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ)
-    position = None
-    while process.poll() is None:  # the third wave is under way, and has got somewhere
-        done = sum(path.is_dir() for path in (out / "variants").glob("sparsegpt-*"))
-        if done >= 2 and (positions := list(out.glob("scratch/*/position.json"))):
-            position = positions[0]
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert position is not None, errors.decode()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        begun = None
+        try:
+            while process.poll() is None and begun is None:
+                begun = wave_under_way(out)
+                time.sleep(0.002)
+        finally:
+            process.kill()
+        _, errors = process.communicate()
+    assert begun is not None, errors.decode()
     before = times(out)
     assert 0 < len(before) < len(variants(tmp_path / "whole"))
-    begun = json.loads((position.parent / "wave.json").read_text())
 
     resumed, swept = [], []
     resume, sweep = Workspace.resumed, grid.sweep

@@ -36,7 +36,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, model, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="is damaged .* download the checkpoint again"):
+    with pytest.raises(ModelError, match=r"is damaged .* download the checkpoint again"):
         load_model(str(tmp_path))
 
 
