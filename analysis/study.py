@@ -110,6 +110,9 @@ class RecipeGrid(_Section):
         }
         parameters = {name: _axis(value) for name, value in self.parameters.items()}
         recipes = []
+        for name, axis in {**axes, **parameters, "sparsity": _axis(self.sparsity)}.items():
+            if not axis:
+                raise ValueError(f"{name} is an empty list, which makes no recipes; leave it out or give it a value")
         for point in product(*axes.values(), *parameters.values()):
             given = dict(zip(axes, point, strict=False))
             chosen = dict(zip(parameters, point[len(axes) :], strict=True))
@@ -170,7 +173,15 @@ class Study(_Section):
         rank = self.evaluation.rank
         if rank is not None and rank > len(self.languages) - 1:
             raise ValueError(f"evaluation.rank {rank} is more than {len(self.languages) - 1}, the languages less one")
-        taken = {DENSE, *known_methods(), *(job.id for job in self.jobs())}
+        jobs = self.jobs()
+        for job in jobs:
+            if job.recipe.calibrated and job.calibration is None:
+                raise ValueError(
+                    f'calibration.sets is empty, and "{job.recipe.method}" needs text; give it ["en"], say'
+                )
+        if not jobs and not self.imported:
+            raise ValueError("there is nothing to do: give at least one of [[recipes]], or [imported] models")
+        taken = {DENSE, *known_methods(), *(job.id for job in jobs)}
         for name in self.imported:
             if not _NAME.fullmatch(name) or name.endswith(PARTIAL):
                 raise ValueError(f'imported: "{name}" cannot be used as a name; use letters, digits and . + = _ -')
@@ -257,16 +268,25 @@ def parse_study(content: dict[str, Any], where: str) -> Study:
         raise StudyError(f"{where}: {_explained(first)}") from error
 
 
+#: What pydantic says of Python's types, in words of TOML.
+_IN_TOML = {
+    "tuple_type": 'should be a list in brackets, such as ["a", "b"] or [0, 1]',
+    "dict_type": "should be a table, such as { name = 0.5 }",
+    "string_type": 'should be text in quotes, such as "a"',
+}
+
+
 def _explained(error: Any) -> str:
-    place = ".".join(
-        str(part) for part in error["loc"] if part not in ("str", "HubDataset") and "tuple" not in str(part)
-    )
+    kinds = ("str", "float", "HubDataset")
+    place = ".".join(str(part) for part in error["loc"] if part not in kinds and "tuple" not in str(part))
     if error["type"] == "extra_forbidden":
         section, _, key = place.rpartition(".")
         return f'unknown key "{key}"{f" in [{section}]" if section else ""}; {did_you_mean(key, _keys(section))}'
     if error["type"] == "missing":
         return f'the key "{place}" is missing'
-    message = error["msg"].removeprefix("Value error, ")
+    if place == "recipes" and error["type"] == "tuple_type":
+        return "recipes: every recipe begins with a line [[recipes]]"
+    message = _IN_TOML.get(error["type"], error["msg"].removeprefix("Value error, "))
     return f"{place}: {message}" if place else message
 
 

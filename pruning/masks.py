@@ -162,16 +162,17 @@ class MaskSet(Mapping[Key, Tensor]):
             if _FORMAT not in metadata:
                 raise VariantError(f"{path} is not a prunescope mask file")
             header = json.loads(metadata[_FORMAT])
+            belongs_to = str(header["model"])
             inputs = {_key(name): int(count) for name, count in header["inputs"].items()}
             whole = inputs.keys() == packed.keys() and all(
                 packed[key].dtype == np.uint8 and packed[key].shape[1:] == (-(-count // 8),)
                 for key, count in inputs.items()
             )
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise VariantError(f"{path} is damaged ({error}); delete the variant's folder and run again") from error
         if not whole:
             raise VariantError(f"{path} is damaged; delete the variant's folder and run again")
-        if model is not None and header["model"] != model:
+        if model is not None and belongs_to != model:
             raise VariantError(f"{path} belongs to another model; open it with the dense model it was made from")
         return cls({key: packed[key] for key in inputs}, inputs)
 

@@ -18,7 +18,7 @@ from .anatomy import Anatomy
 from .calibration import CalibrationSet, CalibrationText, calibration_fingerprint
 from .engine import Job, Pruned, sweep
 from .engine.streams import Progress
-from .errors import DiskError, RecipeError, VariantError
+from .errors import DiskError, ModelError, RecipeError, VariantError
 from .export import write_checkpoint
 from .files import whole_folder, write_json
 from .masks import Key, MaskSet, pack_bits
@@ -231,6 +231,7 @@ class Variant:
             If `model` is not the dense model that the variant was made from.
         """
         anatomy = Anatomy(model)
+        _check_in_memory(anatomy)
         self.check_belongs_to(anatomy.fingerprint())
         for key in self.masks:
             anatomy.set_weight(*key, self.weight(key, anatomy.weight(*key)))
@@ -281,6 +282,7 @@ class DenseCopy:
 
     def __init__(self, model: nn.Module) -> None:
         self._anatomy = Anatomy(model)
+        _check_in_memory(self._anatomy)
         self._fingerprint = self._anatomy.fingerprint()
         self._dense = {key: self._anatomy.weight(*key).clone() for key in self._anatomy}
 
@@ -301,6 +303,11 @@ class DenseCopy:
         finally:
             for key in variant.masks:
                 self._anatomy.set_weight(*key, self._dense[key])
+
+
+def _check_in_memory(anatomy: Anatomy) -> None:
+    if anatomy.streamed:
+        raise ModelError("this model was loaded with stream=True, to be pruned and exported only; load it whole")
 
 
 def _shapes(anatomy: Anatomy) -> dict[str, torch.Size]:

@@ -41,6 +41,85 @@ def test_lists_make_a_grid(tmp_path):
     ]
 
 
+def recipes(tmp_path, *lines):
+    return load(tmp_path, MINIMAL + "[[recipes]]\n" + "\n".join(lines)).all_recipes()
+
+
+def test_n_of_m_settles_the_sparsity(tmp_path):
+    (recipe,) = recipes(tmp_path, 'method = "wanda"', 'pattern = "2:4"')
+    assert (recipe.pattern, recipe.sparsity) == ("2:4", 0.5)
+    (recipe,) = recipes(tmp_path, 'method = "wanda"', 'pattern = "1:4"', "sparsity = 0.25")
+    assert recipe.sparsity == 0.25
+
+
+def test_n_of_m_among_other_patterns_is_one_point_of_the_grid(tmp_path):
+    found = recipes(tmp_path, 'method = "wanda"', 'pattern = ["row", "2:4", "1:4"]', "sparsity = [0.3, 0.6]")
+    assert [(r.pattern, r.sparsity) for r in found] == [("row", 0.3), ("row", 0.6), ("2:4", 0.5), ("1:4", 0.25)]
+
+
+def test_native_choices_are_those_of_each_method(tmp_path):
+    found = recipes(tmp_path, 'method = ["magnitude", "wanda", "m-wanda", "sparsegpt", "snip"]')
+    assert [(r.method, r.pattern, r.allocation, r.propagation) for r in found] == [
+        ("magnitude", "matrix", "uniform", "pruned"),
+        ("wanda", "row", "uniform", "pruned"),
+        ("m-wanda", "row", "cross-lingual", "pruned"),
+        ("sparsegpt", "matrix", "uniform", "pruned"),
+        ("snip", "model", "uniform", "dense"),
+    ]
+
+
+def test_allocations_blocks_and_parameters_make_a_grid_and_roles_do_not(tmp_path):
+    found = recipes(
+        tmp_path,
+        'method = "ria"',
+        'allocation = ["uniform", "owl"]',
+        'blocks = ["", ":4"]',
+        'roles = ["down", "o"]',
+        "parameters = { power = [0.5, 0.7, 1] }",
+    )
+    assert len(found) == 2 * 2 * 3
+    assert {r.roles for r in found} == {("o", "down")}
+    assert {(r.allocation, r.blocks) for r in found} == {(a, b) for a in ("uniform", "owl") for b in ("", ":4")}
+    assert {r.method_label for r in found} == {"ria", "ria(power=0.7)", "ria(power=1)"}
+    assert len({r.variant_id(None) for r in found}) == len(found)
+
+
+def test_parameters_of_an_allocation_are_a_grid_too(tmp_path):
+    found = recipes(
+        tmp_path, 'method = "wanda"', 'allocation = "owl"', "parameters = { outlier = [3, 5], spread = 0.1 }"
+    )
+    assert [r.allocation_parameters for r in found] == [{"outlier": 3, "spread": 0.1}, {"outlier": 5, "spread": 0.1}]
+
+
+def test_a_study_of_every_kind_of_recipe_reads_back(tmp_path):
+    study = load(
+        tmp_path,
+        MINIMAL
+        + """
+        [[recipes]]
+        method = ["wanda", "ria"]
+        pattern = ["row", "2:4"]
+        roles = ["q", "o"]
+        [[recipes]]
+        method = "sparsegpt"
+        allocation = "owl"
+        blocks = "0:4,30:"
+        parameters = { damping = [0.01, 0.1], outlier = 7 }
+        [imported]
+        "theirs-0.5" = "somebody/pruned"
+        """,
+    )
+    again = parse_study(tomllib.loads(study.to_toml()), "again")
+    assert again == study
+    assert again.jobs() == study.jobs()
+
+
+def test_imported_checkpoints_are_relative_to_the_study_file(tmp_path):
+    (tmp_path / "pruned").mkdir()
+    study = load(tmp_path, MINIMAL + '[imported]\nours = "pruned"\nhub = "somebody/pruned"')
+    assert study.imported == {"ours": str(tmp_path / "pruned"), "hub": "somebody/pruned"}
+
+
 def test_relative_paths_are_relative_to_the_study_file(tmp_path):
     study = load(tmp_path, MINIMAL + '[text]\ncalibration = "file:text/{lang}.txt"\n')
     assert study.text.calibration == f"file:{tmp_path}/text/{{lang}}.txt"
@@ -79,6 +158,23 @@ def test_the_demo_asks_for_what_the_readme_says():
         (MINIMAL + '[text]\nheldout = { datset = "x" }', "dataset"),
         (MINIMAL + "[evaluation]\nrank = 5", "rank 5 is more than 1"),
         ("model = ", "is not TOML"),
+        (
+            MINIMAL + '[[recipes]]\nmethod = "wanda"\nallocation = "owls"',
+            'unknown allocation "owls"; did you mean "owl"',
+        ),
+        (MINIMAL + '[[recipes]]\nmethod = "wanda"\npropagation = "both"', "Input should be 'pruned' or 'dense'"),
+        (MINIMAL + '[[recipes]]\nmethod = "wanda"\nroles = "o"', "recipes.0.roles: should be a list in brackets"),
+        (MINIMAL + '[recipes]\nmethod = "wanda"', "begins with a line [[recipes]]"),
+        (MINIMAL + '[[recipes]]\nmethod = "wanda"\nsparsity = []', "sparsity is an empty list"),
+        (MINIMAL + '[[recipes]]\nmethod = "ria"\nparameters = { power = [] }', "power is an empty list"),
+        (MINIMAL + '[[recipes]]\nmethod = "ria"\nparameters = 0.7', "such as { name = 0.5 }"),
+        (MINIMAL + '[[recipes]]\nmethod = "ria"\nparameters = { power = "x" }', "recipes.0.parameters.power: Input"),
+        (MINIMAL + "[calibration]\nsets = []", 'calibration.sets is empty, and "wanda" needs text'),
+        (MINIMAL + "recipes = []", "there is nothing to do"),
+        (MINIMAL + '[[recipes]]\nmethod = "wanda"\npattern = "2:1"', 'such as "2:4"'),
+        (MINIMAL + '[imported]\n"../x" = "y"', 'imported: "../x" cannot be used as a name'),
+        (MINIMAL + '[imported]\ndense = "y"', '"dense" is the name of a method or of another model'),
+        (MINIMAL + "[imported]\nx = 3", "imported.x"),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path, text, message):

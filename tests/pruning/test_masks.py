@@ -73,6 +73,29 @@ def test_other_safetensors_are_not_masks(tmp_path):
         MaskSet.open(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize(
+    "header", ["{}", "[]", "3", '{"model": "a", "inputs": 3}', '{"model": "a", "inputs": {"q": 8}}']
+)
+def test_a_header_that_says_nothing_is_damage(tmp_path, header):
+    from safetensors.numpy import save_file
+
+    tensors = {"0.q": np.zeros((2, 1), dtype=np.uint8)}
+    save_file(tensors, tmp_path / "m.safetensors", {"prunescope-masks-1": header})
+    with pytest.raises(VariantError, match="damaged"):
+        MaskSet.open(tmp_path / "m.safetensors", "a")
+
+
+def test_equal_masks_are_equal_bytes(tmp_path):
+    for name in "ab":
+        MaskSet.pack(random_masks(1)).save(tmp_path / name, "model-a")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_masks_of_transposed_storage_pack_as_others_do():
+    mask = random_masks(2)[0, "q"]
+    assert torch.equal(MaskSet.pack({(0, "q"): mask.T.contiguous().T})[0, "q"], mask)
+
+
 def test_masks_of_other_shapes_do_not_combine():
     a, b = MaskSet.pack(random_masks(0)), MaskSet.pack(random_masks(0, shape=(4, 13)))
     with pytest.raises(VariantError, match="different models"):

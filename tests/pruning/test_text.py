@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import ByteLevel
 
 from pruning import CalibrationSet, Corpus, text_source
-from pruning.calibration import calibration_tokens, token_blocks
+from pruning.calibration import CalibrationText, token_blocks
 from pruning.errors import TextError
 from pruning.text import BUNDLED_LANGUAGES, HUB_PRESETS, BundledText, FileText, HubDataset, fingerprint
 
@@ -147,11 +147,19 @@ def test_blocks_have_no_bos_where_the_tokenizer_puts_none(one_source, tokenizer)
     assert (blocks != tokenizer.bos_token_id).all()
 
 
-def test_a_mix_takes_the_first_blocks_of_each_language(one_source, tokenizer):
-    mix = calibration_tokens(tokenizer, one_source, CalibrationSet.named("en+sw", samples=5, length=16))
-    en = calibration_tokens(tokenizer, one_source, CalibrationSet.named("en", samples=5, length=16))
-    sw = calibration_tokens(tokenizer, one_source, CalibrationSet.named("sw", samples=5, length=16))
-    assert mix.tolist() == en[:3].tolist() + sw[:2].tolist()
+def test_sets_share_the_first_blocks_of_each_language(one_source, tokenizer):
+    names = ("en+sw", "en", "sw")
+    sets = {name: CalibrationSet.named(name, samples=5, length=16) for name in names}
+    text = CalibrationText.draw(tokenizer, one_source, sets.values())
+    drawn = {
+        name: [row for piece in text.pieces[chosen] for row in text.tokens[piece].tolist()]
+        for name, chosen in sets.items()
+    }
+    assert drawn["en+sw"] == drawn["en"][:3] + drawn["sw"][:2]
+    assert text.pieces[sets["en"]][0] == text.pieces[sets["en+sw"]][0]
+    for name, chosen in sets.items():
+        alone = CalibrationText.draw(tokenizer, one_source, [chosen])
+        assert drawn[name] == [row for piece in alone.pieces[chosen] for row in alone.tokens[piece].tolist()]
 
 
 def test_hub_dataset_is_streamed_from_a_local_stand_in(tmp_path):
