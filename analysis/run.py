@@ -106,8 +106,10 @@ def _prune_only(study: Study, folder: Path, ledger: Ledger, console: Console, me
     grid = Grid(study, folder, ledger, corpus, Anatomy(model), tokenizer, memory)
     write_text(folder / STUDY_FILE, study.to_toml())
     _tell_plan(grid, console)
+    began = time.monotonic()
     with WorkProgress(grid.work, console) as progress:
         grid.make(progress.stage, progress.advance)
+    ledger.describe(**_facts_of_run(study, grid, time.monotonic() - began))
     return folder / VARIANTS
 
 
@@ -319,7 +321,7 @@ class _Run:
                 heldout_tokens={lang: self._tokens_read(lang) for lang in self.study.languages},
                 blocks=len(self.anatomy.blocks),
                 neurons=self._neurons(),
-                versions=self._versions(),
+                versions=_versions(),
             )
             with self._timed() as clock:
                 write_report(path, frames, self.folder / "figures", facts)
@@ -360,33 +362,35 @@ class _Run:
         yield clock
         clock.seconds = time.monotonic() - began
 
-    def _versions(self) -> dict[str, str]:
-        return {name: version(name) for name in ("prunescope", "torch", "transformers", "nnsight", "numpy", "scipy")}
-
     def _provenance(self, seconds: float) -> dict[str, Any]:
-        return {
-            "last_run_seconds": round(seconds, 1),
-            "versions": {"python": platform.python_version(), **self._versions()},
-            "machine": {
-                "system": platform.platform(),
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "device": str(self.model.device),
-                "dtype": str(self.model.dtype),
-            },
-            "model": {"name": self.study.model, "fingerprint": self.fingerprint},
-            "text": {
-                "heldout": {lang: fingerprint(s) for lang, s in self.texts.heldout.items()},
-                "parallel": {lang: fingerprint(s) for lang, s in self.texts.fitting.items()},
-                "calibration": {
-                    lang: fingerprint(self.texts.corpus.segments("calibration", lang))
-                    for lang in dict.fromkeys(
-                        lang for job in self.grid.jobs.values() if job.calibration for lang in job.calibration.languages
-                    )
-                },
-            },
-            "seeds": sorted({job.calibration.seed for job in self.grid.jobs.values() if job.calibration}),
-        }
+        facts = _facts_of_run(self.study, self.grid, seconds)
+        facts["text"]["heldout"] = {lang: fingerprint(s) for lang, s in self.texts.heldout.items()}
+        facts["text"]["parallel"] = {lang: fingerprint(s) for lang, s in self.texts.fitting.items()}
+        return facts
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("prunescope", "torch", "transformers", "nnsight", "numpy", "scipy")}
+
+
+def _facts_of_run(study: Study, grid: Grid, seconds: float) -> dict[str, Any]:
+    """Return what it takes to know how variants were made."""
+    sets = [job.calibration for job in grid.jobs.values() if job.calibration]
+    languages = dict.fromkeys(language for calibration in sets for language in calibration.languages)
+    return {
+        "last_run_seconds": round(seconds, 1),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": str(grid.anatomy.device),
+            "dtype": str(grid.anatomy.model.dtype),
+        },
+        "model": {"name": study.model, "fingerprint": grid.fingerprint},
+        "text": {"calibration": {lang: fingerprint(grid.corpus.segments("calibration", lang)) for lang in languages}},
+        "seeds": sorted({calibration.seed for calibration in sets}),
+    }
 
 
 @dataclass

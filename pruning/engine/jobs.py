@@ -38,14 +38,22 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     Raises
     ------
     RecipeError
-        If the model lacks a role or the blocks, or its inputs cannot be cut into groups of m.
+        If the model lacks a role or the blocks, its inputs cannot be cut into groups of m, or the method needs the
+        whole model in memory and its weights stay on disk.
     """
+    if anatomy.streamed and recipe.scoring.differentiates:
+        raise RecipeError(
+            f"{recipe.method} differentiates the loss of the whole model, which must be in memory: "
+            "load it without stream"
+        )
     kinds = dict.fromkeys(anatomy.role_kinds())
     for role in recipe.roles:
         if role not in kinds:
             raise RecipeError(f'this {anatomy.kind} model has no projection "{role}"; it has {" ".join(kinds)}')
     shapes = covered_shapes(anatomy, recipe)
     if not shapes:
+        if any(recipe.covers_block(layer) for layer in range(len(anatomy.blocks))):
+            raise RecipeError(f'blocks "{recipe.blocks}" of this model have no projection {" or ".join(recipe.roles)}')
         raise RecipeError(
             f'blocks "{recipe.blocks}" are none of this model\'s {len(anatomy.blocks)} (0 to {len(anatomy.blocks) - 1})'
         )

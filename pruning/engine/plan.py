@@ -104,19 +104,20 @@ def make_plan(
     """
     needed = _Needs(anatomy, text, batch_tokens)
     begun = [wave for wave in begun if memory is None or needed.peak(wave, spill=True) <= memory]
-    apart, together = _apart([job for job in jobs if not any(job in wave for wave in begun)])
-    apart = [*begun, *apart]
-    waves, spill = [wave for wave in (*apart, tuple(together)) if wave], False
+    groups = _groups([job for job in jobs if not any(job in wave for wave in begun)])
+    waves, spill = [*begun, *groups], False
     peak = max(needed.peak(wave, spill=False) for wave in waves)
     if memory is not None and peak > memory:
         spill = True
-        for count in _halvings(len(together)):
-            waves = [wave for wave in (*apart, *_cut(together, count)) if wave]
+        for count in _halvings(max(map(len, groups), default=0)):
+            waves = [*begun, *(part for group in groups for part in _cut(group, count))]
             peak = max(needed.peak(wave, spill=True) for wave in waves)
             if peak <= memory:
                 break
         else:
+            whole = [job.recipe.method for job in jobs if job.recipe.scoring.differentiates]
             hint = "" if anatomy.streamed else "; prunescope prune reads a checkpoint on disk a block at a time"
+            hint = f"; {whole[0]} needs the whole model in memory" if whole else hint
             raise MemoryCapError(
                 f"a memory cap of {memory / _GIB:.2f} GiB cannot hold one block with what it needs: about "
                 f"{peak / _GIB:.2f} GiB for this model and these recipes{hint}"
@@ -135,16 +136,17 @@ def make_plan(
     )
 
 
-def _apart(jobs: Sequence[Job]) -> tuple[list[tuple[Job, ...]], list[Job]]:
-    """Return the waves of jobs that share nothing with others and can be saved early, and all other jobs."""
-    at_once = tuple(job for job in jobs if not job.recipe.calibrated)
-    by_set: dict[object, list[Job]] = {}
+def _groups(jobs: Sequence[Job]) -> list[tuple[Job, ...]]:
+    """Return the jobs in groups that share work; those that share none with others come first, to be saved early."""
+    groups: dict[object, list[Job]] = {"at once": []}
     for job in jobs:
-        if job.recipe.scoring.differentiates:
-            by_set.setdefault(job.calibration, []).append(job)
-    apart = [wave for wave in (at_once, *map(tuple, by_set.values())) if wave]
-    done = {job for wave in apart for job in wave}
-    return apart, [job for job in jobs if job not in done]
+        if not job.recipe.calibrated:
+            groups["at once"].append(job)
+        elif job.recipe.scoring.differentiates:
+            groups.setdefault(job.calibration, []).append(job)
+    apart = {job for group in groups.values() for job in group}
+    groups["block by block"] = [job for job in jobs if job not in apart]
+    return [tuple(group) for group in groups.values() if group]
 
 
 def _halvings(jobs: int) -> Iterable[int]:
@@ -192,12 +194,6 @@ class _Needs:
         weights = self.whole
         if self.anatomy.streamed:
             weights = self.largest_block + self.beside_blocks
-            if differentiating:
-                method = differentiating[0].recipe.method
-                raise MemoryCapError(
-                    f"{method} differentiates the loss of the whole model, which must be in memory; raise the memory "
-                    f"cap to at least {_size(4 * self.whole)}, or leave {method} out"
-                )
         working = self._statistics(jobs) + self._choosing(jobs) + self._passing()
         working += 2 * max(self._own_states(job) for job in jobs) if spill else self.states(jobs)
         working += self._encoded(jobs) + self._surveyed(jobs)

@@ -88,6 +88,16 @@ def test_prune_makes_the_variants_and_nothing_else(finished):
     assert {path.name for path in (finished / "variants").iterdir()} == {"magnitude-0.5-matrix", *names}
 
 
+def test_how_the_variants_were_made_is_on_record(finished, place):
+    record = json.loads((finished / "provenance.json").read_text())
+    model, _ = load_model(str(place / "model"), device="cpu")
+    assert record["model"] == {"name": str(place / "model"), "fingerprint": Anatomy(model).fingerprint()}
+    assert set(record["text"]["calibration"]) == {"en", "sw"}
+    assert record["seeds"] == [0]
+    assert record["versions"]["prunescope"]
+    assert set(record["stages"]) == {f"variant {path.name}" for path in (finished / "variants").iterdir()}
+
+
 def test_variants_are_those_that_python_makes(finished, place, tmp_path):
     model, tokenizer = load_model(str(place / "model"), device="cpu")
     sets = [CalibrationSet.named(lang, samples=6, length=32) for lang in ("en", "sw")]
@@ -371,6 +381,14 @@ def test_a_model_without_gates_says_which_roles_it_has(tmp_path):
     text = STUDY.replace('method = "magnitude"', 'method = "magnitude"\nroles = ["gate"]')
     result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out")
     expect_one_line(result, 'this gpt2 model has no projection "gate"; it has q k v o up down')
+    assert nothing_was_made(tmp_path / "out")
+
+
+def test_a_role_that_these_blocks_lack_is_one_line(tmp_path):
+    checkpoint(tmp_path / "model", "qwen2_moe")
+    text = STUDY.replace('method = "magnitude"', 'method = "magnitude"\nroles = ["shared_up"]\nblocks = "0"')
+    result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out")
+    expect_one_line(result, 'blocks "0" of this model have no projection shared_up')
     assert nothing_was_made(tmp_path / "out")
 
 

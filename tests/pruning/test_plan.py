@@ -57,6 +57,15 @@ def test_a_cap_keeps_states_on_disk_and_cuts_into_waves(anatomy, tokenizer):
     assert waves[-1] == len(free.waves[0])
 
 
+def test_a_cap_cuts_jobs_that_need_no_text_or_derivatives_too(anatomy, tokenizer):
+    recipes = [Recipe(method=m, sparsity=s / 10, pattern="model") for s in range(3, 7) for m in ("magnitude", "snip")]
+    free = planned(anatomy, tokenizer, recipes)
+    assert [len(wave) for wave in free.waves] == [4, 4]
+    capped = planned(anatomy, tokenizer, recipes, memory=free.memory - 1)
+    assert [len(wave) for wave in capped.waves] == [2, 2, 2, 2]
+    assert capped.memory < free.memory
+
+
 def test_a_cap_that_is_too_small_names_both_numbers(anatomy, tokenizer, tmp_path):
     with pytest.raises(MemoryCapError) as caught:
         planned(anatomy, tokenizer, [WANDA], memory=200 << 20)
@@ -69,10 +78,9 @@ def test_a_cap_that_is_too_small_names_both_numbers(anatomy, tokenizer, tmp_path
         planned(Anatomy(streamed), tokenizer, [WANDA], memory=200 << 20)
 
 
-def test_derivatives_of_a_streamed_model_are_refused(tokenizer, tmp_path):
-    streamed, _ = load_model(str(checkpoint(tmp_path)), stream=True)
-    with pytest.raises(MemoryCapError, match="snip differentiates the loss of the whole model"):
-        planned(Anatomy(streamed), tokenizer, [SNIP])
+def test_a_cap_that_is_too_small_for_derivatives_says_what_they_need(anatomy, tokenizer):
+    with pytest.raises(MemoryCapError, match=r"recipes; snip needs the whole model in memory$"):
+        planned(anatomy, tokenizer, [WANDA, SNIP], memory=200 << 20)
 
 
 def test_what_needs_no_text_or_derivatives_goes_in_waves_of_its_own(anatomy, tokenizer):

@@ -11,7 +11,7 @@ from conftest import ARCHITECTURES
 from safetensors.torch import load_file
 
 from pruning import Anatomy, Recipe, load_model, prune
-from pruning.errors import ModelError
+from pruning.errors import ModelError, RecipeError
 from pruning.streaming import INDEX, SINGLE, Shards, save_tensors
 
 RECIPES = [
@@ -192,6 +192,17 @@ def test_a_quantized_checkpoint_is_not_streamed(folder):
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ModelError, match="is quantized"):
         load_model(str(folder), stream=True)
+
+
+def test_what_needs_the_whole_model_says_so(folder, tokenizer):
+    streamed, whole = both(folder)
+    with pytest.raises(RecipeError, match="snip differentiates the loss of the whole model"):
+        prune(streamed, tokenizer, Recipe(method="snip", sparsity=0.5), CORPUS, SHORT)
+    (variant,) = prune(whole, tokenizer, Recipe(method="magnitude", sparsity=0.5))
+    with pytest.raises(ModelError, match="load it whole"):
+        variant.apply(streamed)
+    with pytest.raises(ModelError, match="load it whole"), variant.applied(streamed):
+        pass
 
 
 def test_tensors_written_one_at_a_time_read_back(tmp_path):
