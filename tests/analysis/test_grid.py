@@ -173,7 +173,10 @@ def wave_under_way(out: Path) -> list[str] | None:
         path.parent.name for path in out.glob("variants/sparsegpt-*/recipe.json") if PARTIAL not in path.parent.name
     }
     for position in out.glob("scratch/*/position.json"):
-        wave = json.loads((position.parent / "wave.json").read_text())
+        try:
+            wave = json.loads((position.parent / "wave.json").read_text())
+        except FileNotFoundError:  # finished at this very moment
+            continue
         if done and wave[0].startswith("sparsegpt") and done.isdisjoint(wave):
             return wave
     return None
