@@ -17,7 +17,6 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
-from scipy.linalg import lapack
 from torch import Tensor
 
 from ..parameters import Parameter
@@ -99,7 +98,6 @@ def solve(
         else:
             gone = _gone(block, diagonal, bounds, pattern, budgets, Columns(begin, inputs))
         errors = torch.empty_like(block)
-        scale = diagonal.reciprocal().tolist()
         for last in range(size, 0, -narrow):
             first = max(last - narrow, 0)
             if last < size:
@@ -107,16 +105,15 @@ def solve(
             if pattern.group:
                 at = Columns(inputs - bottom - last, inputs)
                 gone[first:last] = _gone(block[first:last], diagonal[first:last], bounds, pattern, budgets, at)
+            weighted = gone[first:last] * diagonal[first:last, None]
             for j in range(last - 1, first - 1, -1):
                 column = block[j]
                 if j + 1 < last:
                     column.addmv_(errors[j + 1 : last].T, inverse[j + 1 : last, j], alpha=-1)
-                torch.mul(column, gone[j], out=errors[j])
-                errors[j].mul_(diagonal[j])
-                column.sub_(errors[j], alpha=scale[j])
+                torch.mul(column, weighted[j - first], out=errors[j])
         remains = gone == 0
         kept[bottom:top] = remains
-        block.mul_(remains)  # what is left of a removed weight is rounding
+        block.mul_(remains)
         torch.sub(stored[bottom:top], block, out=lost[bottom:top])
         stored[bottom:top] = block
 
@@ -140,6 +137,8 @@ def _gone(
 ) -> Tensor:
     """Return 1 where a weight goes and 0 where it stays, ``[columns, outputs]``, in reversed order of columns."""
     saliency = (block * diagonal[:, None]).square_()
+    if pattern.group:  # within groups of inputs, so that the matrices need not be told apart
+        return (~pattern.keep(saliency.flip(0).T, 0, columns)).T.flip(0).to(block.dtype)
     gone = torch.empty_like(block)
     for (a, b), budget in zip(bounds, budgets, strict=True):
         keep = pattern.keep(saliency[:, a:b].flip(0).T.contiguous(), budget, columns)
@@ -177,9 +176,10 @@ def _factor(inputs: InputStatistics, damping: float) -> _Factor:
 
 def _cholesky(matrix: Tensor) -> Tensor | None:
     """Return the lower factor, with anything above its diagonal, or ``None`` if there is none. `matrix` is lost."""
-    if matrix.device.type == "cpu":  # LAPACK in place is twice as fast as torch.linalg, which copies and clears
-        lower, failed = lapack.spotrf(matrix.numpy().T, lower=0, clean=0, overwrite_a=1)
-        return None if failed or lower[0, 0] != lower[0, 0] else torch.from_numpy(lower.T)
+    if matrix.device.type == "cpu":  # turned, it lies in memory as LAPACK wants it, and nothing is copied
+        info = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(matrix.T, upper=True, out=(matrix.T, info))
+        return None if int(info) or matrix[0, 0] != matrix[0, 0] else matrix
     result, info = torch.linalg.cholesky_ex(matrix)
     return None if int(info) else result
 

@@ -14,7 +14,7 @@ def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Fl
 
     The published code divides the norm by the number of samples; that scales all scores alike and moves no rank.
     """
-    return weight.float().abs() * statistics.known_inputs.norms
+    return (weight.float() * statistics.known_inputs.norms).abs_()
 
 
 METHOD = register(
