@@ -38,7 +38,8 @@ class Readings:
     pooled
         Mean hidden state of each segment after each block, float32 ``[segments, layers, hidden]``.
     fired
-        Tokens on which each MLP neuron fires, int64 ``[layers, neurons]``; no neurons in a mixture of experts.
+        Tokens on which each MLP neuron fires, int32 ``[folds, layers, neurons]``, where segment i is counted in fold
+        i mod :data:`probes.neurons.FOLDS`; no neurons in a mixture of experts.
     tokens
         Counted tokens of each segment, int64 ``[segments]``.
     nll

@@ -6,8 +6,9 @@ alone: a column's corrected weight is ``w_j + (Σ_{k<j} d_k R_kj) / R_jj``, wher
 in all. So one factorization is enough, nothing is inverted, and a block of columns collects what it owes to all
 earlier ones in one matrix product, when its turn comes.
 
-LAPACK has no factorization with an upper factor on the left, so G is turned around: in reversed order of inputs R is
-the ordinary lower factor L. All below is stored transposed and in that order, ``[inputs, outputs]``, last input first.
+The factorization is done here a panel of columns at a time, from the last to the first, since LAPACK has none with an
+upper factor on the left; nearly all of it is matrix products, so it is faster than LAPACK's own. Weights are stored
+transposed, ``[inputs, outputs]``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from .registry import Method, Solved, register
 
 #: Columns that are corrected one by one before the rest of their block learns of it.
 _NARROW = 32
+#: Columns of the Gram matrix that are factorized at a time.
+_PANEL = 256
 #: Factors by which the damping is raised until the factorization succeeds.
 _RAISED = (1, 10, 100, 1000)
 
@@ -43,8 +46,8 @@ def score(
     compares corrected weights.
     """
     factor = _factor(statistics.known_inputs, damping)
-    saliency = (weight.float() * factor.lower.diagonal().flip(0)).square()
-    return saliency.masked_fill(factor.dead.flip(0), 0)
+    saliency = (weight.float() * factor.upper.diagonal()).square()
+    return saliency.masked_fill(factor.dead, 0)
 
 
 def solve(
@@ -73,9 +76,10 @@ def solve(
         Width of a block.
     """
     factor = _factor(statistics.known_inputs, damping)
-    lower, inputs = factor.lower, len(factor.lower)
+    upper, inputs = factor.upper, len(factor.upper)
     bounds = list(pairwise([0, *torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()]))
-    stored = torch.cat([weight.flip(1) for weight in weights]).T.float().contiguous()
+    together = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    stored = torch.empty(together.shape[::-1], dtype=torch.float32, device=together.device).copy_(together.T)
     stored[factor.dead] = 0
     lost = torch.empty_like(stored)
     kept = torch.empty_like(stored, dtype=torch.bool)
@@ -84,44 +88,42 @@ def solve(
     identity = torch.eye(width, device=stored.device)
 
     for begin in range(0, inputs, width):
-        top, bottom = inputs - begin, max(inputs - begin - width, 0)
-        size = top - bottom
-        block = stored[bottom:top].clone()
-        diagonal = lower[bottom:top, bottom:top].diagonal()
-        inverse = torch.linalg.solve_triangular(
-            lower[bottom:top, bottom:top].tril(), identity[:size, :size], upper=False
-        )
+        end = min(begin + width, inputs)
+        size = end - begin
+        block = stored[begin:end].clone()
+        square = upper[begin:end, begin:end]
+        diagonal = square.diagonal()
+        inverse = torch.linalg.solve_triangular(square.triu().T, identity[:size, :size], upper=False)
         if begin:
-            block.addmm_(inverse.T, lower[top:, bottom:top].T @ lost[top:])
+            block.addmm_(inverse, upper[:begin, begin:end].T @ lost[:begin])
         if pattern.group:
             gone = torch.empty_like(block)
         else:
             gone = _gone(block, diagonal, bounds, pattern, budgets, Columns(begin, inputs))
         errors = torch.empty_like(block)
-        for last in range(size, 0, -narrow):
-            first = max(last - narrow, 0)
-            if last < size:
-                block[first:last].addmm_(inverse[last:, first:last].T, errors[last:], alpha=-1)
+        for first in range(0, size, narrow):
+            last = min(first + narrow, size)
+            if first:
+                block[first:last].addmm_(inverse[first:last, :first], errors[:first], alpha=-1)
             if pattern.group:
-                at = Columns(inputs - bottom - last, inputs)
+                at = Columns(begin + first, inputs)
                 gone[first:last] = _gone(block[first:last], diagonal[first:last], bounds, pattern, budgets, at)
             weighted = gone[first:last] * diagonal[first:last, None]
-            for j in range(last - 1, first - 1, -1):
+            for j in range(first, last):
                 column = block[j]
-                if j + 1 < last:
-                    column.addmv_(errors[j + 1 : last].T, inverse[j + 1 : last, j], alpha=-1)
+                if j > first:
+                    column.addmv_(errors[first:j].T, inverse[j, first:j], alpha=-1)
                 torch.mul(column, weighted[j - first], out=errors[j])
         remains = gone == 0
-        kept[bottom:top] = remains
+        kept[begin:end] = remains
         block.mul_(remains)
-        torch.sub(stored[bottom:top], block, out=lost[bottom:top])
-        stored[bottom:top] = block
+        torch.sub(stored[begin:end], block, out=lost[begin:end])
+        stored[begin:end] = block
 
     return Solved(
-        masks=[kept[:, a:b].flip(0).T.contiguous() for a, b in bounds],
+        masks=[kept[:, a:b].T.contiguous() for a, b in bounds],
         weights=[
-            stored[:, a:b].to(weight.dtype).flip(0).T.contiguous()
-            for (a, b), weight in zip(bounds, weights, strict=True)
+            stored[:, a:b].T.to(weight.dtype).contiguous() for (a, b), weight in zip(bounds, weights, strict=True)
         ],
         remarks=factor.remarks,
     )
@@ -135,31 +137,28 @@ def _gone(
     budgets: Sequence[int],
     columns: Columns,
 ) -> Tensor:
-    """Return 1 where a weight goes and 0 where it stays, ``[columns, outputs]``, in reversed order of columns."""
+    """Return 1 where a weight goes and 0 where it stays, ``[columns, outputs]``."""
     saliency = (block * diagonal[:, None]).square_()
     if pattern.group:  # within groups of inputs, so that the matrices need not be told apart
-        return (~pattern.keep(saliency.flip(0).T, 0, columns)).T.flip(0).to(block.dtype)
+        return (~pattern.keep(saliency.T, 0, columns)).T.to(block.dtype)
     gone = torch.empty_like(block)
     for (a, b), budget in zip(bounds, budgets, strict=True):
-        keep = pattern.keep(saliency[:, a:b].flip(0).T.contiguous(), budget, columns)
-        gone[:, a:b] = (~keep).T.flip(0)
+        gone[:, a:b] = (~pattern.keep(saliency[:, a:b].T.contiguous(), budget, columns)).T
     return gone
 
 
 class _Factor:
-    """The lower Cholesky factor of the damped Gram matrix in reversed order of inputs."""
+    """The upper Cholesky factor R of the damped Gram matrix, ``G = R Rᵀ``; what is below its diagonal means nothing."""
 
     def __init__(self, inputs: InputStatistics, damping: float) -> None:
         self.remarks: tuple[str, ...] = ()
         for times in _RAISED:
-            reversed_gram = inputs.reversed_gram()
-            diagonal = reversed_gram.diagonal()
+            self.upper = inputs.gram_above_diagonal()
+            diagonal = self.upper.diagonal()
             self.dead = diagonal == 0
             diagonal[self.dead] = 1
             diagonal += damping * times * diagonal.mean()
-            lower = _cholesky(reversed_gram)
-            if lower is not None:
-                self.lower = lower
+            if _factorize(self.upper):
                 if times > 1:
                     self.remarks = (f"damping raised from {damping:g} to {damping * times:g}",)
                 return
@@ -174,14 +173,21 @@ def _factor(inputs: InputStatistics, damping: float) -> _Factor:
     return factor
 
 
-def _cholesky(matrix: Tensor) -> Tensor | None:
-    """Return the lower factor, with anything above its diagonal, or ``None`` if there is none. `matrix` is lost."""
-    if matrix.device.type == "cpu":  # turned, it lies in memory as LAPACK wants it, and nothing is copied
-        info = torch.empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(matrix.T, upper=True, out=(matrix.T, info))
-        return None if int(info) or matrix[0, 0] != matrix[0, 0] else matrix
-    result, info = torch.linalg.cholesky_ex(matrix)
-    return None if int(info) else result
+def _factorize(matrix: Tensor) -> bool:
+    """Replace the upper triangle of a matrix by that of its factor R; whether there is one."""
+    for end in range(len(matrix), 0, -_PANEL):
+        begin = max(end - _PANEL, 0)
+        panel = matrix[:end, begin:end]
+        if end < len(matrix):
+            panel.addmm_(matrix[:end, end:], matrix[begin:end, end:].T, alpha=-1)
+        turned, failed = torch.linalg.cholesky_ex(panel[begin:].flip(0, 1))  # in reversed order R is a lower factor
+        if int(failed) or bool(turned[-1, -1].isnan()):
+            return False
+        corner = turned.flip(0, 1)
+        panel[begin:] = corner
+        identity = torch.eye(end - begin, device=matrix.device)
+        panel[:begin] = panel[:begin] @ torch.linalg.solve_triangular(corner, identity, upper=True).T
+    return True
 
 
 METHOD = register(
