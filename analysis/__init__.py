@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import figures, frames, lape, lsar, mask_overlap, perplexity, signal
+from . import contrasts, figures, frames, lape, lsar, mask_overlap, perplexity, signal
 from .frames import read_frame, write_frame
 from .lsar import LSAR
 from .run import run_study
@@ -11,6 +11,7 @@ from .study import Study, demo_study, load_study
 __all__ = [
     "LSAR",
     "Study",
+    "contrasts",
     "demo_study",
     "figures",
     "frames",

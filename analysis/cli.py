@@ -11,6 +11,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from pruning.errors import PrunescopeError, StudyError
+from pruning.languages import BUNDLED_LANGUAGES
 
 app = typer.Typer(
     add_completion=False,
@@ -64,6 +65,31 @@ def prune(
     folder = out or Path("runs") / Path(study).stem
     variants = run_study(resolved_study(study), folder, memory=_bytes(memory), only_prune=True)
     typer.echo(f"variants: {variants}")
+
+
+@app.command()
+def compare(
+    dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model: hub id, folder, or demo.")],
+    pruned: Annotated[
+        str, typer.Argument(metavar="PRUNED", help="The same model, pruned elsewhere: hub id or folder.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; runs/compare-PRUNED by default. Run again to go on.")
+    ] = None,
+    languages: Annotated[str, typer.Option(help="Evaluation languages.")] = ",".join(BUNDLED_LANGUAGES),
+    text: Annotated[str, typer.Option(help='"bundled", "hub:PRESET" or "file:PATH/{lang}.jsonl".')] = "bundled",
+    segments: Annotated[int, typer.Option(help="Held-out segments a language, and as many to fit subspaces.")] = 128,
+) -> None:
+    """Measure a model that was pruned elsewhere against its dense parent: all that needs no calibration sets."""
+    from .run import run_study
+    from .study import comparison_study
+
+    study = comparison_study(
+        dense, pruned, languages=languages.split(","), text=text, segments=segments, fit_segments=segments
+    )
+    (name,) = study.imported
+    report = run_study(study, out or Path("runs") / f"compare-{name}")
+    typer.echo(f"report: {report}")
 
 
 @app.command()

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import dendrogram, leaves_list
 
 from probes import DENSE
-from pruning import ROLES
 from pruning.allocation import UNIFORM
 from pruning.files import whole_file
 from pruning.languages import language_name
@@ -48,9 +51,32 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "prunescope",
     "figure.dpi": 200,
 }
-# Okabe and Ito's palette, safe for the common forms of colour blindness, and three more told apart by dashes.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A900", "#000000")
-_MIX_COLOUR = {"all": "#444444"}
+#: Colours for what is no language: two parts of one thing, a third, a reference, the dense model.
+TWO_COLOURS = ("#0072B2", "#D55E00")
+GREEN, GREY, BLACK = "#009E73", "#888888", "#000000"
+# After Okabe and Ito, and Tol: told apart with the common forms of colour blindness, by lightness too.
+_OF_LANGUAGES = {
+    "ar": "#0072B2",
+    "de": "#E69F00",
+    "en": "#009E73",
+    "es": "#CC79A7",
+    "fr": "#D55E00",
+    "ru": "#56B4E9",
+    "sw": "#B8A900",
+    "zh": "#332288",
+    "all": "#444444",
+}
+_OF_OTHERS = ("#117733", "#882255", "#44AA99", "#999933", "#CC6677", "#88CCEE", "#AA4499", "#DDCC77")
+
+
+def colour(name: str) -> str:
+    """Return the colour of a language, or of a calibration set: the same one in every figure of every study."""
+    return _OF_LANGUAGES.get(name) or _OF_OTHERS[zlib.crc32(name.encode()) % len(_OF_OTHERS)]
+
+
+def language_title(tag: str) -> str:
+    """Return what figures write above the panel of a language."""
+    return f"{language_name(tag)} ({tag})"
 
 
 def in_order(languages: Iterable[str]) -> list[str]:
@@ -142,164 +168,300 @@ def three_digits(value: float) -> str:
     return f"{value:.0f}" if value < 10_000 else f"{value / 1000:.0f}k"
 
 
-def heatmap(
-    values: pd.DataFrame,
+def short(value: float) -> str:
+    """Return a factor with as many digits as can be read at a glance.
+
+    >>> short(1.234), short(123.4), short(1.2e29)
+    ('1.23', '123', '1.2e+29')
+    """
+    if value < 10:
+        return f"{value:.2f}"
+    return f"{value:.0f}" if value < 1e5 else f"{value:.2g}"
+
+
+def by_calibration(rows: pd.DataFrame, reduce: str = "mean") -> pd.DataFrame:
+    """Return a table of ``value``, a row a calibration set and a column an evaluation language."""
+    rows = rows.assign(set=[set_label(c, s) for c, s in zip(rows["calibration"], rows["seed"], strict=True)])
+    table = rows.pivot_table(index="set", columns="language", values="value", aggfunc=reduce, observed=True)
+    return table.loc[sorted(table.index, key=calibration_rank), in_order(table.columns)]
+
+
+def heatmaps(
+    tables: Mapping[str, pd.DataFrame],
     *,
-    labels: pd.DataFrame,
     title: str,
     colour_label: str,
+    labels: Mapping[str, pd.DataFrame] | None = None,
+    digits: str = "{:.2f}",
+    low: float | None = None,
+    high: float | None = None,
+    height: float = 0.24,
+    x_label: str = "evaluated in",
+    y_label: str = "calibrated on",
+    dark_is_high: bool = True,
+    width: float = PAGE_WIDTH,
+) -> Figure:
+    """Draw tables side by side on one colour scale, each cell written over with its value or its label.
+
+    Parameters
+    ----------
+    tables
+        Title of each panel to its values.
+    title, colour_label, x_label, y_label
+        What to write.
+    labels
+        Likewise, what to write into the cells; the values, formatted by `digits`, by default.
+    digits
+        Format of the values.
+    low, high
+        Ends of the colour scale; those of the values by default.
+    height
+        Inches of a row.
+    dark_is_high
+        Which end of the scale is dark.
+    width
+        Inches.
+    """
+    rows = max(len(table) for table in tables.values())
+    ends = [table.min().min() for table in tables.values()], [table.max().max() for table in tables.values()]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, 0.95 + height * rows), layout="constrained")
+        grid = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+        for axes, (name, table) in zip(grid, tables.items(), strict=True):
+            last = axes is grid[-1]
+            written = labels[name] if labels else table.map(lambda v: "" if pd.isna(v) else digits.format(v))
+            sns.heatmap(
+                table,
+                ax=axes,
+                annot=written.to_numpy(),
+                fmt="",
+                cmap="cividis_r" if dark_is_high else "cividis",
+                vmin=min(ends[0]) if low is None else low,
+                vmax=max(ends[1]) if high is None else high,
+                annot_kws={"size": 6 if width >= PAGE_WIDTH and len(tables) == 1 else 5},
+                linewidths=0.5,
+                linecolor="white",
+                cbar=last,
+                cbar_kws={"label": colour_label, "fraction": 0.04, "pad": 0.02} if last else None,
+            )
+            axes.set(xlabel=x_label, ylabel=y_label if axes is grid[0] else "", title=name)
+            axes.tick_params(length=0)
+            axes.tick_params(axis="y", rotation=0)
+        figure.suptitle(title)
+    return figure
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a panel, with a band around it where `low` and `high` are given."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    style: str = "-"
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of several small plots: its lines, and levels (name to value) drawn across."""
+
+    title: str
+    lines: Sequence[Line]
+    levels: Mapping[str, float] = field(default_factory=dict)
+    x_label: str | None = None
+    y_label: str | None = None
+    log_x: bool = False
+
+
+def range_line(rows: pd.DataFrame, x: str, label: str, colour: str, style: str = "-") -> Line:
+    """Return a line of the mean of ``value`` at every `x`, in a band from the lowest to the highest."""
+    spread = rows.groupby(x, observed=True)["value"].agg(["mean", "min", "max"])
+    low, high = spread["min"].tolist(), spread["max"].tolist()
+    return Line(label, spread.index.tolist(), spread["mean"].tolist(), colour, style, low, high)
+
+
+def set_lines(rows: pd.DataFrame, x: str = "layer") -> list[Line]:
+    """Return a line for each calibration set, in its colour, with its interval; further seeds are dotted."""
+    pairs = rows[["calibration", "seed"]].drop_duplicates().to_records(index=False)
+    ordered = sorted(((str(c), int(s)) for c, s in pairs), key=lambda pair: (calibration_rank(pair[0]), pair[1]))
+    lines = []
+    for calibration, seed in ordered:
+        own = rows[(rows["calibration"] == calibration) & (rows["seed"] == seed)].sort_values(x)
+        interval = {}
+        if {"low", "high"} <= set(own.columns) and not own["low"].isna().all():
+            interval = {"low": own["low"].tolist(), "high": own["high"].tolist()}
+        name = GREY if calibration == UNCALIBRATED else colour(calibration)
+        style = ":" if seed else "-"
+        lines.append(
+            Line(set_label(calibration, seed), own[x].tolist(), own["value"].tolist(), name, style, **interval)
+        )
+    return lines
+
+
+def line_panels(
+    panels: Sequence[Panel],
+    *,
+    title: str,
     x_label: str,
     y_label: str,
+    log_y: bool = False,
+    share: bool = True,
+    height: float = 1.35,
+    width: float = PAGE_WIDTH,
 ) -> Figure:
-    """Draw a table coloured by `values` and written over with `labels`, at page width."""
+    """Draw small multiples of lines with one legend for all.
+
+    Parameters
+    ----------
+    panels
+        What to draw.
+    title, x_label, y_label
+        What to write; a panel's own labels go before these.
+    log_y
+        Whether values are on a logarithmic scale.
+    share
+        Whether all panels have the same axes.
+    height
+        Inches of a row of panels.
+    width
+        Inches: :data:`PAGE_WIDTH` or :data:`COLUMN_WIDTH`.
+    """
+    columns = min(max(round(width / 1.6), 1), len(panels))
+    rows = math.ceil(len(panels) / columns)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 0.24 * len(values)), layout="constrained")
-        axes = figure.subplots()
-        sns.heatmap(
-            values,
-            ax=axes,
-            annot=labels.to_numpy(),
-            fmt="",
-            cmap="cividis_r",
-            vmin=0,
-            annot_kws={"size": 6},
-            linewidths=0.5,
-            linecolor="white",
-            cbar_kws={"label": colour_label, "fraction": 0.04, "pad": 0.02},
-        )
-        axes.set(xlabel=x_label, ylabel=y_label, title=title)
-        axes.tick_params(length=0)
-        axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+        figure = Figure(figsize=(width, 0.7 + height * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
+        handles: dict[str, Any] = {}
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for line in panel.lines:
+                if not len(line.x):
+                    continue
+                (handle,) = axes.plot(line.x, line.y, line.style, color=line.colour, label=line.label)
+                handles.setdefault(line.label, handle)
+                if line.low is not None and line.high is not None:
+                    axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.15, linewidth=0)
+            for name, level in panel.levels.items():
+                handles.setdefault(name, axes.axhline(level, color=GREY, linestyle="--", linewidth=0.8))
+            axes.set_title(panel.title)
+            axes.grid(axis="y")
+            if panel.log_x:
+                axes.set_xscale("log")
+            if log_y:
+                axes.set_yscale("log")
+            if panel.y_label:
+                axes.set_ylabel(panel.y_label)
+            if panel.x_label or not share:
+                axes.set_xlabel(panel.x_label or x_label)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        if share:
+            for i in range(columns):
+                lowest = max(row for row in range(rows) if row * columns + i < len(panels))
+                grid[lowest][i].set_xlabel(x_label)
+                grid[lowest][i].tick_params(labelbottom=True)
+        figure.suptitle(title)
+        figure.supylabel(y_label, fontsize=7)
+        ncols = max(1, round((8 if max(map(len, handles), default=0) < 16 else 4) * width / PAGE_WIDTH))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), ncols))
     return figure
 
 
-def curves(
-    frame: pd.DataFrame,
-    *,
-    panels: str,
-    lines: str,
-    y_label: str,
-    title: str,
-    log: bool = False,
-) -> Figure:
-    """Draw ``value`` by layer: small multiples by one column, lines by another, intervals as bands.
+@dataclass(frozen=True)
+class Effect:
+    """One difference with its interval; `margin` is what differences of no meaning reach."""
 
-    Lines of another seed than the first are drawn dotted in the colour of their set.
-    """
-    order = [role for role in (*ROLES, "residual") if role in set(frame[panels])] if panels == "role" else []
-    names = order or in_order(frame[panels].unique())
-    groups = _line_groups(frame, lines)
-    colours = _colours([name for name, _ in groups], lines)
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
+    label: str
+    value: float
+    low: float
+    high: float
+    colour: str
+    found: bool
+    margin: float = 0.0
+
+
+def effect_panels(
+    panels: Mapping[str, Sequence[Effect]], *, title: str, x_label: str, width: float = PAGE_WIDTH
+) -> Figure:
+    """Draw differences from zero with intervals, a panel a language, filled where they are significant."""
+    columns = min(max(round(width / 1.6), 1), len(panels))
+    rows = math.ceil(len(panels) / columns)
+    longest = max(len(effects) for effects in panels.values())
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(PAGE_WIDTH, 0.7 + 1.35 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, name in zip(grid.flat, names, strict=False):
-            panel = frame[frame[panels] == name]
-            for group, seed in groups:
-                line = panel[panel[lines] == group]
-                if seed is not None:
-                    line = line[line["seed"] == seed]
-                line = line.sort_values("layer")
-                style = ":" if seed else "-"
-                axes.plot(line["layer"], line["value"], style, color=colours[group])
-                axes.fill_between(
-                    line["layer"], line["low"], line["high"], color=colours[group], alpha=0.15, linewidth=0
-                )
-            axes.set_title(name if panels == "role" else f"{language_name(name)} ({name})")
-            axes.grid(axis="y")
-            if log:
-                axes.set_yscale("log")
-        for axes in grid.flat[len(names) :]:
+        figure = Figure(figsize=(width, 0.8 + rows * (0.35 + 0.14 * longest)), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        for axes, (name, effects) in zip(grid.flat, panels.items(), strict=False):
+            for y, effect in enumerate(reversed(effects)):
+                axes.barh(y, 2 * effect.margin, left=-effect.margin, height=0.9, color="#e8e8e8", linewidth=0)
+                axes.plot([effect.low, effect.high], [y, y], color=effect.colour)
+                face = effect.colour if effect.found else "white"
+                axes.plot([effect.value], [y], "o", color=effect.colour, markerfacecolor=face, markersize=3.5)
+            axes.axvline(0, color=GREY, linewidth=0.6)
+            axes.set_yticks(range(len(effects)), [effect.label for effect in reversed(effects)])
+            axes.set_title(name)
+            axes.tick_params(axis="y", length=0)
+            axes.tick_params(labelbottom=True)
+        for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         figure.suptitle(title)
-        for axes in grid[-1]:
-            axes.set_xlabel("layer")
-        figure.supylabel(y_label, fontsize=7)
-        handles = [
-            mpl.lines.Line2D([], [], color=colours[group], linestyle=":" if seed else "-") for group, seed in groups
+        figure.supxlabel(x_label, fontsize=7)
+        line, patch = mpl.lines.Line2D, mpl.patches.Patch
+        keys = [
+            (line([], [], color=GREY, marker="o", markersize=3.5), "beyond the margin, p < 0.05 (corrected)"),
+            (line([], [], color=GREY, marker="o", markersize=3.5, markerfacecolor="white"), "not so"),
+            (patch(color="#e8e8e8"), "margin: what another draw of the same text changes"),
         ]
-        labels = [group if seed is None else set_label(group, seed) for group, seed in groups]
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8))
+        figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=3 if width >= PAGE_WIDTH else 1)
     return figure
 
 
-def overlap(matrix: pd.DataFrame, *, languages: pd.DataFrame, seeds: pd.DataFrame, chance: float, title: str) -> Figure:
-    """Draw mask overlap: every pair of calibration sets, and by layer and role with chance level and ceiling.
+def clusters(matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, width: float = PAGE_WIDTH) -> Figure:
+    """Draw how alike things are, pair by pair, and the tree that clusters them, in the tree's order.
 
     Parameters
     ----------
     matrix
-        Symmetric, mean IoU of two calibration sets.
-    languages, seeds
-        Rows ``layer, role, value`` of the pairs that differ in language, and in seed only.
-    chance
-        IoU of independent masks.
+        Symmetric, likeness of two things; the diagonal is left empty.
+    tree
+        As :func:`scipy.cluster.hierarchy.linkage` returns it.
+    title, width
+        What to write above; inches.
     """
+    order = leaves_list(tree)
+    matrix = matrix.iloc[order, order]
+    text = matrix.map(lambda v: "" if pd.isna(v) else f"{v:.3f}")
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(PAGE_WIDTH, 4.6), layout="constrained")
-        halves = figure.add_gridspec(2, 1, height_ratios=[1.25, 1])
-        top, bottom = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
-        heat = top.subplots()
-        text = matrix.map(lambda v: "" if pd.isna(v) else f"{v:.3f}")
+        figure = Figure(figsize=(width, 0.9 + 0.26 * len(matrix)), layout="constrained")
+        heat, branches = figure.subplots(1, 2, width_ratios=[2.6, 1])
         sns.heatmap(
             matrix,
             ax=heat,
             annot=text.to_numpy(),
             fmt="",
             cmap="cividis",
-            annot_kws={"size": 6},
+            annot_kws={"size": 6 if width >= PAGE_WIDTH and len(matrix) <= 10 else 4.5},
             linewidths=0.5,
             linecolor="white",
             cbar_kws={"label": "mean IoU", "fraction": 0.04, "pad": 0.02},
         )
-        heat.set(xlabel="", ylabel="", title=f"every pair, mean over layers and roles (chance {chance:.3f})")
+        heat.set(xlabel="", ylabel="", title="every pair, mean over layers and roles")
         heat.tick_params(length=0)
         heat.tick_params(axis="x", rotation=30)
         heat.tick_params(axis="y", rotation=0)
-        roles = [role for role in ROLES if role in {*languages["role"], *seeds["role"]}]
-        grid = bottom.subplots(1, len(roles), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, role in zip(grid, roles, strict=True):
-            _by_layer(axes, languages[languages["role"] == role], _COLOURS[0])
-            _by_layer(axes, seeds[seeds["role"] == role], _COLOURS[4])
-            axes.axhline(chance, color="#888888", linestyle="--", linewidth=0.8)
-            axes.set(title=role, xlabel="layer")
-            axes.grid(axis="y")
-        figure.suptitle(title)
-        bottom.supylabel("IoU", fontsize=7)
-        line = mpl.lines.Line2D
-        keys = [(line([], [], color=_COLOURS[0]), "other calibration set (band: all pairs)")]
-        if len(seeds):
-            keys.append((line([], [], color=_COLOURS[4]), "same language, other seed (ceiling)"))
-        keys.append((line([], [], color="#888888", linestyle="--"), "independent masks (chance)"))
-        bottom.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=3)
-    return figure
-
-
-def neurons(where: pd.DataFrame, kept: pd.DataFrame, *, title: str) -> Figure:
-    """Draw language neurons: their number by language and layer, and the share that each calibration set keeps."""
-    with mpl.rc_context(_STYLE):
-        height = 1.0 + 0.17 * max(len(where), len(kept))
-        figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-        common: dict[str, Any] = {"cmap": "cividis", "linewidths": 0.4, "linecolor": "white", "vmin": 0}
-        sns.heatmap(where, ax=left, cbar_kws={"label": "neurons", "pad": 0.02}, **common)
-        left.set(xlabel="layer", ylabel="language", title="dense model: language-specific neurons")
-        sns.heatmap(
-            100 * kept,
-            ax=right,
-            annot=True,
-            fmt=".0f",
-            annot_kws={"size": 6},
-            vmax=100,
-            cbar_kws={"label": "kept (%)", "pad": 0.02},
-            **common,
+        dendrogram(
+            tree,
+            ax=branches,
+            orientation="right",
+            labels=list(matrix.index[np.argsort(order)]),
+            link_color_func=lambda node: "#444444",
+            leaf_font_size=6,
         )
-        right.set(xlabel="language", ylabel="calibrated with", title="of these, still specific after pruning")
-        for axes in (left, right):
-            axes.tick_params(length=0)
-            axes.tick_params(axis="y", rotation=0)
+        branches.invert_yaxis()  # in the order of the table's rows
+        branches.set(xlabel="mask distance (1 − IoU)", title="clustered (average linkage)")
+        branches.tick_params(axis="y", length=0)
+        branches.spines["left"].set_visible(False)
         figure.suptitle(title)
     return figure
 
@@ -314,28 +476,3 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
                 figure.savefig(partial, format=kind, metadata=metadata, dpi=200)
             paths.append(path)
     return paths
-
-
-def _by_layer(axes: Axes, rows: pd.DataFrame, colour: str) -> None:
-    if rows.empty:
-        return
-    spread = rows.groupby("layer", observed=True)["value"].agg(["mean", "min", "max"])
-    axes.plot(spread.index, spread["mean"], color=colour)
-    axes.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.2, linewidth=0)
-
-
-def _line_groups(frame: pd.DataFrame, lines: str) -> list[tuple[str, int | None]]:
-    """List what to draw a line for: ``(value of the column, seed)``; no seeds where lines are not calibration sets."""
-    if lines != "calibration":
-        return [(str(name), None) for name in frame[lines].unique()]
-    pairs = frame[["calibration", "seed"]].drop_duplicates().to_records(index=False)
-    return sorted(((str(c), int(s)) for c, s in pairs), key=lambda p: (calibration_rank(p[0]), p[1]))
-
-
-def _colours(names: Sequence[str], lines: str) -> dict[str, str]:
-    """Give each name a colour; a language has the same one in every figure of a study with the same languages."""
-    unique = list(dict.fromkeys(names))
-    return {
-        name: _MIX_COLOUR.get(name, _COLOURS[i % len(_COLOURS)]) if lines == "calibration" else _COLOURS[i]
-        for i, name in enumerate(unique)
-    }

@@ -1,12 +1,13 @@
 """The tidy schema: every frame, its columns and its metrics with unit and definition, checked on write and read.
 
 Long format, one observation a row. The first columns say which model was measured, the next ones where, the last ones
-what: ``metric, value`` and, where the value is an estimate, ``low, high`` (95 % interval) and ``n``.
+what: ``metric, value`` and, where the value is an estimate, ``low, high`` (95 % interval) and ``n``; where two
+calibration sets are compared also ``seed_margin``, ``p_value`` and ``p_adjusted`` (see :mod:`analysis.contrasts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _TYPES: dict[str, pa.DataType] = {
     "language": _WORD,
     "layer": pa.int32(),
     "role": _WORD,
+    "rank": pa.int32(),
     "neuron": pa.int32(),
     "other_calibration": _WORD,
     "other_seed": pa.int32(),
@@ -42,6 +44,9 @@ _TYPES: dict[str, pa.DataType] = {
     "low": pa.float64(),
     "high": pa.float64(),
     "n": pa.int64(),
+    "seed_margin": pa.float64(),
+    "p_value": pa.float64(),
+    "p_adjusted": pa.float64(),
 }
 #: The columns that say which model was measured.
 VARIANT_COLUMNS = (
@@ -56,6 +61,7 @@ VARIANT_COLUMNS = (
     "seed",
 )
 _ESTIMATE = ("low", "high", "n")
+_TEST = ("seed_margin", "p_value", "p_adjusted")
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,18 @@ class Metric:
 
 @dataclass(frozen=True)
 class FrameSpec:
-    """One frame: its key columns beside the variant's, whether it holds estimates, and its metrics."""
+    """One frame: its key columns beside the variant's, metrics, and whether it holds estimates and tests."""
 
     keys: tuple[str, ...]
     metrics: Mapping[str, Metric]
     estimates: bool = True
+    tests: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All columns, in order."""
-        return (*VARIANT_COLUMNS, *self.keys, "metric", "value", *(_ESTIMATE if self.estimates else ()))
+        measured = ("metric", "value", *(_ESTIMATE if self.estimates else ()), *(_TEST if self.tests else ()))
+        return (*VARIANT_COLUMNS, *self.keys, *measured)
 
     @property
     def schema(self) -> pa.Schema:
@@ -86,6 +94,15 @@ class FrameSpec:
 
 
 _OVER = "95 % bootstrap interval over held-out segments"
+_PROBE = (
+    "share of segments whose language a logistic regression tells from the {part} of their mean state, fitted on the "
+    f"other half of the held-out segments; guessing: one over the number of languages; {_OVER}"
+)
+_RETRIEVAL = (
+    "share of segments whose nearest neighbour in another language, by the cosine of {what}, is their translation, "
+    f"mean over the other languages; guessing: 1/n; {_OVER}"
+)
+_PAIRED = "mean over segments, paired, and over seeds that both have; "
 FRAMES: dict[str, FrameSpec] = {
     "perplexity": FrameSpec(
         ("language",),
@@ -104,7 +121,7 @@ FRAMES: dict[str, FrameSpec] = {
         },
     ),
     "subspaces": FrameSpec(
-        ("language", "layer"),
+        ("language", "layer", "rank"),
         {
             "specific_error": Metric(
                 "",
@@ -125,8 +142,18 @@ FRAMES: dict[str, FrameSpec] = {
             "agnostic_error_per_dimension": Metric(
                 "", f"mean over segments of ‖(I − P)(h − ĥ)‖² / rank (I − P); {_OVER}"
             ),
+            "specific_snr_db": Metric("dB", f"−10·log10 of specific_error; {_OVER}"),
+            "agnostic_snr_db": Metric("dB", f"−10·log10 of agnostic_error; {_OVER}"),
+            "specific_language_accuracy": Metric("", _PROBE.format(part="language-specific part")),
+            "agnostic_language_accuracy": Metric("", _PROBE.format(part="language-agnostic part")),
+            "agnostic_retrieval": Metric(
+                "", _RETRIEVAL.format(what="the language-agnostic part of their mean states, centred over all segments")
+            ),
+            "whole_retrieval": Metric("", _RETRIEVAL.format(what="their whole mean states, centred over all segments")),
             "explained_share": Metric(
-                "", "share of the fitting text's between-language variance in the subspace (dense; no language)"
+                "",
+                "share of the fitting text's between-language variance in the subspace if it has this rank "
+                "(dense; no language)",
             ),
         },
     ),
@@ -140,6 +167,12 @@ FRAMES: dict[str, FrameSpec] = {
             "iou_chance": Metric(
                 "",
                 "the same expected of independent masks of the same densities; (1 − s)/(1 + s) at sparsity s",
+            ),
+            "value_cosine": Metric(
+                "", "cosine of the values of the weights that both keep (methods that correct weights)"
+            ),
+            "correction_cosine": Metric(
+                "", "cosine of what the method added to the weights that both keep; 0: unrelated corrections"
             ),
         },
         estimates=False,
@@ -169,6 +202,51 @@ FRAMES: dict[str, FrameSpec] = {
             ),
         },
         estimates=False,
+    ),
+    "neuron_selection": FrameSpec(
+        ("language",),
+        {
+            "selected": Metric("neurons", "language-specific neurons (LAPE) of this model (no language)"),
+            "threshold": Metric("", "firing probability above which a neuron counts for a language (no language)"),
+            "highest_lape": Metric("nat", "highest entropy among the selected neurons (no language)"),
+            "selected_by_chance": Metric(
+                "neurons",
+                "neurons with an entropy no higher than that if the text is dealt to the languages at random, mean "
+                "over permutations of its eighths (no language)",
+            ),
+            "p_value": Metric(
+                "", "share of these permutations that select as many neurons as the real languages (no language)"
+            ),
+            "specific": Metric("neurons", "neurons specific to this language in this model"),
+            "kept_share": Metric(
+                "", "share of the dense model's neurons of this language that are selected again in this model"
+            ),
+            "kept_by_chance": Metric("", "the same expected of as many neurons drawn at random"),
+            "other_half_share": Metric(
+                "",
+                "share of the neurons of this language selected on one half of the text that are selected again, in "
+                "the same model, on the other half: what the amount of text allows for",
+            ),
+        },
+        estimates=False,
+    ),
+    "contrasts": FrameSpec(
+        ("language", "other_calibration"),
+        {
+            "log_perplexity": Metric(
+                "nat", f"log perplexity of this calibration set minus that of the other; {_PAIRED}{_OVER}"
+            ),
+            "snr_db": Metric(
+                "dB",
+                "SNR of the residual stream after the last block, taken of each segment, likewise subtracted; "
+                f"{_PAIRED}{_OVER}",
+            ),
+            "specific_error_db": Metric(
+                "dB", f"10·log10 of the language-specific part's error, mean over layers, likewise; {_PAIRED}{_OVER}"
+            ),
+            "agnostic_error_db": Metric("dB", f"the same of the language-agnostic part; {_PAIRED}{_OVER}"),
+        },
+        tests=True,
     ),
     "sparsity": FrameSpec(("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False),
 }
@@ -229,8 +307,15 @@ def write_frame(folder: Path, name: str, frame: pd.DataFrame) -> Path:
     return path
 
 
-def read_frame(path: Path) -> pd.DataFrame:
+def read_frame(path: Path, recipe: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """Read a frame that :func:`write_frame` wrote.
+
+    Parameters
+    ----------
+    path
+        Of the Parquet file.
+    recipe
+        Read the variants of this recipe and the dense model only; all of them by default.
 
     Raises
     ------
@@ -239,11 +324,22 @@ def read_frame(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise StudyError(f"there is no frame {path}")
+    wanted = None
+    if recipe is not None:
+        same = [(column, "==", value) for column, value in recipe.items()]
+        wanted = [same, [("method", "==", DENSE)]]
     try:
-        frame = parquet.read_table(path).to_pandas()
+        frame = parquet.read_table(path, filters=wanted).to_pandas()
     except (pa.ArrowInvalid, OSError) as error:
         raise StudyError(f"{path} is damaged; delete it and run again") from error
     return check(path.stem, frame, f"{path}: ")
+
+
+def joined(name: str, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of several frames of one name as one."""
+    schema = FRAMES[name].schema
+    tables = [pa.Table.from_pandas(part, schema=schema, preserve_index=False) for part in parts]
+    return check(name, pa.concat_tables(tables).unify_dictionaries().to_pandas())
 
 
 def of_recipe(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> pd.DataFrame:

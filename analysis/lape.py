@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
+from scipy.stats import permutation_test
 
 from probes import DENSE, Readings
+from probes.neurons import FOLDS, fold_of
+from pruning.recipes import UNCALIBRATED
 
 from . import figures
-from .frames import of_recipe, tidy
+from .frames import VARIANT_COLUMNS, of_recipe, tidy
 
 Probabilities = Float[np.ndarray, "layers neurons languages"]
 
@@ -22,6 +26,10 @@ Probabilities = Float[np.ndarray, "layers neurons languages"]
 THRESHOLD_QUANTILE = 0.95
 #: Share of all neurons that are selected.
 SELECTED_SHARE = 0.01
+#: Permutations that the selection is checked by.
+PERMUTATIONS = 99
+#: Neurons that a mean shift is drawn from at the least.
+_FEW = 5
 
 
 @dataclass(frozen=True)
@@ -89,23 +97,37 @@ def selection_size(neurons: int, selected_share: float = SELECTED_SHARE) -> int:
 
 
 def firing_probabilities(
-    readings: Mapping[tuple[str, str], Readings], variant: str, languages: Sequence[str]
+    readings: Mapping[tuple[str, str], Readings],
+    variant: str,
+    languages: Sequence[str],
+    folds: Sequence[int] = tuple(range(FOLDS)),
 ) -> Probabilities:
-    """Return the share of tokens on which each neuron of one model fires, by language."""
-    return np.stack(
-        [readings[variant, lang].fired.numpy() / int(readings[variant, lang].tokens.sum()) for lang in languages],
-        axis=-1,
-    )
+    """Return the share of tokens on which each neuron of one model fires, by language, on some folds of the text."""
+    counts, tokens = _counts(readings, variant, languages)
+    chosen = list(folds)
+    return np.stack([counts[i][chosen].sum(axis=0) / tokens[i, chosen].sum() for i in range(len(languages))], axis=-1)
+
+
+def _counts(
+    readings: Mapping[tuple[str, str], Readings], variant: str, languages: Sequence[str]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return, by language, how often each neuron fired in each fold, and the folds' tokens, ``[languages, folds]``."""
+    fired, tokens = [], np.zeros((len(languages), FOLDS), dtype=np.int64)
+    for i, language in enumerate(languages):
+        read = readings[variant, language]
+        fired.append(read.fired.numpy())
+        np.add.at(tokens[i], fold_of(torch.arange(len(read.tokens))).numpy(), read.tokens.numpy())
+    return fired, tokens
 
 
 def analyze(
     readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the frames ``neurons`` and ``language_neurons``.
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Return the frames ``neurons``, ``language_neurons`` and ``neuron_selection``.
 
     Quantiles are each model's own, so both questions are answered: does the dense set still fire in the pruned model
     (``still_firing``, at the dense model's threshold), and which neurons would be selected now (``kept, lost,
-    gained``)? Both frames are empty for a mixture of experts, whose neurons are not read.
+    gained``)? All frames are empty for a mixture of experts, whose neurons are not read.
 
     Parameters
     ----------
@@ -116,10 +138,10 @@ def analyze(
     """
     languages = list(dict.fromkeys(language for _, language in readings))
     if not next(iter(readings.values())).fired.numel():
-        return tidy("neurons", []), tidy("language_neurons", [])
+        return tidy("neurons", []), tidy("language_neurons", []), tidy("neuron_selection", [])
     dense = firing_probabilities(readings, DENSE, languages)
     before = select(dense)
-    neurons, sets = [], []
+    neurons, sets, checks = [], [], []
     for variant in dict.fromkeys(variant for variant, _ in readings):
         probabilities = firing_probabilities(readings, variant, languages)
         layers, count, _ = probabilities.shape
@@ -146,11 +168,86 @@ def analyze(
                 values = members[..., i].sum(axis=1).astype(np.float64)
                 row = {**columns[variant], "language": language, "layer": np.arange(layers)}
                 sets.append({**row, "metric": [metric_name] * layers, "value": values})
-    return tidy("neurons", neurons), tidy("language_neurons", sets)
+        checks += [{**columns[variant], **row} for row in _check(readings, variant, languages, before, after)]
+    return tidy("neurons", neurons), tidy("language_neurons", sets), tidy("neuron_selection", checks)
 
 
-def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
-    """Draw where the dense model's language neurons are, and how many of them each calibration set keeps.
+def _check(
+    readings: Mapping[tuple[str, str], Readings],
+    variant: str,
+    languages: Sequence[str],
+    before: Selection,
+    after: Selection,
+) -> Iterator[dict[str, Any]]:
+    """Yield rows on how far one model's selection can be trusted."""
+    chosen = after.members.any(axis=-1)
+    probabilities = firing_probabilities(readings, variant, languages)
+    highest = float(entropy(probabilities)[chosen].max()) if chosen.any() else 0.0
+    whole = {"selected": float(chosen.sum()), "threshold": after.threshold, "highest_lape": highest}
+    whole |= _selected_by_chance(*_counts(readings, variant, languages), highest)
+    for metric, value in whole.items():
+        yield {"metric": metric, "value": value}
+    halves = [
+        select(firing_probabilities(readings, variant, languages, range(which, FOLDS, 2))).members for which in (0, 1)
+    ]
+    total = chosen.size
+    for i, language in enumerate(languages):
+        dense, now = before.members[..., i], after.members[..., i]
+        one, other = halves[0][..., i], halves[1][..., i]
+        shares: dict[str, tuple[float, float]] = {
+            "specific": (float(now.sum()), 1),
+            "kept_share": (float((dense & now).sum()), float(dense.sum())),
+            "kept_by_chance": (float(now.sum()), total),
+            "other_half_share": (2 * float((one & other).sum()), float(one.sum() + other.sum())),
+        }
+        for metric, (part, of) in shares.items():
+            if of:
+                yield {"language": language, "metric": metric, "value": part / of}
+
+
+def _selected_by_chance(counts: Sequence[np.ndarray], tokens: np.ndarray, highest: float) -> dict[str, float]:
+    """Return how many neurons reach a selection's entropy if text is dealt to languages at random, with a p-value.
+
+    The folds of all languages are permuted among the languages: whatever the text says, and however much of it there
+    is, stays the same; only the language no longer goes with it.
+    """
+    folds = [(i, fold) for i in range(len(tokens)) for fold in np.flatnonzero(tokens[i])]
+    fired = np.stack([counts[i][fold].ravel() for i, fold in folds]).astype(np.float32)  # [folds, neurons]
+    read = np.array([tokens[i, fold] for i, fold in folds], dtype=np.float32)
+    position = {place: index for index, place in enumerate(folds)}
+    samples = [
+        np.array([position[i, fold] for fold in np.flatnonzero(tokens[i])], dtype=np.float64)
+        for i in range(len(tokens))
+    ]
+
+    def reached(*dealt: np.ndarray) -> float:
+        weights = np.zeros((len(dealt), len(folds)), dtype=np.float32)
+        for language, chosen in enumerate(dealt):
+            weights[language, chosen.astype(np.int64)] = 1
+        probabilities = (weights @ fired) / (weights @ read)[:, None]
+        k = max(round(THRESHOLD_QUANTILE * probabilities.size), 1) - 1
+        threshold = np.partition(probabilities.ravel(), k)[k]
+        able = probabilities[:, (probabilities > threshold).any(axis=0)]
+        return float((entropy(able.T) <= highest).sum())
+
+    if min(map(len, samples)) < 2:  # nothing to permute
+        return {}
+    test = permutation_test(
+        samples,
+        reached,
+        permutation_type="independent",
+        n_resamples=PERMUTATIONS,
+        alternative="greater",
+        rng=np.random.default_rng(0),
+    )
+    return {"selected_by_chance": float(test.null_distribution.mean()), "p_value": float(test.pvalue)}
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def plot(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw where the dense model's language neurons are, and where each calibration set keeps, loses and gains them.
 
     Parameters
     ----------
@@ -158,17 +255,165 @@ def plot(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> Figure:
         ``language_neurons``.
     recipe
         Which variants to show.
+    width
+        Inches.
     """
-    kept = frame[frame["metric"] == "kept"]
-    dense = kept[kept["method"] == DENSE]
-    where = dense.pivot_table(index="language", columns="layer", values="value", sort=False, observed=True)
-    total = dense.groupby("language", observed=True)["value"].sum()
-    pruned = of_recipe(kept, recipe).copy()
-    pruned["set"] = [figures.set_label(c, s) for c, s in zip(pruned["calibration"], pruned["seed"], strict=True)]
-    share = pruned.groupby(["set", "language"], observed=True, sort=False)["value"].sum().unstack() / total
-    languages = figures.in_order(where.index)
-    return figures.neurons(
-        where.loc[languages],
-        share[languages].loc[sorted(share.index, key=figures.calibration_rank)],
-        title=f"Language-specific neurons ({figures.recipe_label(recipe)})",
+    counts = frame.groupby([*VARIANT_COLUMNS, "metric", "layer"], observed=True)["value"].sum().reset_index()
+    dense = counts[(counts["method"] == DENSE) & (counts["metric"] == "kept")]
+    titles = {"kept": "kept", "lost": "lost", "gained": "gained", "still_firing": "still firing"}
+    panels = []
+    for metric, title in titles.items():
+        lines = figures.set_lines(of_recipe(counts[counts["metric"] == metric], recipe))
+        if metric != "gained":
+            reference = figures.range_line(dense, "layer", "dense model's own", figures.BLACK, "--")
+            lines.append(reference)
+        panels.append(figures.Panel(title, lines))
+    return figures.line_panels(
+        panels,
+        title=f"Language-specific neurons by layer, all languages ({figures.recipe_label(recipe)})",
+        x_label="layer",
+        y_label="neurons",
+        width=width,
     )
+
+
+def plot_kept(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw the share of the dense model's language neurons that each calibration set keeps, with ceiling and chance.
+
+    Parameters
+    ----------
+    frame
+        ``neuron_selection``.
+    recipe
+        Which variants to show.
+    width
+        Inches.
+    """
+    pruned = of_recipe(frame, recipe)
+    table = figures.by_calibration(pruned[pruned["metric"] == "kept_share"])
+    half = frame[(frame["metric"] == "other_half_share") & (frame["method"] == DENSE)].set_index("language")["value"]
+    chance = pruned[pruned["metric"] == "kept_by_chance"].groupby("language", observed=True)["value"].mean()
+    table.loc["dense, two halves of the text"] = half.reindex(table.columns)
+    table.loc["drawn at random"] = chance.reindex(table.columns)
+    return figures.heatmaps(
+        {"": 100 * table},
+        title=f"Language-specific neurons that are still selected after pruning ({figures.recipe_label(recipe)})",
+        colour_label="kept (%)",
+        digits="{:.0f}",
+        low=0,
+        high=100,
+        x_label="language",
+        dark_is_high=False,
+        width=width,
+    )
+
+
+def plot_entropy(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw the distribution of LAPE over neurons, dense and pruned: all of it, and its lowest twentieth.
+
+    Parameters
+    ----------
+    frame
+        ``neurons``.
+    recipe
+        Which variants to show.
+    width
+        Inches.
+    """
+    lape = frame[(frame["metric"] == "lape") & np.isfinite(frame["value"])]
+    dense = lape[lape["method"] == DENSE]["value"].to_numpy()
+    pruned = of_recipe(lape, recipe)
+    sets = pruned[["calibration", "seed"]].drop_duplicates().to_records(index=False)
+    ordered = sorted(sets, key=lambda pair: (figures.calibration_rank(str(pair[0])), pair[1]))
+    lowest = float(np.quantile(dense, 0.05))
+    panels = []
+    for title, top in (("all neurons", float(dense.max())), ("lowest LAPE", lowest)):
+        edges = np.linspace(0, top, 101)
+        lines = [_cumulated("dense", dense, edges, figures.BLACK, "-")]
+        for calibration, seed in ordered:
+            own = pruned[(pruned["calibration"] == calibration) & (pruned["seed"] == seed)]["value"].to_numpy()
+            colour = figures.GREY if calibration == UNCALIBRATED else figures.colour(str(calibration))
+            label = figures.set_label(str(calibration), int(seed))
+            lines.append(_cumulated(label, own, edges, colour, ":" if seed else "-"))
+        panels.append(figures.Panel(title, lines))
+    return figures.line_panels(
+        panels,
+        title=f"LAPE of all neurons that fire ({figures.recipe_label(recipe)})",
+        x_label="LAPE (nat)",
+        y_label="share of neurons below",
+        share=False,
+        width=width,
+    )
+
+
+def _cumulated(label: str, values: np.ndarray, edges: np.ndarray, colour: str, style: str) -> figures.Line:
+    shares = np.searchsorted(np.sort(values), edges, side="right") / max(len(values), 1)
+    return figures.Line(label, edges.tolist(), shares.tolist(), colour, style)
+
+
+#: Firing probabilities between which neurons are averaged, on a logarithmic scale.
+_BINS = np.logspace(-3, 0, 13)
+
+
+def plot_shift(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw how much less or more often neurons fire after pruning, by how often they fired before; a panel a language.
+
+    Language-specific neurons of the dense model against all others; lines: means over calibration sets, bands: lowest
+    to highest.
+
+    Parameters
+    ----------
+    frame
+        ``neurons``.
+    recipe
+        Which variants to show.
+    width
+        Inches.
+    """
+    rates = frame[frame["metric"] == "firing_probability"]
+    languages = figures.in_order(rates["language"].dropna().unique())
+    dense = _as_array(rates[rates["method"] == DENSE], languages)
+    members = select(dense).members
+    shifts: dict[tuple[str, bool], list[np.ndarray]] = {}
+    for _, own in of_recipe(rates, recipe).groupby(["calibration", "seed"], observed=True):
+        pruned = _as_array(own, languages)
+        for i, language in enumerate(languages):
+            where = np.digitize(dense[..., i], _BINS) - 1
+            for specific in (True, False):
+                group = members[..., i] == specific
+                of_bins = [group & (where == b) for b in range(len(_BINS) - 1)]
+                means = [
+                    np.log2(pruned[bin_, i].mean() / dense[bin_, i].mean())
+                    if bin_.sum() >= _FEW and pruned[bin_, i].any()
+                    else np.nan
+                    for bin_ in of_bins
+                ]
+                shifts.setdefault((language, specific), []).append(np.array(means))
+    middle = np.sqrt(_BINS[1:] * _BINS[:-1])
+    panels = []
+    for language in languages:
+        lines = []
+        for specific, label, colour in (
+            (True, "language-specific neurons", figures.TWO_COLOURS[0]),
+            (False, "all others", figures.GREY),
+        ):
+            stacked = np.stack(shifts[language, specific])
+            there = ~np.isnan(stacked).any(axis=0)
+            x, values = middle[there].tolist(), stacked[:, there]
+            low, high = values.min(axis=0).tolist(), values.max(axis=0).tolist()
+            lines.append(figures.Line(label, x, values.mean(axis=0).tolist(), colour, "-", low, high))
+        panels.append(figures.Panel(figures.language_title(language), lines, {"as often": 0.0}, log_x=True))
+    return figures.line_panels(
+        panels,
+        title=f"Shift of firing frequency by frequency before pruning ({figures.recipe_label(recipe)})",
+        x_label="firing probability, dense",
+        y_label="log2 of the ratio, pruned over dense",
+        width=width,
+    )
+
+
+def _as_array(rates: pd.DataFrame, languages: Sequence[str]) -> Probabilities:
+    """Return one model's rows as an array."""
+    layers, neurons = int(rates["layer"].max()) + 1, int(rates["neuron"].max()) + 1
+    parts = [rates.loc[rates["language"] == lang].sort_values(["layer", "neuron"])["value"] for lang in languages]
+    return np.stack([part.to_numpy().reshape(layers, neurons) for part in parts], axis=-1)

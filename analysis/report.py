@@ -1,10 +1,9 @@
-"""One self-contained page: what was found in plain words, then every figure with what it measures."""
+"""One self-contained page: what was found in plain words, then every figure with what it measures, then tables."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,60 +16,45 @@ from probes import DENSE
 from pruning.files import write_text
 from pruning.languages import language_name
 
-from . import figures
+from . import figures, mask_overlap
+from .contrasts import OTHERS, SIGNIFICANT
 from .frames import FRAMES, of_recipe, recipes_of
-from .study import Study
-
-Frames = Mapping[str, pd.DataFrame]
+from .gallery import ALL_MODELS, Frames, ReportFacts, Shown, section_of
 
 
-@dataclass(frozen=True)
-class ReportFacts:
-    """What the frames do not say.
+def write_report(path: Path, frames: Frames, shown: Sequence[Shown], figure_folder: Path, facts: ReportFacts) -> None:
+    """Write ``report.html``: no other file and no network is needed to read it.
 
-    Attributes
+    Parameters
     ----------
-    study
-        As resolved.
-    heldout_tokens
-        Tokens read of each language, special ones left out.
-    blocks, neurons
-        Of the model: blocks, and MLP neurons that were read in all.
-    versions
-        Of the libraries.
+    path
+        Written whole or not at all.
+    frames
+        All but ``neurons``.
+    shown
+        The figures, drawn already.
+    figure_folder
+        Where their PNG files are.
+    facts
+        What the frames do not say.
     """
-
-    study: Study
-    heldout_tokens: Mapping[str, int]
-    blocks: int
-    neurons: int
-    versions: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class _Shown:
-    section: str
-    name: str
-    caption: str
-    image: str
-
-
-def write_report(path: Path, frames: Frames, figure_folder: Path, facts: ReportFacts) -> None:
-    """Write ``report.html``: no other file and no network is needed to read it."""
     environment = Environment(
         loader=PackageLoader("analysis", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["digits"] = figures.three_digits
-    shown = [
-        _Shown(section, name, caption, base64.b64encode((figure_folder / f"{name}.png").read_bytes()).decode())
-        for section, name, caption in _captions(frames, facts)
-    ]
+    environment.filters |= {"digits": figures.three_digits, "factor": figures.short}
+
+    def image(name: str) -> str:
+        return base64.b64encode((figure_folder / f"{name}.png").read_bytes()).decode()
+
     html = environment.get_template("report.html.j2").render(
         study=facts.study,
         facts=facts,
         findings=list(findings(frames)),
         dense=_dense_table(frames["perplexity"], facts),
+        models=_model_table(frames),
+        contrasts=_contrast_table(frames["contrasts"]),
         sections=[(section, list(group)) for section, group in groupby(shown, key=lambda figure: figure.section)],
+        image=image,
         specs=FRAMES,
         language_name=language_name,
         sets=facts.study.calibration_sets(),
@@ -79,75 +63,180 @@ def write_report(path: Path, frames: Frames, figure_folder: Path, facts: ReportF
     write_text(path, html)
 
 
+# -- in plain words ------------------------------------------------------------------------------------------------
+
+
 def findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
     """Yield what the frames say of all models and of each recipe, in plain sentences computed from the frames."""
     perplexity = _metric(frames["perplexity"], "perplexity")
     dense = perplexity[perplexity["method"] == DENSE].set_index("language")["value"]
-    best, worst = str(dense.idxmin()), str(dense.idxmax())
+    bits = _metric(frames["perplexity"], "bits_per_byte")
+    per_byte = bits[bits["method"] == DENSE].set_index("language")["value"]
+    best, worst = str(per_byte.idxmin()), str(per_byte.idxmax())
     before = (
-        f"Before pruning the model predicts {language_name(best)} best (perplexity {dense.min():.1f}) "
-        f"and {language_name(worst)} worst ({dense.max():.1f})."
+        f"Before pruning the model predicts {language_name(best)} best ({per_byte.min():.2f} bits per byte, perplexity "
+        f"{figures.three_digits(dense[best])}) and {language_name(worst)} worst ({per_byte.max():.2f} bits per byte, "
+        f"perplexity {figures.three_digits(dense[worst])})."
     )
     factors = []
     for recipe in recipes_of(perplexity):
         rows = of_recipe(perplexity, recipe)
         ratio = rows["value"].to_numpy() / dense.loc[rows["language"].astype(str)].to_numpy()
-        factors.append(f"{np.exp(np.log(ratio).mean()):.2f} ({figures.recipe_label(recipe)})")
+        factors.append(f"{figures.short(np.exp(np.log(ratio).mean()))} ({figures.recipe_label(recipe)})")
     after = (
         f"Pruning multiplies perplexity by {', '.join(factors)}: geometric means over languages and calibration sets."
     )
-    yield "All models", [before, after]
+    yield ALL_MODELS, [before, after, *_knowledge(frames["subspaces"])]
     for recipe in recipes_of(perplexity):
-        yield figures.recipe_label(recipe).capitalize(), list(_recipe_findings(frames, recipe))
+        sentences = [sentence for part in _PARTS for sentence in part(frames, recipe)]
+        yield section_of(recipe), sentences
 
 
-def _recipe_findings(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
-    own, total = _own_language_best(of_recipe(_metric(frames["perplexity"], "perplexity"), recipe), lowest=True)
+def _knowledge(frame: pd.DataFrame) -> Iterator[str]:
+    dense = frame[frame["method"] == DENSE].groupby("metric", observed=True)["value"].mean()
+    if "specific_language_accuracy" in dense:
+        guess = 1 / max(frame["language"].nunique(), 1)
+        yield (
+            f"In the dense model the language of a segment is recognised from the language-specific part in "
+            f"{dense['specific_language_accuracy']:.0%} of the cases and from the language-agnostic part in "
+            f"{dense['agnostic_language_accuracy']:.0%} (guessing: {guess:.0%}), mean over layers."
+        )
+    if "agnostic_retrieval" in dense:
+        yield (
+            f"Its translation is the nearest neighbour of a segment in {dense['agnostic_retrieval']:.0%} of the cases "
+            f"by the language-agnostic part, and in {dense['whole_retrieval']:.0%} by the whole state."
+        )
+
+
+def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    rows = of_recipe(_metric(frames["perplexity"], "perplexity"), recipe)
     residual = of_recipe(frames["signal"], {**recipe, "metric": "snr_db", "role": "residual"})
     last = residual[residual["layer"] == residual["layer"].max()]
+    own, total = _own_language_best(rows, lowest=True)
     signal_own, _ = _own_language_best(last, lowest=False)
+    tests = of_recipe(frames["contrasts"], {**recipe, "metric": "log_perplexity"})
     if total:
         yield (
             f"Of the models calibrated on one language, the one calibrated on the evaluated language has the lowest "
             f"perplexity in {own} of {total} languages, and the clearest signal after the last block in "
             f"{signal_own} of {total}."
         )
-    errors = of_recipe(frames["subspaces"], recipe).groupby("metric", observed=True)["value"].median()
-    specific, agnostic = errors["specific_error_centred"], errors["agnostic_error_centred"]
+    against = tests[tests["other_calibration"] == OTHERS]
+    if len(against):
+        mean = float(np.exp(against["value"].mean()))
+        found = int((against["p_adjusted"] < SIGNIFICANT).sum())
+        yield (
+            f"Calibrating on the evaluated language multiplies its perplexity by {mean:.2f} against the other "
+            f"single languages (geometric mean); the difference is significant in {found} of {len(against)} languages "
+            "(exact permutation of whole models, corrected)."
+        )
+    pairs = tests[tests["other_calibration"] != OTHERS]
+    if len(pairs):
+        found = int((pairs["p_adjusted"] < SIGNIFICANT).sum())
+        margin = pairs["seed_margin"].max()
+        if np.isnan(margin):
+            yield (
+                f"{found} of {len(pairs)} differences in perplexity between two calibration sets are larger than the "
+                "choice of held-out segments explains. No set was drawn with a second seed, so whether another draw of "
+                "the same text would change as much is not known: give calibration.seeds two values to find out."
+            )
+        else:
+            yield (
+                f"{found} of {len(pairs)} differences in perplexity between two calibration sets go beyond what "
+                f"another draw of the same text changes (a factor of {np.exp(margin):.2f}) by more than the choice of "
+                "held-out segments explains."
+            )
+
+
+def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    snr = of_recipe(frames["signal"], {**recipe, "metric": "snr_db"})
+    by_layer = snr[snr["role"] == "residual"].groupby("layer", observed=True)["value"].mean()
+    finite = by_layer[np.isfinite(by_layer)]
+    if len(finite) > 1:
+        fall = finite.diff().dropna()
+        yield (
+            f"The signal-to-noise ratio of the residual stream goes from {finite.iloc[0]:.1f} dB after the first "
+            f"block to {finite.iloc[-1]:.1f} dB after the last (lowest: {finite.min():.1f} dB after block "
+            f"{finite.idxmin()}); it falls most in block {fall.idxmin()} ({fall.min():+.1f} dB). Blocks count from 0."
+        )
+    roles = snr[snr["role"] != "residual"].groupby(["role", "layer"], observed=True)["value"].mean()
+    if len(roles):
+        role, layer = roles.idxmin()
+        yield f"The projection whose output is hurt most is {role} in block {layer} ({roles.min():.1f} dB)."
+    errors = of_recipe(frames["subspaces"], recipe)
+    middle = errors.groupby("metric", observed=True)["value"].median()
+    specific, agnostic = middle["specific_error_centred"], middle["agnostic_error_centred"]
     yield (
         f"Relative to its own spread the language-{'agnostic' if agnostic < specific else 'specific'} part of the "
         f"hidden states is kept better: median squared error {specific:.2g} (specific) and {agnostic:.2g} (agnostic) "
         "over layers, languages and calibration sets."
     )
-    overlap = of_recipe(frames["mask_overlap"], recipe)
-    if len(overlap):
-        iou, chance = _metric(overlap, "iou"), _metric(overlap, "iou_chance")["value"].mean()
-        same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
-        if same.any():
-            yield (
-                f"Masks of the same calibration set drawn with another seed overlap with a mean IoU of "
-                f"{iou['value'][same].mean():.3f} (independent masks {chance:.3f})."
-            )
-        if not same.all():
-            by_role = iou[~same].groupby("role", observed=True)["value"].mean()
-            yield (
-                f"Masks of different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
-                f"(independent masks {chance:.3f}); the least stable role is {by_role.idxmin()} "
-                f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f})."
-            )
-    sets = of_recipe(frames["language_neurons"], recipe).groupby("metric", observed=True)["value"].sum()
-    before = sets.get("kept", 0) + sets.get("lost", 0)
-    if before:
+    spread = {}
+    for part in ("specific", "agnostic"):
+        own = errors[errors["metric"] == f"{part}_error_centred"]
+        by_set = own.groupby(["calibration", "seed"], observed=True)["value"].median()
+        spread[part] = by_set.max() / by_set.min() if len(by_set) > 1 and by_set.min() > 0 else None
+    if spread["specific"] and spread["agnostic"]:
         yield (
-            f"{sets['kept'] / before:.0%} of the dense model's language-specific neurons are selected again after "
-            f"pruning, and {sets['still_firing'] / before:.0%} still fire above the dense model's threshold."
+            f"Between the calibration sets with most and least error lies a factor of {spread['specific']:.2f} for the "
+            f"language-specific and of {spread['agnostic']:.2f} for the language-agnostic part."
         )
 
 
+def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    overlap = of_recipe(frames["mask_overlap"], recipe)
+    if not len(overlap):
+        return
+    iou, chance = _metric(overlap, "iou"), _metric(overlap, "iou_chance")["value"].mean()
+    same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
+    if same.any():
+        yield (
+            f"Masks of the same calibration set drawn with another seed overlap with a mean IoU of "
+            f"{iou['value'][same].mean():.3f} (independent masks {chance:.3f})."
+        )
+    if not same.all():
+        by_role = iou[~same].groupby("role", observed=True)["value"].mean()
+        pairs = mask_overlap.mean_matrix(overlap[~_same_set(overlap)]).stack()
+        most, least = pairs.idxmax(), pairs.idxmin()
+        yield (
+            f"Masks of different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
+            f"(independent masks {chance:.3f}); the least stable role is {by_role.idxmin()} "
+            f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f}). Most alike are "
+            f"{most[0]} and {most[1]} ({pairs.max():.3f}), least {least[0]} and {least[1]} ({pairs.min():.3f})."
+        )
+
+
+def _same_set(overlap: pd.DataFrame) -> np.ndarray:
+    return np.asarray(overlap["calibration"].astype(str) == overlap["other_calibration"].astype(str))
+
+
+def _neurons(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    checks = frames["neuron_selection"]
+    if not len(checks):
+        return
+    own = of_recipe(checks, recipe).groupby("metric", observed=True)["value"].mean()
+    dense = checks[checks["method"] == DENSE].groupby("metric", observed=True)["value"].mean()
+    sets = of_recipe(frames["language_neurons"], recipe).groupby("metric", observed=True)["value"].sum()
+    before = sets.get("kept", 0) + sets.get("lost", 0)
+    if not before or "kept_share" not in own:
+        return
+    ceiling = ""
+    if "other_half_share" in dense:
+        ceiling = f"; two halves of the text agree on {dense['other_half_share']:.0%} in the dense model itself"
+    yield (
+        f"{own['kept_share']:.0%} of the dense model's language-specific neurons are selected again after pruning "
+        f"(drawn at random: {own['kept_by_chance']:.1%}{ceiling}), and {sets['still_firing'] / before:.0%} still fire "
+        "above the dense model's threshold."
+    )
+
+
+_PARTS = (_text_matters, _where_the_damage_is, _masks, _neurons)
+
+
 def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:
-    """Count languages whose own calibration gives the best value among single-language calibration sets of seed 0."""
+    """Count languages whose own calibration gives the best value (mean over seeds) among single-language sets."""
     languages = set(rows["language"].astype(str))
-    single = rows[rows["calibration"].astype(str).isin(languages) & (rows["seed"] == 0)]
+    single = rows[rows["calibration"].astype(str).isin(languages)]
     table = single.pivot_table(index="calibration", columns="language", values="value", observed=True)
     if len(table) < 2:
         return 0, 0
@@ -156,69 +245,7 @@ def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:
     return sum(best[lang] == lang for lang in own), len(own)
 
 
-def _captions(frames: Frames, facts: ReportFacts) -> Iterator[tuple[str, str, str]]:
-    """Yield section and name of every figure with a caption that says what was measured on how much text."""
-    tokens = facts.heldout_tokens.values()
-    text = (
-        f"{facts.study.evaluation.segments} held-out segments a language ({min(tokens)} to {max(tokens)} tokens) "
-        "that neither calibration nor fitting has seen"
-    )
-    yield (
-        "All models",
-        "perplexity",
-        f"Perplexity of every model in every language on {text}. Colour: how often it doubled over the dense model. "
-        "Intervals are in the frame. Perplexities of different languages do not compare; bits per byte do.",
-    )
-    overlap = [figures.recipe_slug(recipe) for recipe in recipes_of(frames["mask_overlap"])]
-    for recipe in recipes_of(frames["signal"]):
-        name, section = figures.recipe_slug(recipe), figures.recipe_label(recipe).capitalize()
-        yield (
-            section,
-            f"signal-{name}",
-            f"Signal-to-noise ratio of the residual stream after each block, pruned against dense model, on {text}; "
-            "special tokens left out. Higher is better; at 0 dB the error is as large as the signal. Bands: 95 % "
-            "bootstrap intervals over segments. Dotted: another seed of the same calibration set.",
-        )
-        yield (
-            section,
-            f"signal-roles-{name}",
-            "The same for the output of each projection and the residual stream, mean over the languages.",
-        )
-        yield (
-            section,
-            f"subspaces-{name}",
-            "LSAR: squared error of the language-specific and of the language-agnostic part of segment means, each "
-            "relative to its own spread around the dense model's mean over languages, so that the component common to "
-            f"all text hides nothing. Subspaces of {_rank(facts)} dimensions, fitted on the dense model with "
-            f"{facts.study.evaluation.fit_segments} parallel segments a language; errors on {text}. Line: mean over "
-            "calibration sets; band: lowest to highest. Errors relative to the whole signal are in the frame.",
-        )
-        if name in overlap:
-            yield (
-                section,
-                f"mask-overlap-{name}",
-                "Intersection over union of the kept weights. Top: every pair of calibration sets, mean over layers "
-                "and roles. Bottom: by layer for each role; blue: different sets (mean, lowest, "
-                "highest), red: the same set with another seed, the most that can be expected; dashed: independent "
-                "masks.",
-            )
-        if facts.neurons:
-            yield (
-                section,
-                f"language-neurons-{name}",
-                f"LAPE: language-specific neurons, the 1 % of all {facts.neurons:,} MLP neurons with lowest entropy "
-                "of firing over languages, counted for every language in which they fire above the 95 % quantile. "
-                "Left: dense model. Right: share of them selected again in the pruned model. Firing was counted "
-                f"on {text}; with so little text rare neurons are uncertain.",
-            )
-
-
-def _rank(facts: ReportFacts) -> int:
-    return facts.study.evaluation.rank or len(facts.study.languages) - 1
-
-
-def _metric(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return frame[frame["metric"] == metric]
+# -- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _dense_table(frame: pd.DataFrame, facts: ReportFacts) -> list[dict[str, Any]]:
@@ -235,3 +262,43 @@ def _dense_table(frame: pd.DataFrame, facts: ReportFacts) -> list[dict[str, Any]
             }
         )
     return rows
+
+
+def _model_table(frames: Frames) -> list[dict[str, Any]]:
+    """Return a row for every pruned model and language: what it lost there."""
+    perplexity = frames["perplexity"]
+    dense = _metric(perplexity[perplexity["method"] == DENSE], "perplexity").set_index("language")["value"]
+    shown = _metric(perplexity[perplexity["method"] != DENSE], "perplexity").copy()
+    if not len(shown):
+        return []
+    shown["variant"] = figures.variant_labels(shown)
+    place = ["method", "sparsity", "pattern", "allocation", "scope", "propagation", "calibration", "seed", "language"]
+    residual = frames["signal"][(frames["signal"]["metric"] == "snr_db") & (frames["signal"]["role"] == "residual")]
+    last = residual[residual["layer"] == residual["layer"].max()].set_index(place)["value"]
+    errors = frames["subspaces"].groupby(["metric", *place], observed=True)["value"].median()
+    rows = []
+    for row in shown.to_dict("records"):
+        key = tuple(row[name] for name in place)
+        rows.append(
+            {
+                **row,
+                "factor": row["value"] / dense[row["language"]],
+                "snr": float(last.loc[key]),
+                "specific": float(errors.loc[("specific_error_centred", *key)]),
+                "agnostic": float(errors.loc[("agnostic_error_centred", *key)]),
+            }
+        )
+    return rows
+
+
+def _contrast_table(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a row for every comparison of two calibration sets by perplexity."""
+    rows = []
+    for recipe in recipes_of(frame):
+        shown = of_recipe(frame, {**recipe, "metric": "log_perplexity"})
+        rows += [{**row, "recipe": figures.recipe_label(recipe)} for row in shown.to_dict("records")]
+    return rows
+
+
+def _metric(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return frame[frame["metric"] == metric]

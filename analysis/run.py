@@ -28,12 +28,13 @@ from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
 from pruning.text import fingerprint
 
-from . import figures, lape, lsar, mask_overlap, perplexity, signal
-from .frames import FRAMES, dense_columns, read_frame, recipes_of, write_frame
+from . import contrasts, figures, lape, lsar, mask_overlap, perplexity, signal
+from .frames import FRAMES, dense_columns, joined, read_frame, write_frame
+from .gallery import ReportFacts, gallery
 from .grid import VARIANTS, Grid, load_for_pruning, tell_loading
 from .ledger import Ledger
 from .progress import WorkProgress
-from .report import ReportFacts, write_report
+from .report import write_report
 from .study import Study
 
 STUDY_FILE = "study.toml"
@@ -290,14 +291,18 @@ class _Run:
         means = load_file(self._fit_file)
         fitted = lsar.fit_layers({lang: means[lang][None] for lang in self.study.languages}, self.study.evaluation.rank)
         masks = {variant.id: variant.masks for variant in variants}
-        neurons, language_neurons = lape.analyze(readings, columns)
+        ids = {language: [s.id for s in segments] for language, segments in self.texts.heldout.items()}
+        neurons, language_neurons, neuron_selection = lape.analyze(readings, columns)
+        overlap = [mask_overlap.analyze(masks, columns), mask_overlap.agreement(variants, self.anatomy)]
         return {
             "perplexity": perplexity.analyze(readings, columns),
             "signal": signal.analyze(readings, columns),
-            "subspaces": lsar.analyze(readings, columns, fitted),
-            "mask_overlap": mask_overlap.analyze(masks, columns),
+            "subspaces": lsar.analyze(readings, columns, fitted, ids),
+            "mask_overlap": joined("mask_overlap", overlap),
             "neurons": neurons,
             "language_neurons": language_neurons,
+            "neuron_selection": neuron_selection,
+            "contrasts": contrasts.analyze(readings, columns, fitted),
             "sparsity": mask_overlap.sparsity(masks, columns),
         }
 
@@ -308,25 +313,32 @@ class _Run:
         folder = self.folder / "figures"
         files: list[Path] = []
         with self._timed() as clock:
-            for name, figure in _drawn(frames):
-                files += figures.save(figure, folder, name)
+            for shown in gallery(frames, self._facts, self._neurons_of):
+                files += figures.save(shown.draw(), folder, shown.name)
         self.ledger.finish("figures", key, files, clock.seconds)
 
     def _report(self, frames: dict[str, pd.DataFrame]) -> Path:
         path = self.folder / REPORT_FILE
         key = content_sha256([self._frames_key, "report"])
         if not self.ledger.finished("report", key):
-            facts = ReportFacts(
-                study=self.study,
-                heldout_tokens={lang: self._tokens_read(lang) for lang in self.study.languages},
-                blocks=len(self.anatomy.blocks),
-                neurons=self._neurons(),
-                versions=_versions(),
-            )
             with self._timed() as clock:
-                write_report(path, frames, self.folder / "figures", facts)
+                shown = list(gallery(frames, self._facts, self._neurons_of))
+                write_report(path, frames, shown, self.folder / "figures", self._facts)
             self.ledger.finish("report", key, [path], clock.seconds)
         return path
+
+    @cached_property
+    def _facts(self) -> ReportFacts:
+        return ReportFacts(
+            study=self.study,
+            heldout_tokens={lang: self._tokens_read(lang) for lang in self.study.languages},
+            blocks=len(self.anatomy.blocks),
+            neurons=self._neurons(),
+            versions=_versions(),
+        )
+
+    def _neurons_of(self, recipe: Mapping[str, Any]) -> pd.DataFrame:
+        return read_frame(self.folder / "frames" / "neurons.parquet", recipe)
 
     # -- work, time, facts ----------------------------------------------------------------------------------
 
@@ -350,7 +362,7 @@ class _Run:
 
     def _neurons(self) -> int:
         """Return how many MLP neurons were read in all."""
-        return int(Readings.open(self._readings_file(DENSE, self.study.languages[0])).fired.numel())
+        return int(Readings.open(self._readings_file(DENSE, self.study.languages[0])).fired[0].numel())
 
     def _tokens_read(self, language: str) -> int:
         return int(Readings.open(self._readings_file(DENSE, language)).tokens.sum())
@@ -396,17 +408,3 @@ def _facts_of_run(study: Study, grid: Grid, seconds: float) -> dict[str, Any]:
 @dataclass
 class _Clock:
     seconds: float = 0.0
-
-
-def _drawn(frames: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, Any]]:
-    """Yield the name and figure of everything that a study shows."""
-    yield "perplexity", perplexity.plot(frames["perplexity"])
-    for recipe in recipes_of(frames["signal"]):
-        name = figures.recipe_slug(recipe)
-        yield f"signal-{name}", signal.plot(frames["signal"], recipe)
-        yield f"signal-roles-{name}", signal.plot_roles(frames["signal"], recipe)
-        yield f"subspaces-{name}", lsar.plot(frames["subspaces"], recipe)
-        if len(frames["language_neurons"]):
-            yield f"language-neurons-{name}", lape.plot(frames["language_neurons"], recipe)
-    for recipe in recipes_of(frames["mask_overlap"]):
-        yield f"mask-overlap-{figures.recipe_slug(recipe)}", mask_overlap.plot(frames["mask_overlap"], recipe)

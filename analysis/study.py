@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Sequence
 from importlib.resources import files as package_files
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ from pruning import CalibrationSet, Corpus, Recipe, known_methods, text_source
 from pruning.engine import Job
 from pruning.errors import StudyError, TextError, did_you_mean
 from pruning.files import PARTIAL
-from pruning.languages import language_tags
+from pruning.languages import BUNDLED_LANGUAGES, language_tags
 from pruning.models import DEMO, DEMO_NAME, Dtype
 from pruning.patterns import n_of_m
 from pruning.text import HubDataset
@@ -250,6 +251,48 @@ def demo_study() -> Study:
     """Return the embedded study: a real model and real text that come with prunescope."""
     text = (package_files("analysis") / "demo.toml").read_text(encoding="utf-8")
     return parse_study(tomllib.loads(text), "demo.toml")
+
+
+def comparison_study(
+    dense: str,
+    pruned: str,
+    *,
+    languages: Sequence[str] = BUNDLED_LANGUAGES,
+    text: str = "bundled",
+    segments: int = EvaluationConfig.model_fields["segments"].default,
+    fit_segments: int = EvaluationConfig.model_fields["fit_segments"].default,
+) -> Study:
+    """Return the study that measures one model that was pruned elsewhere against its dense parent.
+
+    Parameters
+    ----------
+    dense, pruned
+        Hub ids or folders with checkpoints; ``"demo"`` for the embedded model.
+    languages
+        BCP-47 tags.
+    text
+        Where all text comes from.
+    segments, fit_segments
+        As in a study's ``[evaluation]``.
+
+    Raises
+    ------
+    StudyError
+        If one of these cannot be.
+    """
+    name = re.sub(r"[^\w.+=-]+", "_", Path(pruned).name).strip("_") or "pruned"
+    return parse_study(
+        {
+            "model": dense,
+            "languages": list(languages),
+            "text": dict.fromkeys(TextConfig.model_fields, text),
+            "calibration": {"sets": []},
+            "recipes": [],
+            "imported": {name: pruned},
+            "evaluation": {"segments": segments, "fit_segments": fit_segments},
+        },
+        "compare",
+    )
 
 
 def parse_study(content: dict[str, Any], where: str) -> Study:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .session import Batch
 
-
 #: Parts that a text is counted in, so that an analyzer can tell what is due to the choice of text.
 FOLDS = 8
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +187,42 @@ class MaskSet(Mapping[Key, Tensor]):
     def _check_same_shapes(self, other: MaskSet) -> None:
         if {k: self.shape(k) for k in self} != {k: other.shape(k) for k in other}:
             raise VariantError("these masks are of different models: their projections or shapes differ")
+
+
+#: Words of a mask that are compared at a time: with those of some other masks they fit into a processor's cache.
+_WORDS = 1 << 13
+
+
+def overlaps(masks: Sequence[MaskSet]) -> dict[Key, NDArray[np.int64]]:
+    """Return, for every projection, how many weights each two of several mask sets both keep, ``[masks, masks]``.
+
+    All pairs are counted on a piece of the masks before the next piece is fetched from memory.
+
+    Raises
+    ------
+    VariantError
+        If the masks are of different models.
+    """
+    for other in masks[1:]:
+        masks[0]._check_same_shapes(other)
+    counts = {}
+    for key in masks[0]:
+        words = [_words(one._packed[key]) for one in masks]
+        both = np.zeros((len(masks), len(masks)), dtype=np.int64)
+        for start in range(0, len(words[0]), _WORDS):
+            piece = [one[start : start + _WORDS] for one in words]
+            for i, one in enumerate(piece):
+                for j in range(i, len(piece)):
+                    both[i, j] += np.bitwise_count(one & piece[j]).sum(dtype=np.uint32)
+        counts[key] = both + np.triu(both, 1).T
+    return counts
+
+
+def _words(packed: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    flat = packed.reshape(-1)
+    if len(flat) % 8:
+        flat = np.concatenate([flat, np.zeros(8 - len(flat) % 8, dtype=np.uint8)])
+    return flat.view(np.uint64)
 
 
 def pack_bits(mask: Bool[Tensor, "outputs inputs"]) -> UInt8[Tensor, "outputs bytes"]:

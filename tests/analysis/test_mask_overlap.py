@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 
 from analysis import mask_overlap
-from pruning import MaskSet
+from pruning import Anatomy, CalibrationSet, MaskSet, Recipe, Variant
+from pruning.errors import VariantError
+from pruning.masks import overlaps
+from pruning.variants import VariantRecord
 
 BASE = {
     "model": "m",
@@ -66,3 +73,70 @@ def test_only_variants_of_one_recipe_are_compared():
     frame = mask_overlap.analyze(masks, which)
     pairs = frame[["calibration", "seed", "other_calibration", "other_seed"]].drop_duplicates()
     assert pairs.to_numpy().tolist() == [["en", 0, "en", 1]]
+
+
+def test_overlaps_are_those_of_sets():
+    masks = [random_set(seed, density) for seed, density in enumerate((0.2, 0.5, 0.9))]
+    found = overlaps(masks)
+    for key in masks[0]:
+        sets = [set(mask[key].flatten().nonzero().flatten().tolist()) for mask in masks]
+        for i, j in combinations(range(3), 2):
+            assert found[key][i, j] == found[key][j, i] == len(sets[i] & sets[j])
+            assert masks[i].iou(masks[j])[key] == len(sets[i] & sets[j]) / len(sets[i] | sets[j])
+        assert np.diagonal(found[key]).tolist() == [len(one) for one in sets]
+
+
+def test_masks_of_different_models_are_not_compared():
+    with pytest.raises(VariantError, match="different models"):
+        overlaps([random_set(0), MaskSet.pack({(0, "q"): torch.ones(2, 8, dtype=torch.bool)})])
+
+
+def test_sets_that_share_more_weights_are_clustered_first():
+    one, other = random_set(0), random_set(1)
+    masks = {"ar": one, "de": other, "en": one & random_set(2, 0.98), "es": other & random_set(3, 0.98)}
+    frame = mask_overlap.analyze(masks, {name: columns(name) for name in masks})
+    matrix = mask_overlap.mean_matrix(frame)
+    assert np.allclose(matrix, matrix.T, equal_nan=True)
+    tree = mask_overlap.cluster(matrix)
+    assert {frozenset(map(int, row[:2])) for row in tree[:2]} == {frozenset({0, 2}), frozenset({1, 3})}
+    assert tree[2, 2] > 5 * tree[:2, 2].max()
+
+
+def corrected(dense: Anatomy, name: str, kept: float, correction: dict[tuple[int, str], torch.Tensor]) -> Variant:
+    generator = torch.Generator().manual_seed(len(name))
+    masks, values = {}, {}
+    for key, change in correction.items():
+        masks[key] = torch.rand(change.shape, generator=generator) < kept
+        values[key] = (dense.weight(*key) + change)[masks[key]]
+    recipe = Recipe(method="sparsegpt", sparsity=0.5)
+    record = VariantRecord(
+        id=name, model="m", model_fingerprint="f", recipe=recipe, calibration=CalibrationSet.named(name, samples=1)
+    )
+    return Variant(record, MaskSet.pack(masks), values)
+
+
+def test_corrections_agree_as_planted():
+    dense = Anatomy(tiny_model())
+    random = torch.Generator().manual_seed(0)
+    keys = [(0, "q"), (2, "down")]
+    one = {key: 0.01 * torch.randn(dense.shape(*key), generator=random) for key in keys}
+    turned = {key: -change for key, change in one.items()}
+    other = {key: 0.01 * torch.randn(dense.shape(*key), generator=random) for key in keys}
+    variants = [
+        corrected(dense, name, 0.6, change)
+        for name, change in (("en", one), ("sw", one), ("zh", turned), ("de", other))
+    ]
+    frame = mask_overlap.agreement(variants, dense)
+    found = frame[frame["metric"] == "correction_cosine"].groupby(["calibration", "other_calibration"], observed=True)
+    cosine = found["value"].mean()
+    assert cosine["en", "sw"] == pytest.approx(1, abs=1e-4)
+    assert cosine["en", "zh"] == pytest.approx(-1, abs=1e-4)
+    assert abs(cosine["en", "de"]) < 0.15
+    assert (frame[frame["metric"] == "value_cosine"]["value"] <= 1 + 1e-6).all()
+
+
+def test_uncorrected_weights_have_no_agreement_to_measure():
+    dense = Anatomy(tiny_model())
+    record = VariantRecord(id="a", model="m", model_fingerprint="f")
+    plain = Variant(record, MaskSet.pack({(0, "q"): torch.ones(dense.shape(0, "q"), dtype=torch.bool)}), {})
+    assert len(mask_overlap.agreement([plain, plain], dense)) == 0

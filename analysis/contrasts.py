@@ -1,0 +1,278 @@
+"""Contrasts: does it make a difference which text a model was calibrated on?
+
+Two calibration sets are compared segment by segment, and over the seeds that both have. A second draw of the same text
+makes a difference too: that is measured on all sets that have several seeds, and only what goes beyond it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from scipy.stats import false_discovery_control, norm, permutation_test
+
+from probes import DENSE, Readings
+from probes.signal import SIGNAL_SITES
+from pruning.recipes import UNCALIBRATED
+
+from . import figures
+from .frames import of_recipe, tidy
+from .intervals import segment_interval
+from .lsar import LSAR, part_norms
+
+#: What a set is compared with when it is compared with all other single languages at once.
+OTHERS = "others"
+#: Sign flips that a difference is tested by.
+PERMUTATIONS = 4999
+#: Columns that say what two variants must share to be compared.
+_SAME_RECIPE = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
+_BATCH = 500
+
+#: Score of every segment, so made that differences of means are differences of the metric: ``{metric: [segments]}``.
+Scores = dict[str, Float[np.ndarray, " segments"]]
+
+
+def analyze(
+    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]], subspaces: Sequence[LSAR]
+) -> pd.DataFrame:
+    """Return the frame ``contrasts``: every pair of calibration sets of a recipe, in every language.
+
+    A row compares ``calibration`` with ``other_calibration``: ``value`` is the mean paired difference over segments
+    (and over the seeds that both sets have), ``low`` and ``high`` its bootstrap interval over segments.
+
+    ``seed_margin`` is what 95 % of the differences between two draws of one and the same set stay below: 1.96 times
+    their root mean square over all sets with several seeds and all languages, over the root of the number of seeds
+    that were averaged. ``p_value`` is that of a two-sided permutation test (sign flips of segments) of the part of the
+    difference that goes beyond this margin. Without a second seed there is no margin (nan), and the test is one of
+    these two models, not of two languages. ``p_adjusted`` corrects for all comparisons of a recipe and metric
+    (Benjamini & Hochberg).
+
+    Rows with ``other_calibration`` = ``"others"`` compare the set of the evaluated language itself with all other
+    single-language sets at once. Here whole models are permuted, seeds and all, so no margin is needed; the test is
+    exact.
+
+    Parameters
+    ----------
+    readings
+        ``(variant, language)`` to what was read.
+    columns
+        Variant to the columns that describe it.
+    subspaces
+        One a layer (:func:`analysis.lsar.fit_layers`).
+    """
+    languages = list(dict.fromkeys(language for _, language in readings))
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for variant in dict.fromkeys(variant for variant, _ in readings):
+        if variant != DENSE and columns[variant]["calibration"] != UNCALIBRATED:
+            groups.setdefault(tuple(columns[variant][name] for name in _SAME_RECIPE), []).append(variant)
+    rows: list[dict[str, Any]] = []
+    for variants in groups.values():
+        sets: dict[str, dict[int, str]] = {}
+        for variant in variants:
+            sets.setdefault(str(columns[variant]["calibration"]), {})[int(columns[variant]["seed"])] = variant
+        if len(sets) < 2:
+            continue
+        ordered = sorted(sets, key=figures.calibration_rank)
+        scores = {
+            (variant, language): _scores(readings[DENSE, language], readings[variant, language], subspaces)
+            for variant in variants
+            for language in languages
+        }
+        shared = {name: columns[variants[0]][name] for name in _SAME_RECIPE}
+        for metric in next(iter(scores.values())):
+            values = {place: of[metric] for place, of in scores.items()}
+            pairs = list(_pairs(values, languages, ordered, sets))
+            own = list(_own_against_others(values, languages, sets))
+            for family in (pairs, own):
+                if family:
+                    adjusted = false_discovery_control([row["p_value"] for row in family])
+                    rows += [
+                        {**shared, **row, "metric": metric, "p_adjusted": float(p)}
+                        for row, p in zip(family, adjusted, strict=True)
+                    ]
+    return tidy("contrasts", rows)
+
+
+def _scores(dense: Readings, pruned: Readings, subspaces: Sequence[LSAR]) -> Scores:
+    tiny = np.finfo(np.float64).tiny
+    residual = SIGNAL_SITES.index("residual")
+    nll, predicted = pruned.nll.numpy(), pruned.predicted.numpy()
+    power, error = (sums[:, -1, residual].numpy() for sums in (pruned.power, pruned.error))
+    before, after = dense.pooled.numpy(), pruned.pooled.numpy()
+    norms = np.stack(
+        [part_norms(s, before[:, i], after[:, i]) for i, s in enumerate(subspaces)]
+    )  # [layers, 6, segments]
+    parts = 10 * np.log10(np.maximum(norms[:, :2], tiny) / np.maximum(norms[:, 4:6].mean(axis=2, keepdims=True), tiny))
+    specific, agnostic = parts.mean(axis=0)
+    return {
+        "log_perplexity": nll * (len(nll) / predicted.sum()),
+        "snr_db": 10 * np.log10(power / np.maximum(error, tiny)),
+        "specific_error_db": specific,
+        "agnostic_error_db": agnostic,
+    }
+
+
+def _pairs(
+    values: Mapping[tuple[str, str], np.ndarray],
+    languages: Sequence[str],
+    ordered: Sequence[str],
+    sets: Mapping[str, Mapping[int, str]],
+) -> Iterator[dict[str, Any]]:
+    spread = _spread_of_seeds(values, languages, sets)
+    chosen = [(a, b, sorted(set(sets[a]) & set(sets[b]))) for a, b in combinations(ordered, 2)]
+    chosen = [(a, b, seeds) for a, b, seeds in chosen if seeds]
+    for language in languages:
+        if not chosen:
+            return
+        differences = np.stack(
+            [
+                np.mean([values[sets[a][s], language] - values[sets[b][s], language] for s in seeds], axis=0)
+                for a, b, seeds in chosen
+            ],
+            axis=1,
+        )
+        margins = np.array([norm.ppf(0.975) * spread / np.sqrt(len(seeds)) for _, _, seeds in chosen])
+        value, low, high = _paired(differences)
+        p_values = _beyond(differences, np.nan_to_num(margins))
+        for i, (a, b, seeds) in enumerate(chosen):
+            yield {
+                "calibration": a,
+                "seed": seeds[0] if len(seeds) == 1 else None,
+                "language": language,
+                "other_calibration": b,
+                "value": value[i],
+                "low": low[i],
+                "high": high[i],
+                "n": len(differences),
+                "seed_margin": margins[i],
+                "p_value": p_values[i],
+            }
+
+
+def _own_against_others(
+    values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
+) -> Iterator[dict[str, Any]]:
+    for language in languages:
+        others = [
+            v for name, members in sets.items() if name in languages and name != language for v in members.values()
+        ]
+        own = list(sets.get(language, {}).values())
+        if not own or len(own) + len(others) < _FEWEST:
+            continue
+        mine, theirs = (np.stack([values[v, language] for v in group], axis=1) for group in (own, others))
+        difference = mine.mean(axis=1) - theirs.mean(axis=1)
+        value, low, high = _paired(difference[:, None])
+        yield {
+            "calibration": language,
+            "language": language,
+            "other_calibration": OTHERS,
+            "value": value[0],
+            "low": low[0],
+            "high": high[0],
+            "n": len(difference),
+            "p_value": _permuted_models(mine.mean(axis=0), theirs.mean(axis=0)),
+        }
+
+
+#: Models that must be there for an exact test to say anything.
+_FEWEST = 4
+
+
+def _permuted_models(own: np.ndarray, others: np.ndarray) -> float:
+    """Return how often models drawn at random differ as much from the rest as those of the language itself."""
+    pool = np.concatenate([own, others])
+
+    def distance(chosen: np.ndarray, rest: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(chosen.mean(axis=axis) - rest.mean(axis=axis))
+
+    if len(own) == 1:  # scipy wants two of each; with one model every other can take its place
+        leave = [distance(pool[[i]], np.delete(pool, i)) for i in range(len(pool))]
+        return float(np.mean(np.abs(leave) >= abs(leave[0]) * (1 - 1e-12)))
+    test = permutation_test((own, others), distance, n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
+    return float(test.pvalue)
+
+
+def _spread_of_seeds(
+    values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
+) -> float:
+    """Return the root mean square difference between two draws of one set; nan if no set was drawn twice."""
+    found = [
+        float((values[one, language] - values[other, language]).mean())
+        for members in sets.values()
+        for one, other in combinations(members.values(), 2)
+        for language in languages
+    ]
+    return float(np.sqrt(np.mean(np.square(found)))) if found else float("nan")
+
+
+def _paired(differences: Float[np.ndarray, "segments pairs"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return segment_interval(
+        lambda weights: weights @ differences / weights.sum(axis=-1)[..., None], differences.shape[0]
+    )
+
+
+def _beyond(differences: Float[np.ndarray, "segments pairs"], margins: np.ndarray) -> np.ndarray:
+    """Return two-sided p-values of the part of the mean differences that exceeds the margins."""
+    turned = differences * np.sign(differences.mean(axis=0)) - margins
+    test = permutation_test(
+        (turned,),
+        lambda sample, axis: sample.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        batch=_BATCH,
+        alternative="greater",
+        axis=0,
+        rng=np.random.default_rng(0),
+    )
+    return np.asarray(np.minimum(2 * test.pvalue, 1.0))
+
+
+_WORDS = {
+    "log_perplexity": "log perplexity (nat)",
+    "snr_db": "SNR of the residual stream after the last block (dB)",
+    "specific_error_db": "error of the language-specific part (dB)",
+    "agnostic_error_db": "error of the language-agnostic part (dB)",
+}
+
+
+def plot(
+    frame: pd.DataFrame,
+    recipe: Mapping[str, Any],
+    metric: str = "log_perplexity",
+    width: float = figures.PAGE_WIDTH,
+) -> Figure:
+    """Draw how every calibration set differs from the evaluated language's own, a panel a language.
+
+    Languages without a set of their own are compared with the set that comes first.
+    """
+    shown = of_recipe(frame, {**recipe, "metric": metric})
+    shown = shown[shown["other_calibration"] != OTHERS]
+    sets = {*shown["calibration"].astype(str), *shown["other_calibration"].astype(str)}
+    ordered = sorted(sets, key=figures.calibration_rank)
+    panels = {}
+    for language in figures.in_order(shown["language"].unique()):
+        reference = language if language in sets else ordered[0]
+        effects = []
+        for name in ordered:
+            for _, row in shown[shown["language"] == language].iterrows():
+                pair = (str(row["calibration"]), str(row["other_calibration"]))
+                if set(pair) != {name, reference} or name == reference:
+                    continue
+                sign = 1 if pair[0] == name else -1
+                margin = 0.0 if np.isnan(row["seed_margin"]) else float(row["seed_margin"])
+                ends = sorted((sign * row["low"], sign * row["high"]))
+                found = bool(row["p_adjusted"] < SIGNIFICANT)
+                effects.append(figures.Effect(name, sign * row["value"], *ends, figures.colour(name), found, margin))
+        panels[f"{figures.language_title(language)}, against {reference}"] = effects
+    title = f"What calibrating on another text changes ({figures.recipe_label(recipe)})"
+    return figures.effect_panels(panels, title=title, x_label=f"difference in {_WORDS[metric]}", width=width)
+
+
+#: Corrected p-value below which a difference is called one.
+SIGNIFICANT = 0.05
