@@ -11,7 +11,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from pruning.errors import PrunescopeError, StudyError
-from pruning.languages import BUNDLED_LANGUAGES
+from pruning.text import BUNDLED_LANGUAGES
 
 app = typer.Typer(
     add_completion=False,

@@ -266,9 +266,10 @@ def plot(
                     continue
                 sign = 1 if pair[0] == name else -1
                 margin = 0.0 if np.isnan(row["seed_margin"]) else float(row["seed_margin"])
-                ends = sorted((sign * row["low"], sign * row["high"]))
+                low, high = sorted((sign * row["low"], sign * row["high"]))
                 found = bool(row["p_adjusted"] < SIGNIFICANT)
-                effects.append(figures.Effect(name, sign * row["value"], *ends, figures.colour(name), found, margin))
+                value = sign * row["value"]
+                effects.append(figures.Effect(name, value, low, high, figures.colour(name), found, margin))
         panels[f"{figures.language_title(language)}, against {reference}"] = effects
     title = f"What calibrating on another text changes ({figures.recipe_label(recipe)})"
     return figures.effect_panels(panels, title=title, x_label=f"difference in {_WORDS[metric]}", width=width)

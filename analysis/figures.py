@@ -193,8 +193,8 @@ def heatmaps(
     colour_label: str,
     labels: Mapping[str, pd.DataFrame] | None = None,
     digits: str = "{:.2f}",
-    low: float | None = None,
-    high: float | None = None,
+    low: float | int | None = None,
+    high: float | int | None = None,
     height: float = 0.24,
     x_label: str = "evaluated in",
     y_label: str = "calibrated on",
@@ -256,12 +256,12 @@ class Line:
     """One line of a panel, with a band around it where `low` and `high` are given."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float | int]
+    y: Sequence[float | int]
     colour: str
     style: str = "-"
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    low: Sequence[float | int] | None = None
+    high: Sequence[float | int] | None = None
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Panel:
 
     title: str
     lines: Sequence[Line]
-    levels: Mapping[str, float] = field(default_factory=dict)
+    levels: Mapping[str, float | int] = field(default_factory=dict)
     x_label: str | None = None
     y_label: str | None = None
     log_x: bool = False

@@ -114,7 +114,8 @@ def _of_recipe(
             "The same in bits per byte of UTF-8 text, which compare between languages.",
             drawing(perplexity.plot_matrix, "perplexity", "bits_per_byte"),
         )
-    if len(of_recipe(frames["contrasts"], recipe)):
+    compared = of_recipe(frames["contrasts"], recipe)
+    if (compared["other_calibration"] != contrasts.OTHERS).any():
         yield (
             "contrasts",
             "What another calibration text changes in log perplexity: every set minus the evaluated language's own, "

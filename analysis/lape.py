@@ -48,7 +48,7 @@ class Selection:
     threshold: float
 
 
-def entropy(probabilities: Probabilities) -> Float[np.ndarray, "layers neurons"]:
+def entropy(probabilities: Float[np.ndarray, "*neurons languages"]) -> Float[np.ndarray, "*neurons"]:
     """Return LAPE: the entropy in nats of each neuron's firing probabilities, normalised over languages.
 
     A neuron that never fires has no distribution; its entropy is +inf, so that it is never taken for specific.

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from probes import DENSE, Readings
 
 from . import figures
-from .frames import tidy
+from .frames import of_recipe, tidy
 from .intervals import segment_interval
 
 

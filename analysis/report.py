@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -196,13 +196,14 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         )
     if not same.all():
         by_role = iou[~same].groupby("role", observed=True)["value"].mean()
-        pairs = mask_overlap.mean_matrix(overlap[~_same_set(overlap)]).stack()
-        most, least = pairs.idxmax(), pairs.idxmin()
+        matrix = mask_overlap.mean_matrix(overlap[~_same_set(overlap)])
+        pairs = {(a, b): value for a, b in combinations(matrix.index, 2) if not np.isnan(value := matrix.loc[a, b])}
+        most, least = max(pairs, key=pairs.__getitem__), min(pairs, key=pairs.__getitem__)
         yield (
             f"Masks of different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
             f"(independent masks {chance:.3f}); the least stable role is {by_role.idxmin()} "
             f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f}). Most alike are "
-            f"{most[0]} and {most[1]} ({pairs.max():.3f}), least {least[0]} and {least[1]} ({pairs.min():.3f})."
+            f"{most[0]} and {most[1]} ({pairs[most]:.3f}), least {least[0]} and {least[1]} ({pairs[least]:.3f})."
         )
 
 
@@ -274,8 +275,8 @@ def _model_table(frames: Frames) -> list[dict[str, Any]]:
     shown["variant"] = figures.variant_labels(shown)
     place = ["method", "sparsity", "pattern", "allocation", "scope", "propagation", "calibration", "seed", "language"]
     residual = frames["signal"][(frames["signal"]["metric"] == "snr_db") & (frames["signal"]["role"] == "residual")]
-    last = residual[residual["layer"] == residual["layer"].max()].set_index(place)["value"]
-    errors = frames["subspaces"].groupby(["metric", *place], observed=True)["value"].median()
+    last = dict(residual[residual["layer"] == residual["layer"].max()].set_index(place)["value"])
+    errors = dict(frames["subspaces"].groupby(["metric", *place], observed=True)["value"].median())
     rows = []
     for row in shown.to_dict("records"):
         key = tuple(row[name] for name in place)
@@ -283,9 +284,9 @@ def _model_table(frames: Frames) -> list[dict[str, Any]]:
             {
                 **row,
                 "factor": row["value"] / dense[row["language"]],
-                "snr": float(last.loc[key]),
-                "specific": float(errors.loc[("specific_error_centred", *key)]),
-                "agnostic": float(errors.loc[("agnostic_error_centred", *key)]),
+                "snr": last[key],
+                "specific": errors["specific_error_centred", *key],
+                "agnostic": errors["agnostic_error_centred", *key],
             }
         )
     return rows

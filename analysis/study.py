@@ -19,10 +19,10 @@ from pruning import CalibrationSet, Corpus, Recipe, known_methods, text_source
 from pruning.engine import Job
 from pruning.errors import StudyError, TextError, did_you_mean
 from pruning.files import PARTIAL
-from pruning.languages import BUNDLED_LANGUAGES, language_tags
+from pruning.languages import language_tags
 from pruning.models import DEMO, DEMO_NAME, Dtype
 from pruning.patterns import n_of_m
-from pruning.text import HubDataset
+from pruning.text import BUNDLED_LANGUAGES, HubDataset
 from pruning.variants import planned_jobs
 
 _TextSpec = str | HubDataset

@@ -8,9 +8,6 @@ import langcodes
 
 from .errors import LanguageError
 
-#: Languages of the bundled text.
-BUNDLED_LANGUAGES = ("ar", "de", "en", "es", "fr", "ru", "sw", "zh")
-
 
 def language_tag(tag: str) -> str:
     """Return `tag` in its canonical BCP-47 form.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from probes import DENSE, DenseSignal, Readings, Session, read_against_dense
+from probes.neurons import FOLDS
 from probes.signal import SIGNAL_SITES
 from pruning import Anatomy, CalibrationSet, Corpus, MaskSet, Recipe, prune, text_source
 from pruning.errors import StudyError
@@ -79,7 +80,7 @@ def test_sums_are_there_for_the_sites_that_a_model_has(make_model, decoder, toke
             else:
                 assert torch.stack([power, error, own]).isnan().all()
     experts = decoder in ("mixtral", "qwen2_moe", "qwen3_moe")
-    assert readings[DENSE].fired.shape == (3, 0 if experts else 128 if decoder == "bloom" else 48)
+    assert readings[DENSE].fired.shape == (FOLDS, 3, 0 if experts else 128 if decoder == "bloom" else 48)
     assert readings[DENSE].fired.sum() > 0 or experts
 
 
@@ -103,7 +104,7 @@ def test_readings_without_neurons_come_back_from_disk(tmp_path, make_model, toke
     readings = read(make_model("mixtral"), tokenizer, segments)[DENSE]
     readings.save(tmp_path / "en.safetensors")
     opened = Readings.open(tmp_path / "en.safetensors")
-    assert opened.fired.shape == (3, 0)
+    assert opened.fired.shape == (FOLDS, 3, 0)
     assert torch.equal(opened.power.isnan(), readings.power.isnan())
 
 
