@@ -274,6 +274,7 @@ class Panel:
     x_label: str | None = None
     y_label: str | None = None
     log_x: bool = False
+    x_range: tuple[float, float] | None = None
 
 
 def range_line(rows: pd.DataFrame, x: str, label: str, colour: str, style: str = "-") -> Line:
@@ -349,6 +350,8 @@ def line_panels(
             axes.grid(axis="y")
             if panel.log_x:
                 axes.set_xscale("log")
+            if panel.x_range:
+                axes.set_xlim(*panel.x_range)
             if log_y:
                 axes.set_yscale("log")
             if panel.y_label:

@@ -190,7 +190,8 @@ def _of_recipe(
                 "layer for each role, 1 if they agree, 0 if they have nothing to do with each other.",
                 drawing(mask_overlap.plot_roles, "mask_overlap", "correction_cosine"),
             )
-    if facts.neurons:
+    chosen = of_recipe(frames["neuron_selection"], recipe)
+    if (chosen["metric"] == "kept_share").any():
         yield (
             "neurons-kept",
             f"LAPE: language-specific neurons, the 1 % of all {facts.neurons:,} MLP neurons with lowest entropy of "
@@ -200,6 +201,7 @@ def _of_recipe(
             f"random would give. Firing was counted on {text}.",
             drawing(lape.plot_kept, "neuron_selection"),
         )
+    if facts.neurons:
         yield (
             "neurons-layers",
             "Where these neurons are: of the dense model's those kept and lost, those gained, and those of the dense "

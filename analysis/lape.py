@@ -328,7 +328,7 @@ def plot_entropy(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = 
     lowest = float(np.quantile(dense, 0.05))
     panels = []
     for title, top in (("all neurons", float(dense.max())), ("lowest LAPE", lowest)):
-        edges = np.linspace(0, top, 101)
+        edges = np.linspace(0, top or 1.0, 101)
         lines = [_cumulated("dense", dense, edges, figures.BLACK, "-")]
         for calibration, seed in ordered:
             own = pruned[(pruned["calibration"] == calibration) & (pruned["seed"] == seed)]["value"].to_numpy()
@@ -402,7 +402,10 @@ def plot_shift(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = fi
             x, values = middle[there].tolist(), stacked[:, there]
             low, high = values.min(axis=0).tolist(), values.max(axis=0).tolist()
             lines.append(figures.Line(label, x, values.mean(axis=0).tolist(), colour, "-", low, high))
-        panels.append(figures.Panel(figures.language_title(language), lines, {"as often": 0.0}, log_x=True))
+        ends = float(_BINS[0]), float(_BINS[-1])
+        panels.append(
+            figures.Panel(figures.language_title(language), lines, {"as often": 0.0}, log_x=True, x_range=ends)
+        )
     return figures.line_panels(
         panels,
         title=f"Shift of firing frequency by frequency before pruning ({figures.recipe_label(recipe)})",
