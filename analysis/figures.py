@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import dendrogram, leaves_list
 
@@ -225,7 +226,7 @@ def heatmaps(
     rows = max(len(table) for table in tables.values())
     ends = [table.min().min() for table in tables.values()], [table.max().max() for table in tables.values()]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, 0.95 + height * rows), layout="constrained")
+        figure = Figure(figsize=(width, max(0.95 + height * rows, 1.9)), layout="constrained")
         grid = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
         for axes, (name, table) in zip(grid, tables.items(), strict=True):
             last = axes is grid[-1]
@@ -274,6 +275,7 @@ class Panel:
     x_label: str | None = None
     y_label: str | None = None
     log_x: bool = False
+    whole_x: bool = True
     x_range: tuple[float, float] | None = None
 
 
@@ -300,6 +302,10 @@ def set_lines(rows: pd.DataFrame, x: str = "layer") -> list[Line]:
             Line(set_label(calibration, seed), own[x].tolist(), own["value"].tolist(), name, style, **interval)
         )
     return lines
+
+
+#: Characters of a legend that fit into an inch.
+_CHARACTERS = 17
 
 
 def line_panels(
@@ -340,7 +346,8 @@ def line_panels(
             for line in panel.lines:
                 if not len(line.x):
                     continue
-                (handle,) = axes.plot(line.x, line.y, line.style, color=line.colour, label=line.label)
+                marker = "o" if len(line.x) == 1 else None
+                (handle,) = axes.plot(line.x, line.y, line.style, color=line.colour, marker=marker, markersize=2)
                 handles.setdefault(line.label, handle)
                 if line.low is not None and line.high is not None:
                     axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.15, linewidth=0)
@@ -350,10 +357,15 @@ def line_panels(
             axes.grid(axis="y")
             if panel.log_x:
                 axes.set_xscale("log")
+            elif panel.whole_x:
+                axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if panel.x_range:
                 axes.set_xlim(*panel.x_range)
             if log_y:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
             if panel.y_label:
                 axes.set_ylabel(panel.y_label)
             if panel.x_label or not share:
@@ -367,8 +379,10 @@ def line_panels(
                 grid[lowest][i].tick_params(labelbottom=True)
         figure.suptitle(title)
         figure.supylabel(y_label, fontsize=7)
-        ncols = max(1, round((8 if max(map(len, handles), default=0) < 16 else 4) * width / PAGE_WIDTH))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), ncols))
+        if handles:
+            fitting = int(_CHARACTERS * width / (max(map(len, handles)) + 6))
+            ncols = min(len(handles), max(fitting, 1))
+            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
     return figure
 
 
@@ -408,8 +422,10 @@ def effect_panels(
             axes.tick_params(labelbottom=True)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
+        for i in range(columns):
+            lowest = max(row for row in range(rows) if row * columns + i < len(panels))
+            grid[lowest][i].set_xlabel(x_label if columns == 1 or i == (columns - 1) // 2 else "")
         figure.suptitle(title)
-        figure.supxlabel(x_label, fontsize=7)
         line, patch = mpl.lines.Line2D, mpl.patches.Patch
         keys = [
             (line([], [], color=GREY, marker="o", markersize=3.5), "beyond the margin, p < 0.05 (corrected)"),

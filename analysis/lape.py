@@ -335,7 +335,7 @@ def plot_entropy(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = 
             colour = figures.GREY if calibration == UNCALIBRATED else figures.colour(str(calibration))
             label = figures.set_label(str(calibration), int(seed))
             lines.append(_cumulated(label, own, edges, colour, ":" if seed else "-"))
-        panels.append(figures.Panel(title, lines))
+        panels.append(figures.Panel(title, lines, whole_x=False))
     return figures.line_panels(
         panels,
         title=f"LAPE of all neurons that fire ({figures.recipe_label(recipe)})",

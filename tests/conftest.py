@@ -8,6 +8,9 @@ from typing import Any
 
 # Before anything imports the hub client: no test asks a hub, and asking one takes its time.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports torch: processes that run tests side by side share the processors.
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // _PROCESSES, 1)))
 
 import pytest
 import torch
