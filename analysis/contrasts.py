@@ -27,10 +27,15 @@ from .lsar import LSAR, part_norms
 
 #: What a set is compared with when it is compared with all other single languages at once.
 OTHERS = "others"
+#: Corrected p-value below which a difference is called one.
+SIGNIFICANT = 0.05
 #: Sign flips that a difference is tested by.
 PERMUTATIONS = 4999
+#: Models that must be there for an exact test to say anything.
+_FEWEST = 4
 #: Columns that say what two variants must share to be compared.
 _SAME_RECIPE = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
+#: Permutations held in memory at a time.
 _BATCH = 500
 
 #: Score of every segment, so made that differences of means are differences of the metric: ``{metric: [segments]}``.
@@ -179,10 +184,6 @@ def _own_against_others(
         }
 
 
-#: Models that must be there for an exact test to say anything.
-_FEWEST = 4
-
-
 def _permuted_models(own: np.ndarray, others: np.ndarray) -> float:
     """Return how often models drawn at random differ as much from the rest as those of the language itself."""
     pool = np.concatenate([own, others])
@@ -273,7 +274,3 @@ def plot(
         panels[f"{figures.language_title(language)}, against {reference}"] = effects
     title = f"What calibrating on another text changes ({figures.recipe_label(recipe)})"
     return figures.effect_panels(panels, title=title, x_label=f"difference in {_WORDS[metric]}", width=width)
-
-
-#: Corrected p-value below which a difference is called one.
-SIGNIFICANT = 0.05

@@ -19,10 +19,12 @@ from unittest.mock import patch
 import pandas as pd
 import pytest
 from checkpoints import CORPUS, checkpoint, saved
+from matplotlib.text import Text
 
-from analysis import read_frame
+from analysis import contrasts, figures, lape, lsar, mask_overlap, perplexity, read_frame
+from analysis import signal as signals
 from analysis.cli import main
-from analysis.frames import FRAMES
+from analysis.frames import FRAMES, recipes_of
 from pruning import CalibrationSet, Recipe, load_model, prune
 from pruning.files import PARTIAL
 
@@ -206,6 +208,40 @@ def test_figures_are_there_as_pdf_and_png(finished):
     names = sorted(path.name for path in (finished / "figures").iterdir())
     assert {Path(name).suffix for name in names} == {".pdf", ".png"}
     assert len({Path(name).stem for name in names}) == len(names) / 2
+
+
+PLOTS = {
+    "perplexity": [perplexity.plot_matrix],
+    "signal": [signals.plot, signals.plot_matrix, signals.plot_roles],
+    "subspaces": [lsar.plot, lsar.plot_matrix, lsar.plot_knowledge],
+    "mask_overlap": [mask_overlap.plot, mask_overlap.plot_roles],
+    "contrasts": [contrasts.plot],
+    "language_neurons": [lape.plot],
+    "neurons": [lape.plot_entropy, lape.plot_shift],
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_figures_fit_a_column_too(finished, tmp_path, name):
+    frame = read_frame(finished / "frames" / f"{name}.parquet")
+    recipe = next(recipe for recipe in recipes_of(frame) if recipe["method"] == "wanda")
+    for plot in PLOTS[name]:
+        figure = plot(frame, recipe, width=figures.COLUMN_WIDTH)
+        assert figure.get_size_inches()[0] == figures.COLUMN_WIDTH
+        files = figures.save(figure, tmp_path, plot.__name__)
+        assert min(file.stat().st_size for file in files) > 2000
+        renderer = figure.canvas.get_renderer()
+        for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().strip()):
+            box = text.get_window_extent(renderer)
+            if text.get_visible() and text.axes is None:  # titles and labels of the whole figure
+                assert box.x0 > -1, text.get_text()
+                assert box.x1 < figure.bbox.x1 + 1, text.get_text()
+
+
+def test_a_language_has_one_colour_whatever_else_is_shown():
+    assert figures.colour("sw") == figures.colour("sw") != figures.colour("en")
+    known = [figures.colour(tag) for tag in ("ar", "de", "en", "es", "fr", "ru", "sw", "zh", "all")]
+    assert len(set(known)) == len(known)
 
 
 def test_second_run_repeats_nothing(finished):
