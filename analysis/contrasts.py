@@ -18,10 +18,9 @@ from scipy.stats import false_discovery_control, norm, permutation_test
 
 from probes import DENSE, Readings
 from probes.signal import SIGNAL_SITES
-from pruning.recipes import UNCALIBRATED
 
 from . import figures
-from .frames import of_recipe, tidy
+from .frames import RECIPE_COLUMNS, alike, of_recipe, tidy
 from .intervals import segment_interval
 from .lsar import LSAR, part_norms
 
@@ -33,8 +32,6 @@ SIGNIFICANT = 0.05
 PERMUTATIONS = 4999
 #: Models that must be there for an exact test to say anything.
 _FEWEST = 4
-#: Columns that say what two variants must share to be compared.
-_SAME_RECIPE = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
 #: Permutations held in memory at a time.
 _BATCH = 500
 
@@ -71,12 +68,8 @@ def analyze(
         One a layer (:func:`analysis.lsar.fit_layers`).
     """
     languages = list(dict.fromkeys(language for _, language in readings))
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for variant in dict.fromkeys(variant for variant, _ in readings):
-        if variant != DENSE and columns[variant]["calibration"] != UNCALIBRATED:
-            groups.setdefault(tuple(columns[variant][name] for name in _SAME_RECIPE), []).append(variant)
     rows: list[dict[str, Any]] = []
-    for variants in groups.values():
+    for variants in alike({name: columns[name] for name, _ in readings if name != DENSE}):
         sets: dict[str, dict[int, str]] = {}
         for variant in variants:
             sets.setdefault(str(columns[variant]["calibration"]), {})[int(columns[variant]["seed"])] = variant
@@ -88,7 +81,7 @@ def analyze(
             for variant in variants
             for language in languages
         }
-        shared = {name: columns[variants[0]][name] for name in _SAME_RECIPE}
+        shared = {name: columns[variants[0]][name] for name in RECIPE_COLUMNS}
         for metric in next(iter(scores.values())):
             values = {place: of[metric] for place, of in scores.items()}
             pairs = list(_pairs(values, languages, ordered, sets))

@@ -48,18 +48,10 @@ _TYPES: dict[str, pa.DataType] = {
     "p_value": pa.float64(),
     "p_adjusted": pa.float64(),
 }
+#: The columns that say what was done to a model.
+RECIPE_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
 #: The columns that say which model was measured.
-VARIANT_COLUMNS = (
-    "model",
-    "method",
-    "sparsity",
-    "pattern",
-    "allocation",
-    "scope",
-    "propagation",
-    "calibration",
-    "seed",
-)
+VARIANT_COLUMNS = (*RECIPE_COLUMNS, "calibration", "seed")
 _ESTIMATE = ("low", "high", "n")
 _TEST = ("seed_margin", "p_value", "p_adjusted")
 
@@ -297,13 +289,23 @@ def check(name: str, frame: pd.DataFrame, where: str = "") -> pd.DataFrame:
     return frame
 
 
-def write_frame(folder: Path, name: str, frame: pd.DataFrame) -> Path:
-    """Write ``NAME.parquet`` into `folder`, whole or not at all, and return its path."""
-    check(name, frame)
+def write_frame(folder: Path, name: str, frame: pd.DataFrame | Iterable[pd.DataFrame]) -> Path:
+    """Write ``NAME.parquet`` into `folder`, whole or not at all, and return its path.
+
+    Parameters
+    ----------
+    folder, name
+        Where, and a key of :data:`FRAMES`.
+    frame
+        The frame, or its parts one after the other, if it would not fit into memory.
+    """
     path = folder / f"{name}.parquet"
-    table = pa.Table.from_pandas(frame, schema=FRAMES[name].schema, preserve_index=False)
-    with whole_file(path) as partial:
-        parquet.write_table(table, partial, compression="zstd")
+    parts = [frame] if isinstance(frame, pd.DataFrame) else frame
+    schema = FRAMES[name].schema
+    with whole_file(path) as partial, parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for part in parts:
+            check(name, part)
+            writer.write_table(pa.Table.from_pandas(part, schema=schema, preserve_index=False))
     return path
 
 
@@ -348,6 +350,15 @@ def of_recipe(frame: pd.DataFrame, recipe: Mapping[str, Any]) -> pd.DataFrame:
     for column, value in recipe.items():
         keep &= frame[column] == value
     return frame[keep]
+
+
+def alike(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Group calibrated variants, named with the columns that describe them, that differ in calibration only."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, described in columns.items():
+        if described["calibration"] != UNCALIBRATED:
+            groups.setdefault(tuple(described[column] for column in RECIPE_COLUMNS), []).append(name)
+    return list(groups.values())
 
 
 def recipes_of(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -120,14 +120,50 @@ def _counts(
     return fired, tokens
 
 
+def neurons(
+    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]
+) -> Iterator[pd.DataFrame]:
+    """Yield the frame ``neurons``, one model at a time: of a large model there are millions of rows.
+
+    Parameters
+    ----------
+    readings
+        ``(variant, language)`` to what was read.
+    columns
+        Variant to the columns that describe it.
+    """
+    languages = list(dict.fromkeys(language for _, language in readings))
+    if not next(iter(readings.values())).fired.numel():
+        yield tidy("neurons", [])
+        return
+    for variant in dict.fromkeys(variant for variant, _ in readings):
+        probabilities = firing_probabilities(readings, variant, languages)
+        layers, count, _ = probabilities.shape
+        place = {
+            **columns[variant],
+            "layer": np.repeat(np.arange(layers), count),
+            "neuron": np.tile(np.arange(count), layers),
+        }
+        rows: list[dict[str, Any]] = [
+            {
+                **place,
+                "language": language,
+                "metric": "firing_probability",
+                "value": probabilities[..., i].ravel(),
+            }
+            for i, language in enumerate(languages)
+        ]
+        yield tidy("neurons", [*rows, {**place, "metric": "lape", "value": entropy(probabilities).ravel()}])
+
+
 def analyze(
     readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Return the frames ``neurons``, ``language_neurons`` and ``neuron_selection``.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the frames ``language_neurons`` and ``neuron_selection``; for every single neuron see :func:`neurons`.
 
     Quantiles are each model's own, so both questions are answered: does the dense set still fire in the pruned model
     (``still_firing``, at the dense model's threshold), and which neurons would be selected now (``kept, lost,
-    gained``)? All frames are empty for a mixture of experts, whose neurons are not read.
+    gained``)? Both frames are empty for a mixture of experts, whose neurons are not read.
 
     Parameters
     ----------
@@ -138,24 +174,12 @@ def analyze(
     """
     languages = list(dict.fromkeys(language for _, language in readings))
     if not next(iter(readings.values())).fired.numel():
-        return tidy("neurons", []), tidy("language_neurons", []), tidy("neuron_selection", [])
-    dense = firing_probabilities(readings, DENSE, languages)
-    before = select(dense)
-    neurons, sets, checks = [], [], []
+        return tidy("language_neurons", []), tidy("neuron_selection", [])
+    before = select(firing_probabilities(readings, DENSE, languages))
+    sets, checks = [], []
     for variant in dict.fromkeys(variant for variant, _ in readings):
         probabilities = firing_probabilities(readings, variant, languages)
-        layers, count, _ = probabilities.shape
-        place = {
-            "layer": np.repeat(np.arange(layers), count),
-            "neuron": np.tile(np.arange(count), layers),
-        }
-        for i, language in enumerate(languages):
-            values = probabilities[..., i].ravel()
-            metric = ["firing_probability"] * values.size
-            neurons.append({**columns[variant], **place, "language": language, "metric": metric, "value": values})
-        values = entropy(probabilities).ravel()
-        neurons.append({**columns[variant], **place, "metric": ["lape"] * values.size, "value": values})
-
+        layers = np.arange(len(probabilities))
         after = before if variant == DENSE else select(probabilities)
         counts = {
             "kept": before.members & after.members,
@@ -163,13 +187,12 @@ def analyze(
             "gained": after.members & ~before.members,
             "still_firing": before.members & (probabilities > before.threshold),
         }
-        for metric_name, members in counts.items():
+        for metric, members in counts.items():
             for i, language in enumerate(languages):
-                values = members[..., i].sum(axis=1).astype(np.float64)
-                row = {**columns[variant], "language": language, "layer": np.arange(layers)}
-                sets.append({**row, "metric": [metric_name] * layers, "value": values})
+                row = {**columns[variant], "language": language, "layer": layers, "metric": metric}
+                sets.append({**row, "value": members[..., i].sum(axis=1).astype(np.float64)})
         checks += [{**columns[variant], **row} for row in _check(readings, variant, languages, before, after)]
-    return tidy("neurons", neurons), tidy("language_neurons", sets), tidy("neuron_selection", checks)
+    return tidy("language_neurons", sets), tidy("neuron_selection", checks)
 
 
 def _check(

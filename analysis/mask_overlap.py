@@ -19,12 +19,9 @@ from torch import Tensor
 from pruning import ROLES, Anatomy, MaskSet, Variant
 from pruning.anatomy import role_kind
 from pruning.masks import Key, overlaps
-from pruning.recipes import UNCALIBRATED
 
 from . import figures
-from .frames import of_recipe, tidy
-
-_SAME_RECIPE = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
+from .frames import alike, of_recipe, tidy
 
 
 def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -38,7 +35,7 @@ def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any
         Variant to the columns that describe it.
     """
     rows = []
-    for group in _alike({name: columns[name] for name in masks}):
+    for group in alike({name: columns[name] for name in masks}):
         members = [masks[name] for name in group]
         both = overlaps(members)
         kept = [{key: member.kept(key) for key in both} for member in members]
@@ -95,7 +92,7 @@ def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
         The dense model: a correction is the difference from it.
     """
     rows = []
-    for group in _alike({variant.id: variant.columns() for variant in variants if variant.values}):
+    for group in alike({variant.id: variant.columns() for variant in variants if variant.values}):
         members = [variant for variant in variants if variant.id in group]
         cosines: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
         for key in members[0].masks:
@@ -128,15 +125,6 @@ def _cosines(
     squares = (values.square() @ kept.T).double()  # [i, j]: of i's values, where j keeps too
     dots = (values @ values.T).double()
     return (dots / (squares * squares.T).sqrt().clamp(min=1e-30)).cpu().numpy()
-
-
-def _alike(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Group calibrated variants that differ in calibration set and seed only."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, described in columns.items():
-        if described["calibration"] != UNCALIBRATED:
-            groups.setdefault(tuple(described[column] for column in _SAME_RECIPE), []).append(name)
-    return list(groups.values())
 
 
 def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:

@@ -279,7 +279,7 @@ class _Run:
             self.ledger.finish("frames", self._frames_key, files, clock.seconds)
         return {name: read_frame(folder / f"{name}.parquet") for name in FRAMES if name != "neurons"}
 
-    def _analyzed(self) -> dict[str, pd.DataFrame]:
+    def _analyzed(self) -> dict[str, pd.DataFrame | Iterable[pd.DataFrame]]:
         variants = [self.grid.open(name) for name in self.grid.names]
         columns: dict[str, Mapping[str, Any]] = {DENSE: dense_columns(self.study.model_name)}
         columns |= {variant.id: variant.columns() for variant in variants}
@@ -292,14 +292,14 @@ class _Run:
         fitted = lsar.fit_layers({lang: means[lang][None] for lang in self.study.languages}, self.study.evaluation.rank)
         masks = {variant.id: variant.masks for variant in variants}
         ids = {language: [s.id for s in segments] for language, segments in self.texts.heldout.items()}
-        neurons, language_neurons, neuron_selection = lape.analyze(readings, columns)
+        language_neurons, neuron_selection = lape.analyze(readings, columns)
         overlap = [mask_overlap.analyze(masks, columns), mask_overlap.agreement(variants, self.anatomy)]
         return {
             "perplexity": perplexity.analyze(readings, columns),
             "signal": signal.analyze(readings, columns),
             "subspaces": lsar.analyze(readings, columns, fitted, ids),
             "mask_overlap": joined("mask_overlap", overlap),
-            "neurons": neurons,
+            "neurons": lape.neurons(readings, columns),
             "language_neurons": language_neurons,
             "neuron_selection": neuron_selection,
             "contrasts": contrasts.analyze(readings, columns, fitted),

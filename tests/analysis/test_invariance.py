@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 
 from analysis import contrasts, lape, lsar, perplexity, signal
-from analysis.frames import dense_columns
+from analysis.frames import dense_columns, joined
 from probes import DENSE, Session, pooled_states, read_against_dense
 from pruning import CalibrationSet, Corpus, Recipe, prune, text_source
 
@@ -28,13 +28,13 @@ def all_frames(variants: list[Any], model: Any, tokenizer: Any, corpus: Corpus, 
     subspaces = lsar.fit_layers({lang: pooled_states(session, segments) for lang, segments in fitting.items()})
     columns = {DENSE: dense_columns("m")} | {variant.id: variant.columns() for variant in variants}
     ids = {language: [s.id for s in corpus.take("heldout", language, 12)] for language in LANGUAGES}
-    neurons, language_neurons, selection = lape.analyze(readings, columns)
+    language_neurons, selection = lape.analyze(readings, columns)
     return {
         "perplexity": perplexity.analyze(readings, columns),
         "signal": signal.analyze(readings, columns),
         "subspaces": lsar.analyze(readings, columns, subspaces, ids),
         "contrasts": contrasts.analyze(readings, columns, subspaces),
-        "neurons": neurons,
+        "neurons": joined("neurons", list(lape.neurons(readings, columns))),
         "language_neurons": language_neurons,
         "neuron_selection": selection,
     }

@@ -100,7 +100,7 @@ def selection(rates: dict[str, np.ndarray], pruned: dict[str, np.ndarray] | None
         for j, language in enumerate(of)
     }
     columns = {DENSE: COLUMNS, "v": COLUMNS | {"method": "wanda", "calibration": "en"}}
-    checks = lape.analyze(readings, columns)[2]
+    checks = lape.analyze(readings, columns)[1]
     own = checks[checks["method"] == "wanda"]
     return own.groupby("metric", observed=True)["value"].mean()
 
