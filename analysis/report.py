@@ -17,7 +17,7 @@ from pruning.files import write_text
 from pruning.languages import language_name
 
 from . import figures, mask_overlap
-from .contrasts import OTHERS, SIGNIFICANT
+from .contrasts import OTHERS, OWN, SIGNIFICANT
 from .frames import FRAMES, of_recipe, recipes_of
 from .gallery import ALL_MODELS, Frames, ReportFacts, Shown, section_of
 
@@ -122,13 +122,11 @@ def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
             f"{signal_own} of {total}."
         )
     against = tests[tests["other_calibration"] == OTHERS]
-    if len(against):
-        mean = float(np.exp(against["value"].mean()))
-        found = int((against["p_adjusted"] < SIGNIFICANT).sum())
+    for row in against[against["calibration"] == OWN].to_dict("records"):
         yield (
-            f"Calibrating on the evaluated language multiplies its perplexity by {mean:.2f} against the other "
-            f"single languages (geometric mean); the difference is significant in {found} of {len(against)} languages "
-            "(exact permutation of whole models, corrected)."
+            f"Calibrating on the evaluated language multiplies its perplexity by {np.exp(row['value']):.2f} "
+            f"[{np.exp(row['low']):.2f}, {np.exp(row['high']):.2f}] against the other single languages (geometric mean "
+            f"over languages; p = {row['p_value']:.2g} when it is permuted which set belongs to which language)."
         )
     pairs = tests[tests["other_calibration"] != OTHERS]
     if len(pairs):
@@ -297,6 +295,7 @@ def _contrast_table(frame: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for recipe in recipes_of(frame):
         shown = of_recipe(frame, {**recipe, "metric": "log_perplexity"})
+        shown = shown.assign(language=shown["language"].astype(object).where(shown["language"].notna(), "all"))
         rows += [{**row, "recipe": figures.recipe_label(recipe)} for row in shown.to_dict("records")]
     return rows
 

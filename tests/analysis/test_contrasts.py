@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from analysis import contrasts
-from analysis.contrasts import OTHERS, SIGNIFICANT
+from analysis.contrasts import OTHERS, OWN, SIGNIFICANT
 from analysis.lsar import LSAR
 from probes import DENSE, Readings
 from probes.signal import SIGNAL_SITES
@@ -75,9 +75,13 @@ def test_planted_differences_are_found_with_their_size():
     assert pairs[involved]["value"].abs().mean() == pytest.approx(0.3, abs=0.03)
     assert (pairs["low"] <= pairs["value"]).all()
     assert (pairs["value"] <= pairs["high"]).all()
-    own = frame[frame["other_calibration"] == OTHERS]
+    own = frame[(frame["other_calibration"] == OTHERS) & (frame["calibration"] != OWN)]
     assert (own["p_adjusted"] < SIGNIFICANT).all()
     assert (own["value"] < -0.2).all()
+    (together,) = frame[frame["calibration"] == OWN].to_dict("records")
+    assert together["value"] == pytest.approx(own["value"].mean())
+    assert together["low"] < together["value"] < together["high"] < -0.2
+    assert together["p_value"] == pytest.approx(2 / 24)  # 4 sets can be dealt to 4 languages in 24 ways; two-sided
 
 
 def test_draws_of_one_text_do_not_come_out_as_different():
@@ -100,14 +104,14 @@ def test_without_the_margin_they_would():
 
 def test_own_language_against_others_is_exact():
     frame = perplexity(study(effect=1, seeds=2))
-    own = frame[frame["other_calibration"] == OTHERS].set_index("language")["p_value"]
+    own = frame[(frame["other_calibration"] == OTHERS) & (frame["calibration"] != OWN)].set_index("language")["p_value"]
     # 2 of 8 models: 28 ways to choose them; none differs as much, and the test is two-sided
     assert own.to_numpy() == pytest.approx(np.full(4, 2 / 28))
 
 
 def test_one_seed_each_gives_one_in_as_many_as_there_are_sets():
     frame = perplexity(study(effect=1, seeds=1))
-    own = frame[frame["other_calibration"] == OTHERS]["p_value"]
+    own = frame[(frame["other_calibration"] == OTHERS) & (frame["calibration"] != OWN)]["p_value"]
     assert own.to_numpy() == pytest.approx(np.full(4, 1 / 4))
 
 
