@@ -112,6 +112,27 @@ def variant_rank(row: pd.Series) -> tuple[Any, ...]:
     return row["method"] != DENSE, *recipe, calibration_rank(str(row["calibration"])), int(row["seed"])
 
 
+#: How papers write the names of methods.
+_METHOD_NAMES = {
+    "grasp": "GraSP",
+    "m-wanda": "M-Wanda",
+    "ria": "RIA",
+    "snip": "SNIP",
+    "sparsegpt": "SparseGPT",
+    "wanda": "Wanda",
+}
+
+
+def method_name(label: object) -> str:
+    """Return how figures call a method; `label` is that of a frame, with parameters that are not the default.
+
+    >>> method_name("ria power=1"), method_name("mine")
+    ('RIA power=1', 'mine')
+    """
+    first, blank, rest = str(label).partition(" ")
+    return _METHOD_NAMES.get(first, first) + blank + rest
+
+
 def variant_labels(frame: pd.DataFrame) -> list[str]:
     """Return how figures call the model of every row: as short as tells them apart."""
     calibrated = frame[frame["method"] != DENSE]
@@ -124,7 +145,7 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
         if row["method"] == DENSE:
             labels.append(DENSE)
             continue
-        words = [f"{row['method']} {row['sparsity']:g}"]
+        words = [f"{method_name(row['method'])} {row['sparsity']:g}"]
         words += [_pattern_words(row["pattern"])] if several["pattern"] else []
         words += [f"{row['allocation']} allocation"] if several["allocation"] else []
         words += [f"in {row['scope']}"] if several["scope"] and row["scope"] != EVERYWHERE else []
@@ -137,7 +158,7 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
 
 def recipe_label(recipe: Mapping[str, Any]) -> str:
     """Return a recipe in a few words."""
-    words = [str(recipe["method"]), f"sparsity {recipe['sparsity']:g}", _pattern_words(recipe["pattern"])]
+    words = [method_name(recipe["method"]), f"sparsity {recipe['sparsity']:g}", _pattern_words(recipe["pattern"])]
     words += [f"{recipe['allocation']} allocation"] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
     words += [f"in {recipe['scope']}"] if recipe["scope"] != EVERYWHERE else []
     words += ["dense propagation"] if recipe["propagation"] == "dense" else []

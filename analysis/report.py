@@ -169,6 +169,19 @@ def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[
         f"hidden states is kept better: median squared error {specific:.2g} (specific) and {agnostic:.2g} (agnostic) "
         "over layers, languages and calibration sets."
     )
+    if "agnostic_language_accuracy" in middle:
+        before = _metric(frames["subspaces"], "agnostic_language_accuracy")
+        dense = before[before["method"] == DENSE]["value"].mean()
+        after = _metric(errors, "agnostic_language_accuracy")["value"].mean()
+        yield (
+            f"The language is recognised from the language-agnostic part in {after:.0%} of the cases, in the dense "
+            f"model in {dense:.0%}: "
+            + (
+                "the damage depends on the language and lies outside its subspace."
+                if after > dense + 0.1
+                else "the damage brings no language into it."
+            )
+        )
     spread = {}
     for part in ("specific", "agnostic"):
         own = errors[errors["metric"] == f"{part}_error_centred"]
