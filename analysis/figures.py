@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ from pruning.variants import UNKNOWN
 
 #: Inches; a column and a page of a two-column paper.
 COLUMN_WIDTH, PAGE_WIDTH = 3.1, 6.5
+
+#: Characters of a title, and of a legend, that fit into an inch.
+_TITLE_CHARACTERS, _CHARACTERS = 14, 17
 
 _STYLE: dict[str, Any] = {
     "font.size": 7,
@@ -269,7 +273,7 @@ def heatmaps(
             axes.set(xlabel=x_label, ylabel=y_label if axes is grid[0] else "", title=name)
             axes.tick_params(length=0)
             axes.tick_params(axis="y", rotation=0)
-        figure.suptitle(title)
+        figure.suptitle(textwrap.fill(title, round(_TITLE_CHARACTERS * width)))
     return figure
 
 
@@ -323,10 +327,6 @@ def set_lines(rows: pd.DataFrame, x: str = "layer") -> list[Line]:
             Line(set_label(calibration, seed), own[x].tolist(), own["value"].tolist(), name, style, **interval)
         )
     return lines
-
-
-#: Characters of a legend that fit into an inch.
-_CHARACTERS = 17
 
 
 def line_panels(
@@ -398,7 +398,7 @@ def line_panels(
                 lowest = max(row for row in range(rows) if row * columns + i < len(panels))
                 grid[lowest][i].set_xlabel(x_label)
                 grid[lowest][i].tick_params(labelbottom=True)
-        figure.suptitle(title)
+        figure.suptitle(textwrap.fill(title, round(_TITLE_CHARACTERS * width)))
         figure.supylabel(y_label, fontsize=7)
         if handles:
             fitting = int(_CHARACTERS * width / (max(map(len, handles)) + 6))
@@ -446,7 +446,7 @@ def effect_panels(
         for i in range(columns):
             lowest = max(row for row in range(rows) if row * columns + i < len(panels))
             grid[lowest][i].set_xlabel(x_label if columns == 1 or i == (columns - 1) // 2 else "")
-        figure.suptitle(title)
+        figure.suptitle(textwrap.fill(title, round(_TITLE_CHARACTERS * width)))
         line, patch = mpl.lines.Line2D, mpl.patches.Patch
         keys = [
             (line([], [], color=GREY, marker="o", markersize=3.5), "beyond the margin, p < 0.05 (corrected)"),
@@ -499,10 +499,10 @@ def clusters(matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, wid
             leaf_font_size=6,
         )
         branches.invert_yaxis()  # in the order of the table's rows
-        branches.set(xlabel="mask distance (1 − IoU)", title="clustered (average linkage)")
+        branches.set(xlabel="mask distance\n(1 − IoU)", title="average linkage")
         branches.tick_params(axis="y", length=0)
         branches.spines["left"].set_visible(False)
-        figure.suptitle(title)
+        figure.suptitle(textwrap.fill(title, round(_TITLE_CHARACTERS * width)))
     return figure
 
 
