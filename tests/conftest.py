@@ -189,3 +189,8 @@ def segments() -> list[Segment]:
 @pytest.fixture
 def calibration_ids() -> torch.Tensor:
     return torch.randint(3, 250, (5, 16), generator=torch.Generator().manual_seed(7))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what takes longest first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
