@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/prunescope run demo
 
 test: check
-	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
+	$(BIN)/python -m pytest
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -8,9 +8,7 @@ from typing import Any
 
 # Before anything imports the hub client: no test asks a hub, and asking one takes its time.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before anything imports torch: processes that run tests side by side share the processors.
-_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // _PROCESSES, 1)))
+
 
 import pytest
 import torch
@@ -189,8 +187,3 @@ def segments() -> list[Segment]:
 @pytest.fixture
 def calibration_ids() -> torch.Tensor:
     return torch.randint(3, 250, (5, 16), generator=torch.Generator().manual_seed(7))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes longest first, so that no process is left alone with it at the end."""
-    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
