@@ -33,6 +33,12 @@ _TYPES: dict[str, pa.DataType] = {
     "calibration": _WORD,
     "seed": pa.int32(),
     "language": _WORD,
+    "task": _WORD,
+    "category": _WORD,
+    "item": _WORD,
+    "choice": pa.int32(),
+    "direction": _WORD,
+    "component": _WORD,
     "layer": pa.int32(),
     "role": _WORD,
     "rank": pa.int32(),
@@ -86,6 +92,7 @@ class FrameSpec:
 
 
 _OVER = "95 % bootstrap interval over held-out segments"
+_OVER_ITEMS = "95 % bootstrap interval over items, twins drawn together"
 _PROBE = (
     "share of segments whose language a logistic regression tells from the {part} of their mean state, fitted on the "
     f"other half of the held-out segments; guessing: one over the number of languages; {_OVER}"
@@ -239,6 +246,24 @@ FRAMES: dict[str, FrameSpec] = {
             "agnostic_error_db": Metric("dB", f"the same of the language-agnostic part; {_PAIRED}{_OVER}"),
         },
         tests=True,
+    ),
+    "items": FrameSpec(
+        ("language", "task", "category", "item", "choice"),
+        {
+            "log_likelihood": Metric("nat", "log-likelihood of a choice, numbered from 0, as the item's continuation"),
+            "margin": Metric("nat", "that of the right choice minus the highest of the others (no choice)"),
+            "correct": Metric("", "1 if the model is right, else 0 (no choice); by default: if the margin is positive"),
+        },
+        estimates=False,
+    ),
+    "accuracy": FrameSpec(
+        ("language", "task", "category"),
+        {
+            "accuracy": Metric("", f"share of items that the model gets right; {_OVER_ITEMS}"),
+            "accuracy_change": Metric("", f"accuracy minus that of the dense model, item by item; {_OVER_ITEMS}"),
+            "margin": Metric("nat", f"mean margin between the right choice and the best of the others; {_OVER_ITEMS}"),
+            "margin_change": Metric("nat", f"margin minus that of the dense model, item by item; {_OVER_ITEMS}"),
+        },
     ),
     "sparsity": FrameSpec(("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False),
 }
