@@ -4,8 +4,8 @@ A source of items is named, as text is,
 
 - ``"bundled"``: the set that comes with prunescope;
 - ``"file:PATH"``: one ``.jsonl`` file a language, ``{lang}`` standing for its tag, an item a line:
-  ``{"id": "1a", "category": "reasoning", "prompt": "...", "choices": [" yes", " no"], "answer": 0}``, and ``"twin": "1"``
-  if it has a twin: an item with the same choices and another right one.
+  ``{"id": "1a", "category": "reasoning", "prompt": "...", "choices": [" yes", " no"], "answer": 0}``, with
+  ``"twin": "1"`` if it has a twin: an item with the same choices and another right one.
 
 Items of different languages with one id say the same, except where they test the language itself.
 """

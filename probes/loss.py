@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pruning.anatomy import Anatomy
 
@@ -39,7 +40,7 @@ class TokenLoss:
         predicts = (batch.real[:, :-1] * batch.real[:, 1:]).bool()
         hidden = value[:, :-1][predicts]
         targets = batch.ids[:, 1:][predicts]
-        losses = _negative_log_likelihood(self._anatomy, hidden, targets)
+        losses = -log_likelihood(self._anatomy, hidden, torch.arange(len(targets), device=value.device), targets)
         rows = predicts.nonzero()[:, 0]
         sums = torch.zeros(len(batch.segments), dtype=torch.float64, device=value.device)
         sums.index_add_(0, rows, losses.double())
@@ -47,14 +48,49 @@ class TokenLoss:
         self.predicted[list(batch.segments)] = predicts.sum(dim=1).cpu()
 
 
-def _negative_log_likelihood(anatomy: Anatomy, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return ``logsumexp(logits) − logit of the target``, float32 ``[tokens]``."""
+def log_likelihood(anatomy: Anatomy, hidden: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability of tokens after some final states; it can be differentiated.
+
+    Parameters
+    ----------
+    anatomy
+        Of the model.
+    hidden
+        Normed final states, ``[states, hidden]``.
+    index
+        For each wanted token, after which of the states, int64 ``[tokens]``.
+    tokens
+        Their ids, int64 ``[tokens]``.
+
+    Returns
+    -------
+    Tensor
+        In nats, ``[tokens]``, at least float32.
+    """
+    differentiated = torch.is_grad_enabled() and hidden.requires_grad
     tiles = []
-    wanted = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    wanted = torch.zeros(len(tokens), dtype=_precise(hidden), device=hidden.device)
     for start in range(0, anatomy.vocabulary, _TILE):
-        logits = anatomy.logits(hidden, slice(start, start + _TILE)).float()
-        inside = ((targets >= start) & (targets < start + _TILE)).nonzero()[:, 0]
-        wanted[inside] = logits[inside, targets[inside] - start]
-        highest = logits.amax(dim=1)
-        tiles.append(logits.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest))
-    return torch.stack(tiles).logsumexp(dim=0) - wanted
+        inside = ((tokens >= start) & (tokens < start + _TILE)).nonzero()[:, 0]
+        place = index[inside], tokens[inside] - start
+        if differentiated:  # the logits are made again on the way back: kept, they would be most of the memory
+            total, found = checkpoint(_tile, anatomy, hidden, start, place, use_reentrant=False)
+        else:
+            total, found = _tile(anatomy, hidden, start, place)
+        wanted = wanted.index_put((inside,), found)
+        tiles.append(total)
+    return wanted - torch.stack(tiles).logsumexp(dim=0)[index]
+
+
+def _tile(anatomy: Anatomy, hidden: Tensor, start: int, place: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the logarithm of the summed exponentials of a tile's logits, and those at some places."""
+    logits = anatomy.logits(hidden, slice(start, start + _TILE)).to(_precise(hidden))
+    found = logits[place]
+    if logits.requires_grad:
+        return logits.logsumexp(dim=1), found
+    highest = logits.amax(dim=1)
+    return logits.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest), found
+
+
+def _precise(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)

@@ -1,5 +1,7 @@
 """One model, one nnsight trace per batch, many readers.
 
+An *edit* puts another value into a site on the way; what comes after sees that one.
+
 A *reader* wants some sites of the model (the roles of every block, the MLP activation, the residual stream after a
 block, the final state) and reduces each value as it passes, inside the trace; nothing whole is kept unless a
 reader keeps it. However many readers there are, the model runs once. A block that lacks a site (the inside of experts,
@@ -10,12 +12,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from pruning.anatomy import Anatomy
 from pruning.errors import ModelError, TextError
@@ -58,6 +62,21 @@ class Reader(Protocol):
 
     def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
         """Take in the output of one site, ``[batch, tokens, width]``; `layer` counts blocks from 0."""
+
+
+class Edit(Protocol):
+    """What a session needs of an edit."""
+
+    @property
+    def layer(self) -> int:
+        """The block, counted from 0."""
+
+    @property
+    def site(self) -> str:
+        """The site: a role, ``activation`` or ``residual``."""
+
+    def change(self, value: Tensor, batch: Batch) -> Tensor:
+        """Return what takes the place of a site's output, ``[batch, tokens, width]``; `value` is left as it is."""
 
 
 class Session:
@@ -106,6 +125,7 @@ class Session:
         self.padding = padding
         self.special_tokens = special_tokens
         self._accepted = inspect.signature(type(model).forward).parameters.keys()
+        self._differentiating = False
         self._traced = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
 
     def batches(self, segments: Sequence[Segment]) -> list[Batch]:
@@ -117,69 +137,108 @@ class Session:
             If a segment has no tokens but special ones.
         """
         encoded = [self.tokenizer(s.text, truncation=True, max_length=self.max_length)["input_ids"] for s in segments]
-        special = set(self.tokenizer.all_special_ids)
+        special = self._special
         for segment, ids in zip(segments, encoded, strict=True):
             if special.issuperset(ids) and not self.special_tokens:
                 raise TextError(f'segment "{segment.id}" has no token to count: {segment.text!r}; leave it out')
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-        return [self._batch(rows, encoded, special) for rows in _grouped(order, encoded, self.batch_tokens)]
+        return [self.batch(rows, [encoded[i] for i in rows]) for rows in _grouped(order, encoded, self.batch_tokens)]
 
-    def read(self, batch: Batch, readers: Sequence[Reader]) -> None:
-        """Run the model once on a batch, in one nnsight trace, and let every reader take what it wants."""
+    def read(self, batch: Batch, readers: Sequence[Reader], edits: Sequence[Edit] = ()) -> None:
+        """Run the model once on a batch, in one nnsight trace, and let every reader take what it wants.
+
+        Readers see the values that edits have made. Where gradients are enabled (:func:`differentiable`), what is read
+        can be differentiated.
+        """
         inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
         inputs = {name: value for name, value in inputs.items() if name in self._accepted}
         spared = {"use_cache": False, "logits_to_keep": 1}
         spared = {name: value for name, value in spared.items() if name in self._accepted}
-        wanted = self._wanted(readers)
-        with torch.no_grad(), self._traced.trace(inputs, **spared) as trace:
-            for module, reads in wanted:
-                output = module.output
-                for read in reads:
-                    read(output, batch)
+        wanted = self._wanted(readers, edits)
+        with torch.set_grad_enabled(self._differentiating), self._traced.trace(inputs, **spared) as trace:
+            for module, visits in wanted:
+                before = module.output
+                output = before
+                for visit in visits:
+                    output = visit(output, batch)
+                if output is not before:
+                    module.output = output
             trace.stop()
 
-    def _wanted(self, readers: Sequence[Reader]) -> list[tuple[Any, list[_Read]]]:
-        """List what to read of which module in the order in which they run: nnsight accepts no other."""
+    @contextmanager
+    def differentiable(self) -> Iterator[dict[str, Parameter]]:
+        """Make what is read inside a ``with`` block differentiable, and give the projections' parameters by path.
+
+        Gradients reach what was read, and these parameters; no others, which saves memory.
+        """
+        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        projections = self.anatomy.block_parameters()
+        try:
+            for parameter in before:
+                parameter.requires_grad_(False)
+            for parameter in projections.values():
+                parameter.requires_grad_(True)
+            self._differentiating = True
+            yield projections
+        finally:
+            self._differentiating = False
+            for parameter, required in before.items():
+                parameter.requires_grad_(required)
+
+    def _wanted(self, readers: Sequence[Reader], edits: Sequence[Edit]) -> list[tuple[Any, list[_Visit]]]:
+        """List what to do at which module in the order in which they run: nnsight accepts no other."""
         anatomy, layers = self.anatomy, len(self.anatomy.blocks)
         places = [(layer, site, anatomy.path(layer, site)) for layer in range(layers) for site in anatomy.sites(layer)]
         places.append((layers, "final", anatomy.final_norm_path))
-        wanted: dict[str, list[_Read]] = {}
+        wanted: dict[str, list[_Visit]] = {}
         for layer, site, path in places:
             interested = [reader for reader in readers if site in reader.sites]
-            if interested:
-                wanted.setdefault(path, []).append(_Read(anatomy, layer, site, interested))
-        return [(_envoy(self._traced, path), reads) for path, reads in wanted.items()]
+            editing = [edit for edit in edits if (edit.layer, edit.site) == (layer, site)]
+            if interested or editing:
+                wanted.setdefault(path, []).append(_Visit(anatomy, layer, site, interested, editing))
+        return [(_envoy(self._traced, path), visits) for path, visits in wanted.items()]
 
-    def _batch(self, rows: list[int], encoded: list[list[int]], special: set[int]) -> Batch:
-        width = max(len(encoded[i]) for i in rows)
+    def batch(self, segments: Sequence[int], encoded: Sequence[Sequence[int]]) -> Batch:
+        """Pad token ids to one length; `segments` says which segment each row is of."""
+        width = max(map(len, encoded))
         filler = self.tokenizer.pad_token_id or 0
-        ids = torch.full((len(rows), width), filler)
+        ids = torch.full((len(encoded), width), filler)
         real = torch.zeros_like(ids)
-        for row, i in enumerate(rows):
-            tokens = torch.tensor(encoded[i])
+        for row, tokens in enumerate(encoded):
             place = slice(0, len(tokens)) if self.padding == "right" else slice(width - len(tokens), width)
-            ids[row, place] = tokens
+            ids[row, place] = torch.tensor(tokens)
             real[row, place] = 1
         counted = real.bool()
         if not self.special_tokens:
-            counted &= ~torch.isin(ids, torch.tensor(sorted(special)))
+            counted &= ~torch.isin(ids, torch.tensor(sorted(self._special)))
         device = self.model.device
-        return Batch(tuple(rows), ids.to(device), real.to(device), counted.float().to(device))
+        return Batch(tuple(segments), ids.to(device), real.to(device), counted.float().to(device))
+
+    @property
+    def _special(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids)
 
 
 @dataclass(frozen=True)
-class _Read:
-    """One site of one module's output, and who wants it."""
+class _Visit:
+    """One site of one module's output, who changes it, and who wants it."""
 
     anatomy: Anatomy
     layer: int
     site: str
     readers: list[Reader]
+    edits: list[Edit]
 
-    def __call__(self, output: Any, batch: Batch) -> None:
+    def __call__(self, output: Any, batch: Batch) -> Any:
+        """Return the module's output with the edits made."""
         value = output if self.site == "final" else self.anatomy.site(self.layer, self.site, output, batch.ids.shape)
+        for edit in self.edits:
+            value = edit.change(value, batch)
+        if self.edits:
+            output = self.anatomy.with_site(self.layer, self.site, output, value)
         for reader in self.readers:
             reader.read(self.layer, self.site, value, batch)
+        return output
 
 
 def _envoy(traced: Any, path: str) -> Any:

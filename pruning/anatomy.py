@@ -370,6 +370,28 @@ class Anatomy:
         place = self._blocks[layer].sites.get(site)
         return self._cut(layer, site, place, output).flatten(output.ndim - 1) if isinstance(place, Fused) else output
 
+    def with_site(self, layer: int, site: str, output: Any, value: Tensor) -> Any:
+        """Return what the module at a site's path would put out if the site had other values.
+
+        Parameters
+        ----------
+        layer, site
+            What is to have other values.
+        output
+            What the module did put out; left as it is.
+        value
+            The other values, in the shape in which :meth:`site` gives them.
+        """
+        whole: Tensor = output[0] if isinstance(output, tuple) else output
+        place = self._blocks[layer].sites.get(site)
+        if isinstance(place, Fused):
+            changed = whole.clone()
+            part = self._cut(layer, site, place, changed)
+            part.copy_(value.reshape(part.shape))
+        else:
+            changed = value.reshape(whole.shape).to(whole.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
     @property
     def final_norm_path(self) -> str:
         """Attribute path of the last normalisation, whose output the head reads."""

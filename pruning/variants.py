@@ -284,7 +284,8 @@ class DenseCopy:
         self._anatomy = Anatomy(model)
         _check_in_memory(self._anatomy)
         self._fingerprint = self._anatomy.fingerprint()
-        self._dense = {key: self._anatomy.weight(*key).clone() for key in self._anatomy}
+        #: Every projection's weight in the dense model.
+        self.dense: Mapping[Key, Tensor] = {key: self._anatomy.weight(*key).clone() for key in self._anatomy}
 
     @contextmanager
     def pruned_to(self, variant: Variant) -> Iterator[None]:
@@ -298,11 +299,11 @@ class DenseCopy:
         variant.check_belongs_to(self._fingerprint)
         try:
             for key in variant.masks:
-                self._anatomy.set_weight(*key, variant.weight(key, self._dense[key]))
+                self._anatomy.set_weight(*key, variant.weight(key, self.dense[key]))
             yield
         finally:
             for key in variant.masks:
-                self._anatomy.set_weight(*key, self._dense[key])
+                self._anatomy.set_weight(*key, self.dense[key])
 
 
 def _check_in_memory(anatomy: Anatomy) -> None:
