@@ -70,9 +70,14 @@ class Grid:
         self.anatomy = anatomy
         self.tokenizer = tokenizer
         self.jobs = {job.id: job for job in study.jobs()}
+        self.fingerprint = anatomy.fingerprint()
+        for path, remedy in study.remedies().items():
+            if remedy.model_fingerprint != self.fingerprint:
+                raise RecipeError(
+                    f"{path} is a diagnosis of another model than {study.model_name}; diagnose a variant of this one"
+                )
         for job in self.jobs.values():
             check_fits(anatomy, job.recipe)
-        self.fingerprint = anatomy.fingerprint()
         self.keys = {name: self._job_key(job) for name, job in self.jobs.items()}
         self.keys |= {name: self._import_key(name) for name in study.imported}
         pending = [job for job in self.jobs.values() if not self._finished(job.id)]

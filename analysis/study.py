@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from probes import DENSE
-from pruning import CalibrationSet, Corpus, Recipe, known_methods, text_source
+from pruning import CalibrationSet, Corpus, Recipe, Remedy, known_methods, text_source
+from pruning.allocation import DIAGNOSIS
 from pruning.engine import Job
 from pruning.errors import StudyError, TextError, did_you_mean
 from pruning.files import PARTIAL
@@ -88,7 +89,7 @@ def _axis(value: Any) -> tuple[Any, ...]:
 
 
 class RecipeGrid(_Section):
-    """One or several recipes: every key but `roles` may be a list, lists make a grid."""
+    """One or several recipes: every key but `roles` and `diagnosis` may be a list, lists make a grid."""
 
     method: str | tuple[str, ...]
     sparsity: float | tuple[float, ...] | None = None
@@ -98,11 +99,27 @@ class RecipeGrid(_Section):
     roles: tuple[str, ...] = Field(default=(), description="only these projections, together")
     blocks: str | tuple[str, ...] = ""
     parameters: dict[str, float | tuple[float, ...]] = {}
+    diagnosis: str | None = Field(default=None, description='the remedy.json that allocation "diagnosis" follows')
+    _remedy: Remedy | None = PrivateAttr(None)
+
+    @field_validator("diagnosis")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        return None if path is None else os.path.normpath(Path.cwd() / path)
 
     @model_validator(mode="after")
     def _valid(self) -> RecipeGrid:
+        if self.diagnosis is not None:
+            if DIAGNOSIS not in _axis(self.allocation):
+                raise ValueError(f'diagnosis goes with allocation = "{DIAGNOSIS}"; add that, or leave diagnosis out')
+            self._remedy = Remedy.open(self.diagnosis)
         self.recipes()
         return self
+
+    @property
+    def remedy(self) -> Remedy | None:
+        """What `diagnosis` says, as it was when the study was read."""
+        return self._remedy
 
     def recipes(self) -> list[Recipe]:
         """Return the recipes of the grid; patterns n:m, which settle the sparsity, are one point of its axis."""
@@ -123,9 +140,10 @@ class RecipeGrid(_Section):
             for sparsity in sparsities:
                 if sparsity is None and not n_of_m(given["pattern"]):
                     sparsity = DEFAULT_SPARSITY
-                recipes.append(
-                    Recipe.model_validate({**given, "sparsity": sparsity, "roles": self.roles, "parameters": chosen})
-                )
+                settings = {**given, "sparsity": sparsity, "roles": self.roles, "parameters": chosen}
+                if given["allocation"] == DIAGNOSIS and self.remedy is not None:
+                    settings["importance"] = self.remedy.importance
+                recipes.append(Recipe.model_validate(settings))
         return list(dict.fromkeys(recipes))
 
 
@@ -210,6 +228,10 @@ class Study(_Section):
         """Return every recipe once."""
         return list(dict.fromkeys(recipe for grid in self.recipes for recipe in grid.recipes()))
 
+    def remedies(self) -> dict[str, Remedy]:
+        """Return every remedy that a recipe follows, by its path."""
+        return {grid.diagnosis: grid.remedy for grid in self.recipes if grid.diagnosis and grid.remedy}
+
     def jobs(self) -> list[Job]:
         """Return every variant that is to be made."""
         return planned_jobs(self.all_recipes(), self.calibration_sets())
@@ -222,12 +244,13 @@ class Study(_Section):
 def load_study(path: Path) -> Study:
     """Read and check a study file.
 
-    Relative paths in ``file:`` sources and the model folder are relative to the study file.
+    Relative paths in ``file:`` sources, of the model folder and of diagnoses are relative to the study file.
 
     Raises
     ------
     StudyError
-        If the file is missing, not TOML, has an unknown key or a value that cannot be.
+        If the file is missing, not TOML, has an unknown key or a value that cannot be; or if a diagnosis that it
+        names cannot be read.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -239,7 +262,7 @@ def load_study(path: Path) -> Study:
         raise StudyError(f"{path} is not UTF-8; save it as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"{path} is not TOML: {error}") from error
-    return _anchored(parse_study(content, str(path)), path.parent)
+    return _anchored(parse_study(_diagnoses_anchored(content, path.parent), str(path)), path.parent)
 
 
 def resolved_study(name: str) -> Study:
@@ -360,3 +383,18 @@ def _anchored(study: Study, folder: Path) -> Study:
 
     imported = {name: checkpoint(source) for name, source in study.imported.items()}
     return study.model_copy(update={"text": text, "model": checkpoint(study.model), "imported": imported})
+
+
+def _diagnoses_anchored(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Resolve the paths of diagnoses likewise, but before a study is checked: recipes are made of what they say."""
+    grids = content.get("recipes")
+    if not isinstance(grids, list):
+        return content
+    return content | {
+        "recipes": [
+            grid | {"diagnosis": str(folder / grid["diagnosis"])}
+            if isinstance(grid, dict) and isinstance(grid.get("diagnosis"), str)
+            else grid
+            for grid in grids
+        ]
+    }

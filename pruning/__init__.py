@@ -11,6 +11,7 @@ from .methods import Method, known_methods, register
 from .models import load_model
 from .patterns import known_patterns
 from .recipes import Recipe
+from .remedy import Remedy
 from .text import Corpus, Segment, text_source
 from .variants import Variant, prune
 
@@ -26,6 +27,7 @@ __all__ = [
     "Method",
     "PrunescopeError",
     "Recipe",
+    "Remedy",
     "Segment",
     "Variant",
     "known_methods",

@@ -5,6 +5,7 @@ Whatever the allocation, the whole model gives exactly as many weights as under 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -26,7 +27,7 @@ _SPREAD = Parameter(0.08, 0, 0.5, "most that a block's sparsity may differ from 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A rule for how much each block gives.
+    """A rule for how much each block, or each matrix, gives.
 
     Attributes
     ----------
@@ -36,16 +37,19 @@ class Allocation:
         The publication that defines it.
     parameters
         What a recipe may set.
+    surveys
+        Whether it looks at what calibration text does in the dense model before the first weight goes.
     """
 
     name: str
     source: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    surveys: bool = True
 
 
-UNIFORM, OWL, CROSS_LINGUAL = "uniform", "owl", "cross-lingual"
+UNIFORM, OWL, CROSS_LINGUAL, DIAGNOSIS = "uniform", "owl", "cross-lingual", "diagnosis"
 _ALLOCATIONS = {
-    UNIFORM: Allocation(UNIFORM, "every matrix gives the same share"),
+    UNIFORM: Allocation(UNIFORM, "every matrix gives the same share", surveys=False),
     OWL: Allocation(
         OWL,
         "Yin et al., ICML 2024, 2310.05175",
@@ -58,6 +62,17 @@ _ALLOCATIONS = {
             "spread": _SPREAD,
             "sign": Parameter(1, -1, 1, "1: blocks whose inputs correlate between languages give more; -1: less"),
         },
+    ),
+    DIAGNOSIS: Allocation(
+        DIAGNOSIS,
+        "matrices whose masks a diagnosis found to matter give less",
+        {
+            "spread": Parameter(0.08, 0, 0.5, "half the range of the matrices' sparsities"),
+            "shuffle": Parameter(
+                0, 0, 999_999, "0: as diagnosed; else the seed of a control that spares other places", whole=True
+            ),
+        },
+        surveys=False,
     ),
 }
 
@@ -113,7 +128,7 @@ def language_correlation(groups: Iterable[InputStatistics]) -> float:
 
 
 def shifted(importance: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
-    """Return the sparsity of every block: lower where it is more important, within ±`spread`, the target on average.
+    """Return the sparsity of every block or matrix: lower where it is more important, the target on average.
 
     The importances are mapped linearly to a range of 2 · spread and recentred so that the average over weights is
     the target (Yin et al., ICML 2024, 2310.05175, sec. 3.3).
@@ -121,7 +136,7 @@ def shifted(importance: Sequence[float], sizes: Sequence[int], sparsity: float, 
     Raises
     ------
     RecipeError
-        If a block would give more than it has, or less than nothing.
+        If one of them would give more than it has, or less than nothing.
 
     Examples
     --------
@@ -134,15 +149,93 @@ def shifted(importance: Sequence[float], sizes: Sequence[int], sparsity: float, 
     sparsities = sparsity - (ratio - np.average(ratio, weights=sizes))
     if sparsities.min() < 0 or sparsities.max() >= 1:
         raise RecipeError(
-            f"sparsity {sparsity:g} with a spread of {spread:g} gives a block {sparsities.min():.2f} or "
+            f"sparsity {sparsity:g} with a spread of {spread:g} would take shares from {sparsities.min():.2f} to "
             f"{sparsities.max():.2f}; lower the spread"
         )
     return [float(value) for value in sparsities]
 
 
+def diagnosed(
+    importance: Mapping[Key, float],
+    shapes: Mapping[Key, Shape],
+    sparsity: float,
+    *,
+    spread: float = 0.08,
+    shuffle: float = 0,
+) -> dict[Key, float]:
+    """Return the sparsity of every matrix: lower where undoing its mask brings back more.
+
+    What counts is the rank of an importance among the matrices in `shapes`, not its value; equal ones share their mean
+    rank. Attributed effects are heavy-tailed, and some are negative: mapped by value, two or three matrices would take
+    up the whole range, and all others would give the same.
+
+    Parameters
+    ----------
+    importance
+        How much undoing the mask of each matrix brings back, on any scale.
+    shapes
+        Of the matrices that are pruned.
+    sparsity
+        The target, which is the average over weights.
+    spread
+        Half the range of the matrices' sparsities, as for OWL; see :func:`shifted`.
+    shuffle
+        0: as diagnosed. Else the seed of a control; see :func:`shuffled`.
+
+    Raises
+    ------
+    RecipeError
+        If a matrix would give more than it has, or less than nothing.
+
+    Examples
+    --------
+    >>> shapes = dict.fromkeys([(0, "q"), (0, "down"), (1, "q")], (4, 4))
+    >>> found = diagnosed({(0, "q"): -0.1, (0, "down"): 7.5, (1, "q"): 0.02}, shapes, 0.5)
+    >>> {key: round(share, 2) for key, share in found.items()}
+    {(0, 'q'): 0.58, (0, 'down'): 0.42, (1, 'q'): 0.5}
+    """
+    values = {key: importance[key] for key in shapes}
+    if shuffle:
+        values = shuffled(values, int(shuffle))
+    sizes = [outputs * inputs for outputs, inputs in shapes.values()]
+    return dict(zip(shapes, shifted(ranks(list(values.values())), sizes, sparsity, spread), strict=True))
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Return the rank of every value, the lowest first, from 1; equal ones share their mean rank.
+
+    >>> ranks([0.3, -2.0, 0.3, 50.0])
+    [2.5, 1.0, 2.5, 4.0]
+    """
+    _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    means = np.cumsum(counts) - (counts - 1) / 2
+    return [float(rank) for rank in means[place]]
+
+
+def shuffled(importance: Mapping[Key, float], seed: int) -> dict[Key, float]:
+    """Return the importances permuted among the blocks within each role: the same shape in other places.
+
+    The blocks of a role are put into the order of a hash of seed, role and block, so that the permutation is the same
+    on every machine and with every version of every library.
+    """
+    by_role: dict[str, list[Key]] = {}
+    for key in importance:
+        by_role.setdefault(key[1], []).append(key)
+    taken: dict[Key, Key] = {}
+    for keys in by_role.values():
+        order = sorted(keys, key=lambda key: hashlib.sha256(f"{seed} {key[1]} {key[0]}".encode()).digest())
+        taken |= dict(zip(keys, order, strict=True))
+    return {key: importance[taken[key]] for key in importance}
+
+
 def by_block(shapes: Mapping[Key, Shape], sparsities: Mapping[int, float], total: int) -> Budgets:
-    """Return budgets that follow the blocks' sparsities and add up to `total` (largest remainders)."""
-    wanted = {key: shape[0] * shape[1] * sparsities[key[0]] for key, shape in shapes.items()}
+    """Return budgets that follow the blocks' sparsities and add up to `total`."""
+    return by_matrix(shapes, {key: sparsities[key[0]] for key in shapes}, total)
+
+
+def by_matrix(shapes: Mapping[Key, Shape], sparsities: Mapping[Key, float], total: int) -> Budgets:
+    """Return budgets that follow the matrices' sparsities and add up to `total` (largest remainders)."""
+    wanted = {key: shape[0] * shape[1] * sparsities[key] for key, shape in shapes.items()}
     scale = total / sum(wanted.values()) if total else 0.0
     wanted = {key: value * scale for key, value in wanted.items()}
     budgets = {key: int(value) for key, value in wanted.items()}

@@ -11,12 +11,13 @@ from .errors import RecipeError, did_you_mean
 
 @dataclass(frozen=True)
 class Parameter:
-    """One number, with the value it has when a recipe does not say and the range it must be in."""
+    """One number: its value when a recipe does not say, the range it must be in, and whether it must be whole."""
 
     default: float | int
     lowest: float | int
     highest: float | int
     meaning: str
+    whole: bool = False
 
 
 def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, float | int]) -> dict[str, float]:
@@ -25,7 +26,7 @@ def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, floa
     Raises
     ------
     RecipeError
-        If a name is unknown or a value out of range.
+        If a name is unknown, or a value out of range or not whole where it must be.
     """
     for name, value in given.items():
         if name not in known:
@@ -36,4 +37,6 @@ def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, floa
             raise RecipeError(
                 f"{name} = {value:g} is not between {limits.lowest:g} and {limits.highest:g} ({limits.meaning})"
             )
+        if limits.whole and value != int(value):
+            raise RecipeError(f"{name} = {value:g} is not a whole number ({limits.meaning})")
     return {name: float(value) for name, value in given.items() if value != known[name].default}

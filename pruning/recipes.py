@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from .allocation import UNIFORM, allocation_named
+from .allocation import DIAGNOSIS, UNIFORM, allocation_named
 from .anatomy import ROLES, role_kind
 from .calibration import CalibrationSet
 from .errors import RecipeError, did_you_mean
+from .files import content_sha256
 from .methods import Method, method_named
 from .parameters import checked
 from .patterns import MODEL, Pattern, n_of_m, pattern_named
@@ -20,6 +22,8 @@ from .patterns import MODEL, Pattern, n_of_m, pattern_named
 UNCALIBRATED = "none"
 #: Scope column of variants that were pruned everywhere, and of the dense model.
 EVERYWHERE = "all"
+#: Digits of the hash that tells one diagnosis from another in names.
+_DIGITS = 6
 _BLOCKS = re.compile(r"(\d*):(\d*)|(\d+)")
 
 
@@ -36,7 +40,8 @@ class Recipe(BaseModel):
         Which weights compete with each other: ``row``, ``matrix``, ``model`` (one threshold over all), or n:m, which
         removes n out of every m consecutive inputs; the method's native one by default.
     allocation
-        How much each block gives: ``uniform``, ``owl`` or ``cross-lingual``; the method's native one by default.
+        How much each block gives: ``uniform``, ``owl`` or ``cross-lingual``; the method's native one by default. With
+        ``diagnosis`` each matrix has a share of its own, by its `importance`.
     propagation
         ``pruned``: each block's statistics are gathered behind the already pruned blocks (as published);
         ``dense``: all statistics come from the dense model, which is cheaper and another method from the second
@@ -48,6 +53,9 @@ class Recipe(BaseModel):
         default.
     parameters
         What the method and the allocation leave to their user, such as ``{"power": 0.7}``.
+    importance
+        For allocation ``diagnosis``, and for no other: how much undoing the mask of each matrix brings back, such as
+        ``{"9.down": 0.12}``, for every matrix in scope. See :class:`pruning.Remedy`.
 
     Raises
     ------
@@ -65,6 +73,7 @@ class Recipe(BaseModel):
     roles: tuple[str, ...] = ()
     blocks: str = ""
     parameters: tuple[tuple[str, float], ...] = ()
+    importance: tuple[tuple[str, float], ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +94,8 @@ class Recipe(BaseModel):
         parameters = filled.get("parameters", ())
         if isinstance(parameters, Mapping):
             filled["parameters"] = tuple(sorted(parameters.items()))
+        if isinstance(filled.get("importance"), Mapping):
+            filled["importance"] = tuple(filled["importance"].items())
         if isinstance(filled.get("roles"), str):
             filled["roles"] = (filled["roles"],)
         return filled
@@ -116,6 +127,16 @@ class Recipe(BaseModel):
                 raise RecipeError(f'unknown role "{role}"; {did_you_mean(role, ROLES)}')
         return tuple(role for role in ROLES if role in roles)
 
+    @field_validator("importance")
+    @classmethod
+    def _one_number_a_matrix(cls, importance: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        for name, value in importance:
+            if not math.isfinite(value):
+                raise RecipeError(f'importance of "{name}" is {value:g}, which is no number to rank by')
+        if len(dict(importance)) < len(importance):
+            raise RecipeError("importance names a matrix twice")
+        return tuple(sorted(importance))
+
     @field_validator("blocks")
     @classmethod
     def _readable_blocks(cls, blocks: str) -> str:
@@ -138,6 +159,13 @@ class Recipe(BaseModel):
                 f'pattern "{self.pattern}" settles how much every matrix gives; '
                 f'allocation "{self.allocation}" goes with row or matrix'
             )
+        if self.allocation == DIAGNOSIS and not self.importance:
+            raise RecipeError(
+                f'allocation "{DIAGNOSIS}" needs importance, the file that prunescope diagnose writes (remedy.json): '
+                'diagnosis = "remedy.json" in a study, importance = Remedy.open(path).importance in Python'
+            )
+        if self.importance and self.allocation != DIAGNOSIS:
+            raise RecipeError(f'importance goes with allocation "{DIAGNOSIS}", not with "{self.allocation}"')
         known = dict(self.scoring.parameters) | dict(allocation_named(self.allocation).parameters)
         given = checked(f'"{self.method}" with {self.allocation} allocation', known, dict(self.parameters))
         object.__setattr__(self, "parameters", tuple(sorted(given.items())))
@@ -151,7 +179,7 @@ class Recipe(BaseModel):
     @property
     def calibrated(self) -> bool:
         """Whether it needs calibration text: for the method, or for the allocation."""
-        return self.scoring.calibrated or self.allocation != UNIFORM
+        return self.scoring.calibrated or allocation_named(self.allocation).surveys
 
     @property
     def choosing(self) -> Pattern:
@@ -168,6 +196,11 @@ class Recipe(BaseModel):
         """Every parameter of the allocation, with its value."""
         known = allocation_named(self.allocation).parameters
         return {name: float(dict(self.parameters).get(name, known[name].default)) for name in known}
+
+    @property
+    def importance_sha256(self) -> str:
+        """SHA-256 of the importances, in hexadecimal; empty if there are none."""
+        return content_sha256(dict(self.importance)) if self.importance else ""
 
     def covers(self, layer: int, role: str) -> bool:
         """Whether a projection is in the recipe's scope."""
@@ -199,9 +232,14 @@ class Recipe(BaseModel):
 
     @property
     def allocation_label(self) -> str:
-        """What frames call the allocation, likewise."""
+        """What frames call the allocation, likewise; with the start of the importances' SHA-256 if it has any."""
         known = allocation_named(self.allocation).parameters
-        return _label(self.allocation, {name: value for name, value in self.parameters if name in known})
+        return _label(self._allocation_name, {name: value for name, value in self.parameters if name in known})
+
+    @property
+    def _allocation_name(self) -> str:
+        """The allocation, and which diagnosis it follows."""
+        return f"{self.allocation}={self.importance_sha256[:_DIGITS]}" if self.importance else self.allocation
 
     def variant_id(self, calibration: CalibrationSet | None) -> str:
         """Return the name of the variant that this recipe makes with a calibration set: readable and unique in a study.
@@ -212,7 +250,7 @@ class Recipe(BaseModel):
         'magnitude-0.3-matrix-o-blocks0_4'
         """
         parts = [self.method, f"{self.sparsity:g}", self.pattern.replace(":", "of")]
-        parts += [self.allocation] if self.allocation != UNIFORM else []
+        parts += [self._allocation_name] if self.allocation != UNIFORM else []
         parts += [f"{name}={value:g}" for name, value in self.parameters]
         parts += ["+".join(self.roles)] if self.roles else []
         parts += [f"blocks{self.blocks.replace(':', '_')}"] if self.blocks else []

@@ -219,6 +219,18 @@ def cross_lingual_block_sparsities(
     return [s + sign * shift for shift in _shifts(correlations, sizes, spread)]
 
 
+def diagnosis_sparsities(
+    importance: dict[tuple[int, str], float], sizes: dict[tuple[int, str], int], s: float, spread: float = 0.08
+) -> dict[tuple[int, str], float]:
+    """Matrices of a higher rank by importance stay denser; equal importances share the mean of their ranks."""
+    ranks = []
+    for value in importance.values():
+        places = [place for place, other in enumerate(sorted(importance.values()), start=1) if other == value]
+        ranks.append(sum(places) / len(places))
+    shifts = _shifts(ranks, [sizes[key] for key in importance], spread)
+    return {key: s - shift for key, shift in zip(importance, shifts, strict=True)}
+
+
 def language_norms(X_by_language: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return M-Wanda's n_l: each language's ||X_j||_2 as if all languages had their mean number of tokens."""
     mean_tokens = sum(X.shape[0] for X in X_by_language.values()) / len(X_by_language)

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ..allocation import (
     CROSS_LINGUAL,
+    DIAGNOSIS,
     OWL,
-    UNIFORM,
     Budgets,
+    allocation_named,
     by_block,
+    by_matrix,
     language_correlation,
     outlier_share,
     shifted,
@@ -26,18 +28,18 @@ from ..patterns import MODEL
 from ..recipes import Recipe
 from ..statistics import POSITIVE, SQUARES, InputStatistics, Statistics
 from .choices import Derivatives, scored, unseen
-from .jobs import Job, covered_shapes
+from .jobs import Job, covered_shapes, diagnosed_sparsities
 
 
 def needs_survey(recipe: Recipe) -> bool:
     """Whether the dense model must be looked at as a whole before the first weight goes."""
-    return recipe.allocation != UNIFORM or recipe.pattern == MODEL
+    return allocation_named(recipe.allocation).surveys or recipe.pattern == MODEL
 
 
 def survey_needs(recipe: Recipe) -> frozenset[str]:
     """Return the statistics of inputs that a recipe's survey asks for."""
     needs = set(recipe.scoring.needs) & {SQUARES, POSITIVE, "gram"} if recipe.pattern == MODEL else set()
-    return frozenset(needs | ({SQUARES} if recipe.allocation != UNIFORM else set()))
+    return frozenset(needs | ({SQUARES} if allocation_named(recipe.allocation).surveys else set()))
 
 
 @dataclass
@@ -112,8 +114,12 @@ class Survey:
 
 def settled(anatomy: Anatomy, jobs: Sequence[Job]) -> dict[Job, Budgets]:
     """Return the budgets of the jobs that need no survey."""
-    return {
-        job: uniform(covered_shapes(anatomy, job.recipe), job.recipe.choosing, job.recipe.sparsity)
-        for job in jobs
-        if not needs_survey(job.recipe)
-    }
+    return {job: _settled(anatomy, job.recipe) for job in jobs if not needs_survey(job.recipe)}
+
+
+def _settled(anatomy: Anatomy, recipe: Recipe) -> Budgets:
+    shapes = covered_shapes(anatomy, recipe)
+    even = uniform(shapes, recipe.choosing, recipe.sparsity)
+    if recipe.allocation == DIAGNOSIS:
+        return by_matrix(shapes, diagnosed_sparsities(anatomy, recipe), sum(even.values()))
+    return even

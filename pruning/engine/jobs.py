@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..allocation import DIAGNOSIS, diagnosed
 from ..anatomy import Anatomy
 from ..calibration import CalibrationSet, CalibrationText, Piece
 from ..errors import RecipeError
@@ -38,8 +39,8 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     Raises
     ------
     RecipeError
-        If the model lacks a role or the blocks, its inputs cannot be cut into groups of m, or the method needs the
-        whole model in memory and its weights stay on disk.
+        If the model lacks a role or the blocks, its inputs cannot be cut into groups of m, the method needs the
+        whole model in memory and its weights stay on disk, or a diagnosis is not of its matrices.
     """
     if anatomy.streamed and recipe.scoring.differentiates:
         raise RecipeError(
@@ -64,6 +65,35 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
                 f'pattern "{recipe.pattern}" needs inputs in groups of {m}, but block {layer}, role {role} has '
                 f"{inputs}; choose another pattern, or leave that role out with roles = [...]"
             )
+    if recipe.allocation == DIAGNOSIS:
+        diagnosed_sparsities(anatomy, recipe)
+
+
+def diagnosed_sparsities(anatomy: Anatomy, recipe: Recipe) -> dict[Key, float]:
+    """Return the sparsity of every matrix in the scope of a recipe whose allocation follows a diagnosis.
+
+    Raises
+    ------
+    RecipeError
+        If the diagnosis lacks a matrix or speaks of one that the model has not, or the spread is too wide.
+    """
+    importance = dict(recipe.importance)
+    names = {f"{layer}.{role}": (layer, role) for layer, role in anatomy}
+    for name in importance:
+        if name not in names:
+            raise RecipeError(
+                f'importance speaks of "{name}", and this {anatomy.kind} model has no such matrix; its matrices are '
+                f'"{next(iter(names))}" to "{list(names)[-1]}". Take a diagnosis of this model'
+            )
+    shapes = covered_shapes(anatomy, recipe)
+    lacking = [name for name, key in names.items() if key in shapes and name not in importance]
+    if lacking:
+        raise RecipeError(
+            f'importance lacks "{lacking[0]}"{f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""}, in the '
+            "scope of the recipe; diagnose a variant with that scope, or confine the recipe with roles and blocks"
+        )
+    by_key = {key: importance[name] for name, key in names.items() if key in shapes}
+    return diagnosed(by_key, shapes, recipe.sparsity, **recipe.allocation_parameters)
 
 
 def projection_seed(key: Key) -> int:

@@ -20,7 +20,7 @@ from analysis import grid, load_study
 from analysis.cli import main
 from analysis.grid import Grid
 from analysis.ledger import Ledger
-from pruning import Anatomy, CalibrationSet, Recipe, Variant, load_model, prune
+from pruning import Anatomy, CalibrationSet, Recipe, Remedy, Variant, load_model, prune
 from pruning.engine import Workspace
 from pruning.files import PARTIAL
 
@@ -373,6 +373,40 @@ def test_recipes_that_do_not_fit_are_one_line(tmp_path, recipe, words):
     text = STUDY.split("[[recipes]]")[0] + "[[recipes]]\n" + recipe
     expect_one_line(prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out"), *words)
     assert nothing_was_made(tmp_path / "out")
+
+
+def test_a_diagnosis_is_followed_if_it_is_of_this_model(tmp_path):
+    model, _ = load_model(str(checkpoint(tmp_path / "model")), device="cpu")
+    anatomy = Anatomy(model)
+    remedy = Remedy(
+        model_fingerprint=anatomy.fingerprint(),
+        variant="wanda-0.5-row-pruned-en-s0",
+        language="sw",
+        category="reasoning",
+        fitted_on="half of the items",
+        importance={f"{layer}.{role}": float(role == "down") for layer, role in anatomy},
+    )
+    text = STUDY.split("[[recipes]]")[0] + (
+        '[[recipes]]\nmethod = "magnitude"\nallocation = ["uniform", "diagnosis"]\ndiagnosis = "remedy.json"\n'
+    )
+    remedy.save(tmp_path / "remedy.json")
+    result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    even, spared = (Variant.open(path) for path in sorted((tmp_path / "out" / "variants").iterdir()))
+    assert spared.id.startswith("magnitude-0.5-matrix-diagnosis=")
+    assert spared.masks.kept() == even.masks.kept()
+    assert all((spared.masks.kept(key) > even.masks.kept(key)) == (key[1] == "down") for key in anatomy)
+    assert load_study(tmp_path / "out" / "study.toml").jobs() == load_study(tmp_path / "study.toml").jobs()
+
+    remedy.model_copy(update={"model_fingerprint": "4f"}).save(tmp_path / "remedy.json")
+    result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "other")
+    expect_one_line(result, str(tmp_path / "remedy.json"), "a diagnosis of another model")
+    assert nothing_was_made(tmp_path / "other")
+
+    remedy.model_copy(update={"importance": {"0.q": 1.0, "0.k": 2.0}}).save(tmp_path / "remedy.json")
+    result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "other")
+    expect_one_line(result, 'importance lacks "0.v" and 18 more')
+    assert nothing_was_made(tmp_path / "other")
 
 
 def nothing_was_made(out: Path) -> bool:

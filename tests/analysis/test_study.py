@@ -7,6 +7,7 @@ import pytest
 
 from analysis import demo_study, load_study
 from analysis.study import parse_study
+from pruning import Remedy
 from pruning.errors import StudyError
 
 MINIMAL = 'model = "demo"\nlanguages = ["en", "sw"]\n'
@@ -114,6 +115,62 @@ def test_a_study_of_every_kind_of_recipe_reads_back(tmp_path):
     assert again.jobs() == study.jobs()
 
 
+def remedy(path, **changes):
+    settings = {
+        "model_fingerprint": "4f",
+        "variant": "wanda-0.5-row-pruned-en-s0",
+        "language": "sw",
+        "category": "reasoning",
+        "fitted_on": "half of the items",
+        "importance": {"0.q": 0.01, "0.down": 0.12},
+    }
+    found = Remedy(**settings | changes)
+    found.save(path)
+    return found
+
+
+DIAGNOSED = """[[recipes]]
+method = "wanda"
+allocation = ["uniform", "owl", "diagnosis"]
+diagnosis = "found/remedy.json"
+"""
+
+
+def test_a_diagnosis_beside_the_study_goes_into_the_recipes_that_follow_it(tmp_path):
+    found = remedy(tmp_path / "found" / "remedy.json")
+    study = load(tmp_path, MINIMAL + DIAGNOSED)
+    assert [r.allocation for r in study.all_recipes()] == ["uniform", "owl", "diagnosis"]
+    assert [dict(r.importance) for r in study.all_recipes()] == [{}, {}, found.importance]
+    path = str(tmp_path / "found" / "remedy.json")
+    assert study.remedies() == {path: found}
+    assert f'diagnosis = "{path}"' in study.to_toml()
+    again = parse_study(tomllib.loads(study.to_toml()), "again")
+    assert again == study
+    assert again.jobs() == study.jobs()
+
+
+def test_a_study_stays_what_it_was_when_it_was_read(tmp_path):
+    remedy(tmp_path / "found" / "remedy.json")
+    study = load(tmp_path, MINIMAL + DIAGNOSED)
+    before = study.jobs()
+    remedy(tmp_path / "found" / "remedy.json", importance={"0.q": 3.0, "0.down": 0.12})
+    assert study.jobs() == before
+    assert {job.id for job in load(tmp_path, MINIMAL + DIAGNOSED).jobs()} != {job.id for job in before}
+
+
+def test_several_diagnoses_and_their_controls_are_recipes_of_their_own(tmp_path):
+    text = MINIMAL
+    for lang, value in (("sw", 1.0), ("zh", 2.0)):
+        remedy(tmp_path / f"{lang}.json", language=lang, importance={"0.q": value, "0.down": 0.12})
+        text += (
+            f'[[recipes]]\nmethod = "wanda"\nallocation = "diagnosis"\ndiagnosis = "{lang}.json"\n'
+            "parameters = { shuffle = [0, 1] }\n"
+        )
+    study = load(tmp_path, text)
+    assert len({recipe.variant_id(None) for recipe in study.all_recipes()}) == 4
+    assert [r.language for r in study.remedies().values()] == ["sw", "zh"]
+
+
 def test_imported_checkpoints_are_relative_to_the_study_file(tmp_path):
     (tmp_path / "pruned").mkdir()
     study = load(tmp_path, MINIMAL + '[imported]\nours = "pruned"\nhub = "somebody/pruned"')
@@ -175,6 +232,11 @@ def test_the_demo_asks_for_what_the_readme_says():
         (MINIMAL + '[imported]\n"../x" = "y"', 'imported: "../x" cannot be used as a name'),
         (MINIMAL + '[imported]\ndense = "y"', '"dense" is the name of a method or of another model'),
         (MINIMAL + "[imported]\nx = 3", "imported.x"),
+        (MINIMAL + DIAGNOSED, "found/remedy.json; give the one that prunescope diagnose writes"),
+        (MINIMAL + DIAGNOSED.replace("found/remedy", "study").replace(".json", ".toml"), "study.toml is damaged"),
+        (MINIMAL + DIAGNOSED.replace(', "diagnosis"]', "]"), 'diagnosis goes with allocation = "diagnosis"'),
+        (MINIMAL + DIAGNOSED.replace('"found/remedy.json"', "3"), "recipes.0.diagnosis: should be text in quotes"),
+        (MINIMAL + DIAGNOSED.split("diagnosis =")[0], 'allocation "diagnosis" needs importance, the file'),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path, text, message):

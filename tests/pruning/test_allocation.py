@@ -6,7 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning.allocation import allocation_named, by_block, language_correlation, outlier_share, shifted, threshold
+from pruning.allocation import (
+    allocation_named,
+    by_block,
+    by_matrix,
+    diagnosed,
+    language_correlation,
+    outlier_share,
+    shifted,
+    shuffled,
+    threshold,
+)
 from pruning.errors import RecipeError
 from pruning.statistics import InputStatistics
 
@@ -92,3 +102,75 @@ def test_equal_blocks_give_the_same():
 def test_unknown_allocation_is_refused():
     with pytest.raises(RecipeError, match="did you mean"):
         allocation_named("owls")
+
+
+SHAPES = {(layer, role): shape for layer in range(6) for role, shape in (("q", (8, 8)), ("down", (8, 20)))}
+IMPORTANCE = st.lists(
+    st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -1.0]),
+    min_size=len(SHAPES),
+    max_size=len(SHAPES),
+)
+
+
+@given(IMPORTANCE, st.floats(0.3, 0.7), st.floats(0, 0.15))
+def test_a_diagnosis_equals_a_naive_version_however_skewed_it_is(values, sparsity, spread):
+    importance = dict(zip(SHAPES, values, strict=True))
+    sizes = {key: a * b for key, (a, b) in SHAPES.items()}
+    found = diagnosed(importance, SHAPES, sparsity, spread=spread)
+    expected = naive.diagnosis_sparsities(importance, sizes, sparsity, spread)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+@given(IMPORTANCE, st.floats(0.3, 0.7), st.integers(0, 5))
+def test_matrices_that_matter_more_give_a_smaller_share_of_the_same_total(values, sparsity, shuffle):
+    importance = dict(zip(SHAPES, values, strict=True))
+    total = int(sum(a * b for a, b in SHAPES.values()) * sparsity)
+    budgets = by_matrix(SHAPES, diagnosed(importance, SHAPES, sparsity, shuffle=float(shuffle)), total)
+    assert sum(budgets.values()) == total
+    if not shuffle:
+        for one in SHAPES:
+            for other in SHAPES:
+                if one[1] == other[1] and importance[one] > importance[other]:
+                    assert budgets[one] <= budgets[other]
+
+
+def test_only_ranks_count_and_only_those_in_scope():
+    steep = {key: 10.0**n for n, key in enumerate(SHAPES)}
+    flat = {key: n - 3.0 for n, key in enumerate(SHAPES)}
+    assert diagnosed(steep, SHAPES, 0.5) == diagnosed(flat, SHAPES, 0.5)
+    scope = {key: shape for key, shape in SHAPES.items() if key[1] == "q"}
+    shares = diagnosed(steep, scope, 0.5)
+    assert list(shares) == list(scope)
+    assert list(shares.values()) == pytest.approx([0.58, 0.548, 0.516, 0.484, 0.452, 0.42])
+
+
+@given(IMPORTANCE, st.integers(1, 999_999))
+def test_a_shuffle_keeps_the_importances_of_a_role_together(values, seed):
+    importance = dict(zip(SHAPES, values, strict=True))
+    mixed = shuffled(importance, seed)
+    assert list(mixed) == list(importance)
+    for role in ("q", "down"):
+        assert sorted(mixed[key] for key in SHAPES if key[1] == role) == sorted(
+            importance[key] for key in SHAPES if key[1] == role
+        )
+    assert shuffled(importance, seed) == mixed
+
+
+def test_shuffles_differ_by_seed_and_role_and_stay_what_they_are():
+    importance = {key: float(key[0]) for key in SHAPES}
+    orders = {
+        seed: tuple(
+            tuple(int(v) for k, v in shuffled(importance, seed).items() if k[1] == role) for role in ("q", "down")
+        )
+        for seed in (1, 2, 3)
+    }
+    assert len({order for pair in orders.values() for order in pair}) == 6
+    assert orders[1] == (
+        (5, 3, 0, 4, 1, 2),
+        (0, 5, 3, 1, 2, 4),
+    )  # a control that is made again years later must be the same
+
+
+def test_a_diagnosis_cannot_take_more_than_there_is():
+    with pytest.raises(RecipeError, match="lower the spread"):
+        diagnosed({key: float(key[0]) for key in SHAPES}, SHAPES, 0.95, spread=0.1)

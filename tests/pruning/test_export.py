@@ -152,6 +152,16 @@ def test_card_of_a_calibrated_variant_states_the_recipe():
     assert "Remarks" not in text
 
 
+def test_card_of_a_diagnosed_variant_says_which_diagnosis():
+    recipe = Recipe(method="magnitude", sparsity=0.5, allocation="diagnosis", importance={"0.q": 1, "0.gate.1": 2})
+    _, text = card(recipe)
+    assert (
+        f"| allocation | diagnosis={recipe.importance_sha256[:6]} |\n| diagnosis (SHA-256) | `{recipe.importance_sha256}`"
+        in text
+    )
+    assert "importance of 2 matrices, in `recipe.json`" in text
+
+
 def test_card_of_an_uncalibrated_variant_speaks_of_no_text():
     front, text = card(Recipe(method="magnitude", sparsity=0.3), remarks=("block 1: odd", "block 2: odder"))
     assert "language" not in front

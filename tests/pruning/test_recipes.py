@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from hashlib import sha256
+
 import pytest
 from pydantic import ValidationError
 
 from pruning import CalibrationSet, Recipe
 from pruning.methods import Method, magnitude, register
+
+DIAGNOSED = {"allocation": "diagnosis", "importance": {"0.q": 0.01, "0.down": 0.12}}
 
 
 @pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, 50, float("nan")])
@@ -56,6 +60,16 @@ def test_n_of_m_settles_the_sparsity():
         ({"method": "ria", "parameters": {"power": -1}}, "is not between 0 and 4"),
         ({"method": "ria", "parameters": {"power": float("nan")}}, "is not between 0 and 4"),
         ({"method": "ria", "parameters": {"pwr": 1}}, 'did you mean "power"'),
+        ({"allocation": "diagnosis"}, r'allocation "diagnosis" needs importance, the file .* writes \(remedy.json\)'),
+        ({"importance": {"0.q": 1}}, 'goes with allocation "diagnosis", not with "uniform"'),
+        ({"importance": {"0.q": 1}, "allocation": "owl"}, 'goes with allocation "diagnosis", not with "owl"'),
+        (DIAGNOSED | {"pattern": "2:4"}, "goes with row or matrix"),
+        (DIAGNOSED | {"pattern": "model"}, "goes with row or matrix"),
+        (DIAGNOSED | {"importance": {"0.q": float("nan")}}, 'importance of "0.q" is nan'),
+        (DIAGNOSED | {"importance": [("0.q", 1), ("0.q", 2)]}, "names a matrix twice"),
+        (DIAGNOSED | {"parameters": {"shuffle": 1.5}}, "shuffle = 1.5 is not a whole number"),
+        (DIAGNOSED | {"parameters": {"shuffle": 1e7}}, "is not between 0 and 999999"),
+        (DIAGNOSED | {"parameters": {"outlier": 5}}, 'no parameter "outlier"; .*shuffle, spread'),
     ],
 )
 def test_what_does_not_go_together_is_refused(wrong, words):
@@ -82,6 +96,27 @@ def test_parameters_that_are_the_default_make_no_other_recipe():
     assert Recipe.model_validate_json(other.model_dump_json()) == other
 
 
+def test_a_diagnosis_is_part_of_the_name_and_reads_back():
+    recipe = Recipe(method="wanda", sparsity=0.5, **DIAGNOSED)
+    assert recipe.importance == (("0.down", 0.12), ("0.q", 0.01))
+    assert recipe == Recipe(method="wanda", sparsity=0.5, allocation="diagnosis", importance=recipe.importance[::-1])
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    digits = sha256(b'{"0.down":0.12,"0.q":0.01}').hexdigest()[:6]
+    assert recipe.allocation_label == f"diagnosis={digits}"
+    assert recipe.variant_id(CalibrationSet.named("sw")) == f"wanda-0.5-row-diagnosis={digits}-pruned-sw-s0"
+    control = Recipe(method="wanda", sparsity=0.5, **DIAGNOSED, parameters={"shuffle": 1})
+    assert control.allocation_label == f"diagnosis={digits}(shuffle=1)"
+    assert control.variant_id(None) == f"wanda-0.5-row-diagnosis={digits}-shuffle=1"
+    other = Recipe(method="wanda", sparsity=0.5, **DIAGNOSED | {"importance": {"0.q": 0.02, "0.down": 0.12}})
+    assert other.variant_id(None) != recipe.variant_id(None)
+
+
+def test_a_diagnosis_needs_no_text_of_its_own():
+    assert not Recipe(method="magnitude", sparsity=0.5, **DIAGNOSED).calibrated
+    assert Recipe(method="wanda", sparsity=0.5, **DIAGNOSED).calibrated
+    assert Recipe(method="magnitude", sparsity=0.5, allocation="owl").calibrated
+
+
 def test_ids_are_folder_names_and_tell_recipes_apart():
     recipes = [
         Recipe(method="wanda", pattern="2:4"),
@@ -90,6 +125,8 @@ def test_ids_are_folder_names_and_tell_recipes_apart():
         Recipe(method="wanda", sparsity=0.5, blocks="0:2"),
         Recipe(method="wanda", sparsity=0.5, blocks="0,2"),
         Recipe(method="wanda", sparsity=0.5, allocation="owl"),
+        Recipe(method="wanda", sparsity=0.5, **DIAGNOSED),
+        Recipe(method="wanda", sparsity=0.5, **DIAGNOSED, parameters={"shuffle": 1}),
         Recipe(method="wanda", sparsity=0.5, propagation="dense"),
     ]
     ids = [recipe.variant_id(CalibrationSet.named("en")) for recipe in recipes]

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import naive
 import pytest
 import torch
 from conftest import tiny_model
 
-from pruning import Anatomy, CalibrationSet, Recipe
+from pruning import Anatomy, CalibrationSet, Recipe, known_methods
 from pruning.calibration import CalibrationText, Piece
 from pruning.engine import Job, Schedule, Workspace, sweep
 from pruning.engine.sweep import sweep_work
@@ -46,6 +47,9 @@ GRID = [
     Recipe(method="grasp", sparsity=0.5, pattern="row"),
     Recipe(method="random", sparsity=0.5),
 ]
+OWL = Recipe(method="wanda", sparsity=0.5, allocation="owl")
+#: Methods that look at the weights alone.
+TEXTLESS = ("magnitude", "random")
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -112,6 +116,65 @@ def test_allocations_remove_exactly_as_much_as_uniform_does(allocation, pattern,
     shifted, even = (pruned(Job(recipe, MIX)).masks for recipe in recipes)
     assert shifted.kept() == even.kept()
     assert {key: shifted.kept(key) for key in shifted} != {key: even.kept(key) for key in even}
+
+
+def importances(anatomy: Anatomy) -> dict[str, float]:
+    """Heavy-tailed as attributed effects are, with ties and some that are negative; in no order of place."""
+    return {f"{layer}.{role}": round(10 ** (n * 7 % 13 - 9), 3) - 0.01 for n, (layer, role) in enumerate(anatomy)}
+
+
+@pytest.mark.parametrize("pattern", ["row", "matrix"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "mt5"])
+def test_a_diagnosis_shifts_what_every_method_removes_and_not_how_much(kind, pattern):
+    anatomy = Anatomy(tiny_model(kind))
+    importance = importances(anatomy)
+    sizes = {key: anatomy.shape(*key)[0] * anatomy.shape(*key)[1] for key in anatomy}
+    expected = naive.diagnosis_sparsities({key: importance[f"{key[0]}.{key[1]}"] for key in anatomy}, sizes, 0.5)
+    wanted = [
+        Job(Recipe(method=method, sparsity=0.5, pattern=pattern, **allocation), None if method in TEXTLESS else MIX)
+        for method in known_methods()
+        for allocation in (
+            {"allocation": "uniform"},
+            {"allocation": "diagnosis", "importance": importance},
+            {"allocation": "diagnosis", "importance": importance, "parameters": {"shuffle": 2}},
+        )
+    ]
+    result = sweep(anatomy, wanted, text())
+    for even, spared, control in zip(wanted[::3], wanted[1::3], wanted[2::3], strict=True):
+        masks = result(spared).masks
+        assert masks.kept() == result(even).masks.kept() == result(control).masks.kept()
+        assert masks != result(control).masks
+        for key in anatomy:
+            assert sizes[key] - masks.kept(key) == pytest.approx(expected[key] * sizes[key], abs=1), spared.id
+        shares = [sorted(m.sparsity(key) for key in m if key[1] == "up") for m in (masks, result(control).masks)]
+        assert shares[0] == pytest.approx(shares[1], abs=1 / 500)  # the same shape in other places
+        assert equal(result(spared), sweep(anatomy, [spared], text())(spared)), spared.id
+
+
+def test_a_diagnosis_takes_no_look_at_the_dense_model(model):
+    anatomy = Anatomy(model)
+    even = Recipe(method="wanda", sparsity=0.5)
+    spared = Recipe(method="wanda", sparsity=0.5, allocation="diagnosis", importance=importances(anatomy))
+    assert sweep_work(anatomy, jobs(spared), text()) == sweep_work(anatomy, jobs(even), text())
+    assert sweep_work(anatomy, jobs(spared), text()) < sweep_work(anatomy, jobs(OWL), text())
+
+
+def test_a_diagnosis_may_say_more_than_the_scope_and_never_less():
+    anatomy = Anatomy(tiny_model())
+    given: dict[str, Any] = {"method": "magnitude", "sparsity": 0.5, "allocation": "diagnosis"}
+    whole = importances(anatomy)
+    scoped = Job(Recipe(**given, importance=whole, roles=("o", "q"), blocks="1:"))
+    masks = sweep(anatomy, [scoped])(scoped).masks
+    assert set(masks) == {(1, "q"), (1, "o"), (2, "q"), (2, "o")}
+    assert masks.sparsity() == 0.5
+    assert len({masks.sparsity(key) for key in masks}) > 1
+    lacking = {name: value for name, value in whole.items() if name not in ("1.down", "2.q")}
+    with pytest.raises(RecipeError, match=r'importance lacks "1\.down" and 1 more, in the scope'):
+        sweep(anatomy, [Job(Recipe(**given, importance=lacking))])
+    with pytest.raises(RecipeError, match=r'speaks of "3\.q", and this llama model has no such matrix'):
+        sweep(anatomy, [Job(Recipe(**given, importance=whole | {"3.q": 0.1}))])
+    with pytest.raises(RecipeError, match="lower the spread"):
+        sweep(anatomy, [Job(Recipe(**given | {"sparsity": 0.97}, importance=whole))])
 
 
 def test_n_of_m_needs_inputs_in_groups_of_m():

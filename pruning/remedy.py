@@ -1,0 +1,107 @@
+"""Remedies: which matrices a diagnosis found to matter for what a pruned model lost, in a file, ``remedy.json``.
+
+A recipe with the allocation ``diagnosis`` spares them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import RecipeError
+from .files import write_json
+
+REMEDY_FILE = "remedy.json"
+_FORMAT: Final = "prunescope-remedy-1"
+
+
+class Remedy(BaseModel):
+    """What a diagnosis of a pruned model says to spare.
+
+    Attributes
+    ----------
+    model_fingerprint
+        Of the dense model.
+    variant
+        The pruned model that was diagnosed.
+    language, category
+        What it lost: in which language, and in what, such as ``reasoning``.
+    fitted_on
+        What the diagnosis was made with, in words.
+    importance
+        How much undoing the mask of one matrix brings back, by ``BLOCK.ROLE``, such as ``9.down``.
+
+    Raises
+    ------
+    RecipeError
+        (wrapped in pydantic's ``ValidationError``) if an importance is NaN or infinite.
+
+    Examples
+    --------
+    >>> remedy = Remedy(
+    ...     model_fingerprint="4f", variant="wanda-0.5-row-pruned-en-s0", language="sw", category="reasoning",
+    ...     fitted_on="half of the items", importance={"0.q": 0.01, "0.down": 0.12},
+    ... )
+    >>> from pruning import Recipe
+    >>> Recipe(method="wanda", sparsity=0.5, allocation="diagnosis", importance=remedy.importance).allocation_label
+    'diagnosis=728fc4'
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["prunescope-remedy-1"] = _FORMAT
+    model_fingerprint: str
+    variant: str
+    language: str
+    category: str
+    fitted_on: str
+    importance: dict[str, float] = Field(min_length=1)
+
+    @field_validator("importance")
+    @classmethod
+    def _finite(cls, importance: dict[str, float]) -> dict[str, float]:
+        for name, value in importance.items():
+            if not math.isfinite(value):
+                raise RecipeError(f'"{name}" is {value:g}, which is no number to rank by')
+        return importance
+
+    @classmethod
+    def open(cls, path: Path | str) -> Remedy:
+        """Read a remedy.
+
+        Raises
+        ------
+        RecipeError
+            If the file is missing, damaged, or no remedy.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RecipeError(
+                f"there is no file {path}; give the one that prunescope diagnose writes ({REMEDY_FILE})"
+            ) from error
+        except OSError as error:
+            raise RecipeError(f"cannot read {path}: {error.strerror}; give a {REMEDY_FILE}") from error
+        except ValueError as error:
+            raise RecipeError(f"{path} is damaged ({error}); have it written again by prunescope diagnose") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise RecipeError(
+                f'{path} is not a remedy ("format" is not "{_FORMAT}"); '
+                f"give the file that prunescope diagnose writes ({REMEDY_FILE})"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+            raise RecipeError(
+                f"{path} is damaged ({place}: {message}); have it written again by prunescope diagnose"
+            ) from error
+
+    def save(self, path: Path | str) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_json(Path(path), self.model_dump(mode="json"))
