@@ -126,6 +126,24 @@ class Variant:
         weight[mask] = self.values[key].to(dense.device, dense.dtype)
         return weight
 
+    def pieces(self, key: Key, dense: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield mask and weight (float32) of one projection, so many rows at a time, given the dense model's weight.
+
+        For what looks at several variants at once: all of each would be too much memory.
+        """
+        passed = 0
+        for start in range(0, len(dense), rows):
+            mask = self.masks.rows(key, start, start + rows).to(dense.device)
+            weight = dense[start : start + rows].float()
+            if key in self.values:
+                kept = int(mask.sum())
+                weight = torch.zeros_like(weight)
+                weight[mask] = _stretch(self.values, key, passed, passed + kept).to(weight)
+                passed += kept
+            else:
+                weight = weight * mask
+            yield mask, weight
+
     def save(self, folder: Path) -> None:
         """Write ``recipe.json``, ``masks.safetensors`` and, if weights were corrected, ``weights.safetensors``."""
         with whole_folder(folder) as partial:
@@ -369,6 +387,11 @@ class _Named(Mapping[str, Tensor]):
         return len(self._keys)
 
 
+def _stretch(values: Mapping[Key, Tensor], key: Key, start: int, stop: int) -> Tensor:
+    """Return some of a projection's values, without reading the others where they are in a file."""
+    return values.stretch(key, start, stop) if isinstance(values, _KeptValues) else values[key][start:stop]
+
+
 class _KeptValues(Mapping[Key, Tensor]):
     """Values of kept weights, read from their file as they are asked for."""
 
@@ -395,6 +418,11 @@ class _KeptValues(Mapping[Key, Tensor]):
         name = self._names[key]
         with safe_open(self._path, "pt") as file:
             values: Tensor = file.get_tensor(name).clone()  # else the whole file stays mapped
+        return values
+
+    def stretch(self, key: Key, start: int, stop: int) -> Tensor:
+        with safe_open(self._path, "pt") as file:
+            values: Tensor = file.get_slice(self._names[key])[start:stop].clone()
         return values
 
     def __iter__(self) -> Iterator[Key]:
