@@ -260,7 +260,6 @@ def comparison_study(
     languages: Sequence[str] = BUNDLED_LANGUAGES,
     text: str = "bundled",
     segments: int = EvaluationConfig.model_fields["segments"].default,
-    fit_segments: int = EvaluationConfig.model_fields["fit_segments"].default,
 ) -> Study:
     """Return the study that measures one model that was pruned elsewhere against its dense parent.
 
@@ -272,8 +271,8 @@ def comparison_study(
         BCP-47 tags.
     text
         Where all text comes from.
-    segments, fit_segments
-        As in a study's ``[evaluation]``.
+    segments
+        Held-out segments a language, and parallel ones to fit the subspaces.
 
     Raises
     ------
@@ -289,7 +288,7 @@ def comparison_study(
             "calibration": {"sets": []},
             "recipes": [],
             "imported": {name: pruned},
-            "evaluation": {"segments": segments, "fit_segments": fit_segments},
+            "evaluation": {"segments": segments, "fit_segments": segments},
         },
         "compare",
     )
