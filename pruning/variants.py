@@ -205,7 +205,7 @@ class Variant:
         record = _stated(
             VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint()), child
         )
-        bits, inputs, values, news = {}, {}, {}, 0
+        bits, inputs, values, news, missing = {}, {}, {}, 0, 0
         for layer in range(len(parent.blocks)):
             with parent.loaded(layer, to_read=True), child.loaded(layer, to_read=True):
                 _check_unchanged(parent, child, parent.parameter_names(layer), name)
@@ -219,9 +219,15 @@ class Variant:
                     if not torch.equal(weight, before * mask):
                         values[layer, role] = weight[mask].cpu()
                     news += int((~mask & (before != 0)).sum())
+                    missing += int((mask & (before == 0)).sum())
         others = parent.other_names()
         with residence_of(dense).present(others, to_read=True), residence_of(pruned).present(others, to_read=True):
             _check_unchanged(parent, child, others, name)
+        if news == 0 and missing:
+            raise VariantError(
+                f'"{name}" is zero nowhere but where this model is, and this model is zero where "{name}" is not: '
+                "were the dense and the pruned model swapped?"
+            )
         if news == 0:
             raise VariantError(
                 f'"{name}" is zero nowhere but where this model is: it is not pruned, or its masks were not applied'
