@@ -84,9 +84,8 @@ def compare(
     from .run import run_study
     from .study import comparison_study
 
-    study = comparison_study(
-        dense, pruned, languages=languages.split(","), text=text, segments=segments, fit_segments=segments
-    )
+    tags = [tag.strip() for tag in languages.split(",")]
+    study = comparison_study(dense, pruned, languages=tags, text=text, segments=segments)
     (name,) = study.imported
     report = run_study(study, out or Path("runs") / f"compare-{name}")
     typer.echo(f"report: {report}")

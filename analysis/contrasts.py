@@ -6,7 +6,7 @@ makes a difference too: that is measured on all sets that have several seeds, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -88,18 +88,22 @@ def analyze(
         shared = {name: columns[variants[0]][name] for name in RECIPE_COLUMNS}
         for metric in next(iter(scores.values())):
             values = {place: of[metric] for place, of in scores.items()}
-            pairs = list(_pairs(values, languages, ordered, sets))
-            own = list(_own_against_others(values, languages, sets))
-            for family in (pairs, own):
-                if family and family is own:
-                    rows += [{**shared, **row, "metric": metric} for row in _all_languages(values, languages, sets)]
-                if family:
-                    adjusted = false_discovery_control([row["p_value"] for row in family])
-                    rows += [
-                        {**shared, **row, "metric": metric, "p_adjusted": float(p)}
-                        for row, p in zip(family, adjusted, strict=True)
-                    ]
+            compared = [
+                *_corrected(_pairs(values, languages, ordered, sets)),
+                *_all_languages(values, languages, sets),
+                *_corrected(_own_against_others(values, languages, sets)),
+            ]
+            rows += [{**shared, **row, "metric": metric} for row in compared]
     return tidy("contrasts", rows)
+
+
+def _corrected(family: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with their p-values corrected for all comparisons of the family."""
+    family = list(family)
+    if not family:
+        return []
+    adjusted = false_discovery_control([row["p_value"] for row in family])
+    return [{**row, "p_adjusted": float(p)} for row, p in zip(family, adjusted, strict=True)]
 
 
 def _scores(dense: Readings, pruned: Readings, subspaces: Sequence[LSAR]) -> Scores:
@@ -296,18 +300,20 @@ def plot(
     panels = {}
     for language in figures.in_order(shown["language"].unique()):
         reference = language if language in sets else ordered[0]
-        effects = []
-        for name in ordered:
-            for _, row in shown[shown["language"] == language].iterrows():
-                pair = (str(row["calibration"]), str(row["other_calibration"]))
-                if set(pair) != {name, reference} or name == reference:
-                    continue
-                sign = 1 if pair[0] == name else -1
-                margin = 0.0 if np.isnan(row["seed_margin"]) else float(row["seed_margin"])
-                low, high = sorted((sign * row["low"], sign * row["high"]))
-                found = bool(row["p_adjusted"] < SIGNIFICANT)
-                value = sign * row["value"]
-                effects.append(figures.Effect(name, value, low, high, figures.colour(name), found, margin))
+        here = shown[shown["language"] == language]
+        involved = (here["calibration"] == reference) | (here["other_calibration"] == reference)
+        effects = [_effect(row, reference) for row in here[involved].to_dict("records")]
+        effects.sort(key=lambda effect: figures.calibration_rank(effect.label))
         panels[f"{figures.language_title(language)}, against {reference}"] = effects
     title = f"What calibrating on another text changes ({figures.recipe_label(recipe)})"
     return figures.effect_panels(panels, title=title, x_label=f"difference in {_WORDS[metric]}", width=width)
+
+
+def _effect(row: Mapping[Any, Any], reference: str) -> figures.Effect:
+    """Return how the set that is compared with the reference differs from it, whichever of them the row subtracts."""
+    turned = row["calibration"] == reference
+    name = str(row["other_calibration" if turned else "calibration"])
+    value, low, high = (-row["value"], -row["high"], -row["low"]) if turned else (row["value"], row["low"], row["high"])
+    margin = 0.0 if np.isnan(row["seed_margin"]) else row["seed_margin"]
+    found = row["p_adjusted"] < SIGNIFICANT
+    return figures.Effect(name, value, low, high, figures.colour(name), found, margin)

@@ -91,12 +91,17 @@ def in_order(languages: Iterable[str]) -> list[str]:
 
 def calibration_rank(name: str) -> tuple[int, str]:
     """Sort key of calibration sets: uncalibrated, single languages, mixes, all."""
-    bare = name.split(" ")[0]
-    if bare in (UNCALIBRATED, "no"):
+    if name == UNCALIBRATED:
         return 0, name
-    if bare == "all":
+    if name == "all":
         return 3, name
-    return (2, name) if "+" in bare else (1, name)
+    return (2, name) if "+" in name else (1, name)
+
+
+def sets_of(rows: pd.DataFrame) -> list[tuple[str, int]]:
+    """Return the calibration sets of some rows with their seeds, in the order that all figures use."""
+    pairs = {(str(c), int(s)) for c, s in zip(rows["calibration"], rows["seed"], strict=True)}
+    return sorted(pairs, key=lambda pair: (calibration_rank(pair[0]), pair[1]))
 
 
 def set_label(calibration: str, seed: int) -> str:
@@ -104,6 +109,11 @@ def set_label(calibration: str, seed: int) -> str:
     if calibration == UNCALIBRATED:
         return "no text"
     return str(calibration) if seed == 0 else f"{calibration} (seed {seed})"
+
+
+def set_style(calibration: str, seed: int) -> tuple[str, str]:
+    """Return colour and style of a calibration set's line; further seeds are dotted."""
+    return GREY if calibration == UNCALIBRATED else colour(calibration), ":" if seed else "-"
 
 
 def variant_rank(row: pd.Series) -> tuple[Any, ...]:
@@ -207,9 +217,10 @@ def short(value: float) -> str:
 
 def by_calibration(rows: pd.DataFrame, reduce: str = "mean") -> pd.DataFrame:
     """Return a table of ``value``, a row a calibration set and a column an evaluation language."""
+    labels = [set_label(*pair) for pair in sets_of(rows)]
     rows = rows.assign(set=[set_label(c, s) for c, s in zip(rows["calibration"], rows["seed"], strict=True)])
     table = rows.pivot_table(index="set", columns="language", values="value", aggfunc=reduce, observed=True)
-    return table.loc[sorted(table.index, key=calibration_rank), in_order(table.columns)]
+    return table.loc[labels, in_order(table.columns)]
 
 
 def heatmaps(
@@ -298,7 +309,6 @@ class Panel:
     lines: Sequence[Line]
     levels: Mapping[str, float | int] = field(default_factory=dict)
     x_label: str | None = None
-    y_label: str | None = None
     log_x: bool = False
     whole_x: bool = True
     x_range: tuple[float, float] | None = None
@@ -311,21 +321,16 @@ def range_line(rows: pd.DataFrame, x: str, label: str, colour: str, style: str =
     return Line(label, spread.index.tolist(), spread["mean"].tolist(), colour, style, low, high)
 
 
-def set_lines(rows: pd.DataFrame, x: str = "layer") -> list[Line]:
-    """Return a line for each calibration set, in its colour, with its interval; further seeds are dotted."""
-    pairs = rows[["calibration", "seed"]].drop_duplicates().to_records(index=False)
-    ordered = sorted(((str(c), int(s)) for c, s in pairs), key=lambda pair: (calibration_rank(pair[0]), pair[1]))
+def set_lines(rows: pd.DataFrame) -> list[Line]:
+    """Return a line by layer for each calibration set, with its interval where there is one."""
     lines = []
-    for calibration, seed in ordered:
-        own = rows[(rows["calibration"] == calibration) & (rows["seed"] == seed)].sort_values(x)
+    for calibration, seed in sets_of(rows):
+        own = rows[(rows["calibration"] == calibration) & (rows["seed"] == seed)].sort_values("layer")
         interval = {}
         if {"low", "high"} <= set(own.columns) and not own["low"].isna().all():
             interval = {"low": own["low"].tolist(), "high": own["high"].tolist()}
-        name = GREY if calibration == UNCALIBRATED else colour(calibration)
-        style = ":" if seed else "-"
-        lines.append(
-            Line(set_label(calibration, seed), own[x].tolist(), own["value"].tolist(), name, style, **interval)
-        )
+        label, style = set_label(calibration, seed), set_style(calibration, seed)
+        lines.append(Line(label, own["layer"].tolist(), own["value"].tolist(), *style, **interval))
     return lines
 
 
@@ -337,7 +342,6 @@ def line_panels(
     y_label: str,
     log_y: bool = False,
     share: bool = True,
-    height: float = 1.35,
     width: float = PAGE_WIDTH,
 ) -> Figure:
     """Draw small multiples of lines with one legend for all.
@@ -347,20 +351,18 @@ def line_panels(
     panels
         What to draw.
     title, x_label, y_label
-        What to write; a panel's own labels go before these.
+        What to write; a panel's own label of the x axis goes before this one.
     log_y
         Whether values are on a logarithmic scale.
     share
         Whether all panels have the same axes.
-    height
-        Inches of a row of panels.
     width
         Inches: :data:`PAGE_WIDTH` or :data:`COLUMN_WIDTH`.
     """
     columns = min(max(round(width / 1.6), 1), len(panels))
     rows = math.ceil(len(panels) / columns)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, 0.7 + height * rows), layout="constrained")
+        figure = Figure(figsize=(width, 0.7 + 1.35 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
         handles: dict[str, Any] = {}
         for axes, panel in zip(grid.flat, panels, strict=False):
@@ -387,8 +389,6 @@ def line_panels(
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("")
-            if panel.y_label:
-                axes.set_ylabel(panel.y_label)
             if panel.x_label or not share:
                 axes.set_xlabel(panel.x_label or x_label)
         for axes in grid.flat[len(panels) :]:

@@ -1,4 +1,8 @@
-"""LAPE: language-specific neurons by the entropy of their firing (Tang et al., ACL 2024, 2402.16438)."""
+"""LAPE: language-specific neurons by the entropy of their firing (Tang et al., ACL 2024, 2402.16438).
+
+:func:`plot` draws the frame ``language_neurons``, :func:`plot_kept` ``neuron_selection``, :func:`plot_entropy` and
+:func:`plot_shift` ``neurons``; each takes the recipe whose variants it shows, and a width in inches.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from matplotlib.figure import Figure
 from scipy.stats import permutation_test
 
 from probes import DENSE, Readings
 from probes.neurons import FOLDS, fold_of
-from pruning.recipes import UNCALIBRATED
 
 from . import figures
 from .frames import VARIANT_COLUMNS, of_recipe, tidy
@@ -30,6 +33,45 @@ SELECTED_SHARE = 0.01
 PERMUTATIONS = 99
 #: Neurons that a mean shift is drawn from at the least.
 _FEW = 5
+
+
+@dataclass(frozen=True)
+class FiringCounts:
+    """How often the neurons of one model fired, in each language and each fold of its text.
+
+    Attributes
+    ----------
+    languages
+        In the order in which they were read.
+    fired
+        Tokens on which each neuron fired, one ``[folds, layers, neurons]`` a language: those that were read, no copies.
+    tokens
+        Tokens that were counted, ``[languages, folds]``.
+    """
+
+    languages: tuple[str, ...]
+    fired: tuple[np.ndarray, ...]
+    tokens: Int64[np.ndarray, "languages folds"]
+
+    @classmethod
+    def of(cls, readings: Mapping[tuple[str, str], Readings], variant: str) -> FiringCounts:
+        """Take the counts of one model from what was read of all."""
+        languages = tuple(dict.fromkeys(language for _, language in readings))
+        fired, tokens = [], np.zeros((len(languages), FOLDS), dtype=np.int64)
+        for own, language in zip(tokens, languages, strict=True):
+            read = readings[variant, language]
+            fired.append(read.fired.numpy())
+            np.add.at(own, fold_of(torch.arange(len(read.tokens))).numpy(), read.tokens.numpy())
+        return cls(languages, tuple(fired), tokens)
+
+    def probabilities(self, folds: Sequence[int] = range(FOLDS)) -> Probabilities:
+        """Return the share of tokens on which each neuron fires, by language, on some folds of the text."""
+        chosen = list(folds)
+        shares = [
+            fired[chosen].sum(axis=0) / tokens[chosen].sum()
+            for fired, tokens in zip(self.fired, self.tokens, strict=True)
+        ]
+        return np.stack(shares, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -77,14 +119,18 @@ def select(
     round(share · their number) with the lowest entropy are selected, those left out that exceed the threshold in
     no language; ties go by position. Each belongs to every language in which it exceeds the threshold.
     """
-    ranked = np.partition(probabilities.ravel(), k := max(round(threshold_quantile * probabilities.size), 1) - 1)
-    threshold = float(ranked[k])
+    threshold = _threshold(probabilities, threshold_quantile)
     above = probabilities > threshold
     scores = np.where(above.any(axis=-1), entropy(probabilities), np.inf).ravel()
     wanted = np.argsort(scores, kind="stable")[: selection_size(scores.size, selected_share)]
     chosen = np.zeros(scores.size, dtype=bool)
     chosen[wanted[np.isfinite(scores[wanted])]] = True
     return Selection(above & chosen.reshape(above.shape[:2])[..., None], threshold)
+
+
+def _threshold(probabilities: np.ndarray, quantile: float = THRESHOLD_QUANTILE) -> float:
+    k = max(round(quantile * probabilities.size), 1) - 1
+    return float(np.partition(probabilities.ravel(), k)[k])
 
 
 def selection_size(neurons: int, selected_share: float = SELECTED_SHARE) -> int:
@@ -94,30 +140,6 @@ def selection_size(neurons: int, selected_share: float = SELECTED_SHARE) -> int:
     (3523, 22938)
     """
     return round(selected_share * neurons)
-
-
-def firing_probabilities(
-    readings: Mapping[tuple[str, str], Readings],
-    variant: str,
-    languages: Sequence[str],
-    folds: Sequence[int] = tuple(range(FOLDS)),
-) -> Probabilities:
-    """Return the share of tokens on which each neuron of one model fires, by language, on some folds of the text."""
-    counts, tokens = _counts(readings, variant, languages)
-    chosen = list(folds)
-    return np.stack([counts[i][chosen].sum(axis=0) / tokens[i, chosen].sum() for i in range(len(languages))], axis=-1)
-
-
-def _counts(
-    readings: Mapping[tuple[str, str], Readings], variant: str, languages: Sequence[str]
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return, by language, how often each neuron fired in each fold, and the folds' tokens, ``[languages, folds]``."""
-    fired, tokens = [], np.zeros((len(languages), FOLDS), dtype=np.int64)
-    for i, language in enumerate(languages):
-        read = readings[variant, language]
-        fired.append(read.fired.numpy())
-        np.add.at(tokens[i], fold_of(torch.arange(len(read.tokens))).numpy(), read.tokens.numpy())
-    return fired, tokens
 
 
 def neurons(
@@ -132,12 +154,12 @@ def neurons(
     columns
         Variant to the columns that describe it.
     """
-    languages = list(dict.fromkeys(language for _, language in readings))
-    if not next(iter(readings.values())).fired.numel():
+    if not _were_read(readings):
         yield tidy("neurons", [])
         return
     for variant in dict.fromkeys(variant for variant, _ in readings):
-        probabilities = firing_probabilities(readings, variant, languages)
+        counts = FiringCounts.of(readings, variant)
+        probabilities = counts.probabilities()
         layers, count, _ = probabilities.shape
         place = {
             **columns[variant],
@@ -151,7 +173,7 @@ def neurons(
                 "metric": "firing_probability",
                 "value": probabilities[..., i].ravel(),
             }
-            for i, language in enumerate(languages)
+            for i, language in enumerate(counts.languages)
         ]
         yield tidy("neurons", [*rows, {**place, "metric": "lape", "value": entropy(probabilities).ravel()}])
 
@@ -172,49 +194,46 @@ def analyze(
     columns
         Variant to the columns that describe it.
     """
-    languages = list(dict.fromkeys(language for _, language in readings))
-    if not next(iter(readings.values())).fired.numel():
+    if not _were_read(readings):
         return tidy("language_neurons", []), tidy("neuron_selection", [])
-    before = select(firing_probabilities(readings, DENSE, languages))
+    before = select(FiringCounts.of(readings, DENSE).probabilities())
     sets, checks = [], []
     for variant in dict.fromkeys(variant for variant, _ in readings):
-        probabilities = firing_probabilities(readings, variant, languages)
+        counts = FiringCounts.of(readings, variant)
+        probabilities = counts.probabilities()
         layers = np.arange(len(probabilities))
         after = before if variant == DENSE else select(probabilities)
-        counts = {
+        compared = {
             "kept": before.members & after.members,
             "lost": before.members & ~after.members,
             "gained": after.members & ~before.members,
             "still_firing": before.members & (probabilities > before.threshold),
         }
-        for metric, members in counts.items():
-            for i, language in enumerate(languages):
+        for metric, members in compared.items():
+            for i, language in enumerate(counts.languages):
                 row = {**columns[variant], "language": language, "layer": layers, "metric": metric}
                 sets.append({**row, "value": members[..., i].sum(axis=1).astype(np.float64)})
-        checks += [{**columns[variant], **row} for row in _check(readings, variant, languages, before, after)]
+        checks += [{**columns[variant], **row} for row in _check(counts, probabilities, before, after)]
     return tidy("language_neurons", sets), tidy("neuron_selection", checks)
 
 
+def _were_read(readings: Mapping[tuple[str, str], Readings]) -> bool:
+    return bool(next(iter(readings.values())).fired.numel())
+
+
 def _check(
-    readings: Mapping[tuple[str, str], Readings],
-    variant: str,
-    languages: Sequence[str],
-    before: Selection,
-    after: Selection,
+    counts: FiringCounts, probabilities: Probabilities, before: Selection, after: Selection
 ) -> Iterator[dict[str, Any]]:
     """Yield rows on how far one model's selection can be trusted."""
     chosen = after.members.any(axis=-1)
-    probabilities = firing_probabilities(readings, variant, languages)
     highest = float(entropy(probabilities)[chosen].max()) if chosen.any() else 0.0
     whole = {"selected": float(chosen.sum()), "threshold": after.threshold, "highest_lape": highest}
-    whole |= _selected_by_chance(*_counts(readings, variant, languages), highest)
+    whole |= _selected_by_chance(counts, highest)
     for metric, value in whole.items():
         yield {"metric": metric, "value": value}
-    halves = [
-        select(firing_probabilities(readings, variant, languages, range(which, FOLDS, 2))).members for which in (0, 1)
-    ]
+    halves = [select(counts.probabilities(range(which, FOLDS, 2))).members for which in (0, 1)]
     total = chosen.size
-    for i, language in enumerate(languages):
+    for i, language in enumerate(counts.languages):
         dense, now = before.members[..., i], after.members[..., i]
         one, other = halves[0][..., i], halves[1][..., i]
         shares: dict[str, tuple[float, float]] = {
@@ -228,29 +247,23 @@ def _check(
                 yield {"language": language, "metric": metric, "value": part / of}
 
 
-def _selected_by_chance(counts: Sequence[np.ndarray], tokens: np.ndarray, highest: float) -> dict[str, float]:
+def _selected_by_chance(counts: FiringCounts, highest: float) -> dict[str, float]:
     """Return how many neurons reach a selection's entropy if text is dealt to languages at random, with a p-value.
 
     The folds of all languages are permuted among the languages: whatever the text says, and however much of it there
     is, stays the same; only the language no longer goes with it.
     """
-    folds = [(i, fold) for i in range(len(tokens)) for fold in np.flatnonzero(tokens[i])]
-    fired = np.stack([counts[i][fold].ravel() for i, fold in folds]).astype(np.float32)  # [folds, neurons]
-    read = np.array([tokens[i, fold] for i, fold in folds], dtype=np.float32)
-    position = {place: index for index, place in enumerate(folds)}
-    samples = [
-        np.array([position[i, fold] for fold in np.flatnonzero(tokens[i])], dtype=np.float64)
-        for i in range(len(tokens))
-    ]
+    owner, fold = np.nonzero(counts.tokens)
+    fired = np.stack([counts.fired[i][f].ravel() for i, f in zip(owner, fold, strict=True)]).astype(np.float32)
+    read = counts.tokens[owner, fold].astype(np.float32)
+    samples = [np.flatnonzero(owner == i).astype(np.float64) for i in range(len(counts.languages))]
 
     def reached(*dealt: np.ndarray) -> float:
-        weights = np.zeros((len(dealt), len(folds)), dtype=np.float32)
+        weights = np.zeros((len(dealt), len(read)), dtype=np.float32)
         for language, chosen in enumerate(dealt):
             weights[language, chosen.astype(np.int64)] = 1
         probabilities = (weights @ fired) / (weights @ read)[:, None]
-        k = max(round(THRESHOLD_QUANTILE * probabilities.size), 1) - 1
-        threshold = np.partition(probabilities.ravel(), k)[k]
-        able = probabilities[:, (probabilities > threshold).any(axis=0)]
+        able = probabilities[:, (probabilities > _threshold(probabilities)).any(axis=0)]
         return float((entropy(able.T) <= highest).sum())
 
     if min(map(len, samples)) < 2:  # nothing to permute
@@ -270,17 +283,7 @@ def _selected_by_chance(counts: Sequence[np.ndarray], tokens: np.ndarray, highes
 
 
 def plot(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw where the dense model's language neurons are, and where each calibration set keeps, loses and gains them.
-
-    Parameters
-    ----------
-    frame
-        ``language_neurons``.
-    recipe
-        Which variants to show.
-    width
-        Inches.
-    """
+    """Draw where the dense model's language neurons are, and where each calibration set keeps, loses and gains them."""
     counts = frame.groupby([*VARIANT_COLUMNS, "metric", "layer"], observed=True)["value"].sum().reset_index()
     dense = counts[(counts["method"] == DENSE) & (counts["metric"] == "kept")]
     titles = {"kept": "kept", "lost": "lost", "gained": "gained", "still_firing": "still firing"}
@@ -301,17 +304,7 @@ def plot(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.
 
 
 def plot_kept(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the share of the dense model's language neurons that each calibration set keeps, with ceiling and chance.
-
-    Parameters
-    ----------
-    frame
-        ``neuron_selection``.
-    recipe
-        Which variants to show.
-    width
-        Inches.
-    """
+    """Draw the share of the dense model's language neurons that each calibration set keeps, with ceiling and chance."""
     pruned = of_recipe(frame, recipe)
     table = figures.by_calibration(pruned[pruned["metric"] == "kept_share"])
     half = frame[(frame["metric"] == "other_half_share") & (frame["method"] == DENSE)].set_index("language")["value"]
@@ -332,32 +325,20 @@ def plot_kept(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = fig
 
 
 def plot_entropy(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the distribution of LAPE over neurons, dense and pruned: all of it, and its lowest twentieth.
-
-    Parameters
-    ----------
-    frame
-        ``neurons``.
-    recipe
-        Which variants to show.
-    width
-        Inches.
-    """
+    """Draw the distribution of LAPE over neurons, dense and pruned: all of it, and its lowest twentieth."""
     lape = frame[(frame["metric"] == "lape") & np.isfinite(frame["value"])]
     dense = lape[lape["method"] == DENSE]["value"].to_numpy()
     pruned = of_recipe(lape, recipe)
-    sets = pruned[["calibration", "seed"]].drop_duplicates().to_records(index=False)
-    ordered = sorted(sets, key=lambda pair: (figures.calibration_rank(str(pair[0])), pair[1]))
+    sets = figures.sets_of(pruned)
     lowest = float(np.quantile(dense, 0.05))
     panels = []
     for title, top in (("all neurons", float(dense.max())), ("lowest LAPE", lowest)):
         edges = np.linspace(0, top or 1.0, 101)
         lines = [_cumulated("dense", dense, edges, figures.BLACK, "-")]
-        for calibration, seed in ordered:
+        for calibration, seed in sets:
             own = pruned[(pruned["calibration"] == calibration) & (pruned["seed"] == seed)]["value"].to_numpy()
-            colour = figures.GREY if calibration == UNCALIBRATED else figures.colour(str(calibration))
-            label = figures.set_label(str(calibration), int(seed))
-            lines.append(_cumulated(label, own, edges, colour, ":" if seed else "-"))
+            label = figures.set_label(calibration, seed)
+            lines.append(_cumulated(label, own, edges, *figures.set_style(calibration, seed)))
         panels.append(figures.Panel(title, lines, whole_x=False))
     return figures.line_panels(
         panels,
@@ -383,15 +364,6 @@ def plot_shift(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = fi
 
     Language-specific neurons of the dense model against all others; lines: means over calibration sets, bands: lowest
     to highest.
-
-    Parameters
-    ----------
-    frame
-        ``neurons``.
-    recipe
-        Which variants to show.
-    width
-        Inches.
     """
     rates = frame[frame["metric"] == "firing_probability"]
     languages = figures.in_order(rates["language"].dropna().unique())

@@ -18,10 +18,14 @@ from torch import Tensor
 
 from pruning import ROLES, Anatomy, MaskSet, Variant
 from pruning.anatomy import role_kind
-from pruning.masks import Key, overlaps
+from pruning.masks import Key, intersection_over_union, overlaps
 
 from . import figures
 from .frames import alike, of_recipe, tidy
+
+#: Weights of all variants together that are compared at a time: whole matrices of a large model would take gigabytes,
+#: and longer, since these fit into a processor's cache.
+_AT_A_TIME = 1 << 20
 
 
 def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -38,15 +42,12 @@ def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any
     for group in alike({name: columns[name] for name in masks}):
         members = [masks[name] for name in group]
         both = overlaps(members)
-        kept = [{key: member.kept(key) for key in both} for member in members]
-        size = {key: shape[0] * shape[1] for key in both if (shape := members[0].shape(key))}
+        iou = {key: intersection_over_union(shared) for key, shared in both.items()}
+        density = {key: np.diagonal(shared) / np.prod(members[0].shape(key)) for key, shared in both.items()}
         for i, j in combinations(range(len(group)), 2):
             a, b = columns[group[i]], columns[group[j]]
-            iou, chance = [], []
-            for key, shared in both.items():
-                either = kept[i][key] + kept[j][key] - int(shared[i, j])
-                iou.append(int(shared[i, j]) / either if either else 1.0)
-                chance.append(_chance(kept[i][key] / size[key], kept[j][key] / size[key]))
+            of_pair = [float(matrix[i, j]) for matrix in iou.values()]
+            chance = [_chance(float(shares[i]), float(shares[j])) for shares in density.values()]
             rows.append(
                 {
                     **a,
@@ -55,7 +56,7 @@ def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any
                     "other_calibration": b["calibration"],
                     "other_seed": b["seed"],
                     "metric": ["iou"] * len(both) + ["iou_chance"] * len(both),
-                    "value": [*iou, *chance],
+                    "value": [*of_pair, *chance],
                 }
             )
     return tidy("mask_overlap", rows)
@@ -96,11 +97,7 @@ def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
         members = [variant for variant in variants if variant.id in group]
         cosines: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
         for key in members[0].masks:
-            before = dense.weight(*key).float()
-            weights = torch.stack([member.weight(key, before).flatten() for member in members])
-            kept = torch.stack([member.masks[key].flatten() for member in members]).float()
-            corrections = (weights - before.flatten()) * kept
-            cosines[key] = _cosines(weights, kept), _cosines(corrections, kept)
+            cosines[key] = _cosines(members, key, dense.weight(*key))
         for i, j in combinations(range(len(members)), 2):
             other = members[j].columns()
             for which, metric in enumerate(("value_cosine", "correction_cosine")):
@@ -119,12 +116,22 @@ def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
 
 
 def _cosines(
-    values: Float[Tensor, "variants weights"], kept: Float[Tensor, "variants weights"]
-) -> Float[np.ndarray, "variants variants"]:
-    """Return the cosine of every pair of rows (zero where not kept), each over the places that both keep."""
-    squares = (values.square() @ kept.T).double()  # [i, j]: of i's values, where j keeps too
-    dots = (values @ values.T).double()
-    return (dots / (squares * squares.T).sqrt().clamp(min=1e-30)).cpu().numpy()
+    variants: Sequence[Variant], key: Key, dense: Float[Tensor, "outputs inputs"]
+) -> tuple[Float[np.ndarray, "variants variants"], Float[np.ndarray, "variants variants"]]:
+    """Return the cosines of every pair's values, and of their corrections, over the weights that both keep."""
+    count = len(variants)
+    dots, squares = torch.zeros(2, 2, count, count, dtype=torch.float64, device=dense.device)
+    rows = max(_AT_A_TIME // (count * dense.shape[1]), 1)
+    for before, *pieces in zip(
+        dense.split(rows), *(variant.pieces(key, dense, rows) for variant in variants), strict=True
+    ):
+        kept = torch.stack([mask.flatten() for mask, _ in pieces]).float()
+        values = torch.stack([weight.flatten() for _, weight in pieces])
+        for which, those in enumerate((values, (values - before.float().flatten()) * kept)):
+            dots[which] += those @ those.T
+            squares[which] += those.square() @ kept.T  # [i, j]: of i's values, where j keeps too
+    cosines = dots / (squares * squares.mT).sqrt().clamp(min=1e-30)
+    return cosines[0].cpu().numpy(), cosines[1].cpu().numpy()
 
 
 def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:
@@ -133,13 +140,10 @@ def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:
     Symmetric, with an empty diagonal; rows and columns are called as figures call sets.
     """
     shown = frame[frame["metric"] == metric]
-    keys = ["calibration", "seed", "other_calibration", "other_seed"]
-    mean = shown.groupby(keys, observed=True)["value"].mean()
-    sets: list[tuple[str, int]] = []
-    for (a, sa, b, sb), _ in mean.items():
-        sets += [s for s in ((a, sa), (b, sb)) if s not in sets]
-    sets.sort(key=lambda s: (figures.calibration_rank(s[0]), s[1]))
-    labels = [figures.set_label(name, seed) for name, seed in sets]
+    one, other = ["calibration", "seed"], ["other_calibration", "other_seed"]
+    mean = shown.groupby([*one, *other], observed=True)["value"].mean()
+    sets = figures.sets_of(pd.concat([shown[one], shown[other].set_axis(one, axis=1)]))
+    labels = [figures.set_label(*pair) for pair in sets]
     matrix = pd.DataFrame(np.nan, index=labels, columns=labels)
     for (a, sa, b, sb), value in mean.items():
         first, second = figures.set_label(a, sa), figures.set_label(b, sb)

@@ -207,7 +207,7 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         )
     if not same.all():
         by_role = iou[~same].groupby("role", observed=True)["value"].mean()
-        matrix = mask_overlap.mean_matrix(overlap[~_same_set(overlap)])
+        matrix = mask_overlap.mean_matrix(iou[~same])
         pairs = {(a, b): value for a, b in combinations(matrix.index, 2) if not np.isnan(value := matrix.loc[a, b])}
         most, least = max(pairs, key=pairs.__getitem__), min(pairs, key=pairs.__getitem__)
         yield (
@@ -216,10 +216,6 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
             f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f}). Most alike are "
             f"{most[0]} and {most[1]} ({pairs[most]:.3f}), least {least[0]} and {least[1]} ({pairs[least]:.3f})."
         )
-
-
-def _same_set(overlap: pd.DataFrame) -> np.ndarray:
-    return np.asarray(overlap["calibration"].astype(str) == overlap["other_calibration"].astype(str))
 
 
 def _neurons(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:

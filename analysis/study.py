@@ -200,7 +200,7 @@ class Study(_Section):
                 )
         if not jobs and not self.imported:
             raise ValueError("there is nothing to do: give at least one of [[recipes]], or [imported] models")
-        taken = {DENSE, *known_methods(), *(job.id for job in jobs)}
+        taken = _taken_names() | {job.id for job in jobs}
         for name in self.imported:
             if not _NAME.fullmatch(name) or name.endswith(PARTIAL):
                 raise ValueError(f'imported: "{name}" cannot be used as a name; use letters, digits and . + = _ -')
@@ -239,6 +239,11 @@ class Study(_Section):
     def to_toml(self) -> str:
         """Return the study file with every default written out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _taken_names() -> set[str]:
+    """Return what no model that was pruned elsewhere can be called, since frames call other things so."""
+    return {DENSE, *known_methods()}
 
 
 def load_study(path: Path) -> Study:
@@ -283,7 +288,6 @@ def comparison_study(
     languages: Sequence[str] = BUNDLED_LANGUAGES,
     text: str = "bundled",
     segments: int = EvaluationConfig.model_fields["segments"].default,
-    fit_segments: int = EvaluationConfig.model_fields["fit_segments"].default,
 ) -> Study:
     """Return the study that measures one model that was pruned elsewhere against its dense parent.
 
@@ -295,15 +299,17 @@ def comparison_study(
         BCP-47 tags.
     text
         Where all text comes from.
-    segments, fit_segments
-        As in a study's ``[evaluation]``.
+    segments
+        Held-out segments a language, and parallel ones to fit the subspaces.
 
     Raises
     ------
     StudyError
         If one of these cannot be.
     """
-    name = re.sub(r"[^\w.+=-]+", "_", Path(pruned).name).strip("_") or "pruned"
+    name = re.sub(r"[^\w.+=-]+", "_", Path(pruned).name).strip("_").lstrip(".+=-") or "pruned"
+    if name in _taken_names():  # nobody was asked for a name here, so nobody is told to choose another
+        name += "-checkpoint"
     return parse_study(
         {
             "model": dense,
@@ -312,7 +318,7 @@ def comparison_study(
             "calibration": {"sets": []},
             "recipes": [],
             "imported": {name: pruned},
-            "evaluation": {"segments": segments, "fit_segments": fit_segments},
+            "evaluation": {"segments": segments, "fit_segments": segments},
         },
         "compare",
     )

@@ -385,9 +385,8 @@ class Anatomy:
         whole: Tensor = output[0] if isinstance(output, tuple) else output
         place = self._blocks[layer].sites.get(site)
         if isinstance(place, Fused):
-            changed = whole.clone()
-            part = self._cut(layer, site, place, changed)
-            part.copy_(value.reshape(part.shape))
+            columns = self._cut(layer, site, place, torch.arange(whole.shape[-1], device=whole.device)).flatten()
+            changed = whole.index_copy(-1, columns, value.reshape(*whole.shape[:-1], -1).to(whole.dtype))
         else:
             changed = value.reshape(whole.shape).to(whole.dtype)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed

@@ -55,8 +55,7 @@ class MaskSet(Mapping[Key, Tensor]):
 
     def __getitem__(self, key: Key) -> Bool[Tensor, "outputs inputs"]:
         """Return one mask, unpacked."""
-        bits = np.unpackbits(self._packed[key], axis=1, count=self._inputs[key])
-        return torch.from_numpy(bits.view(np.bool_))
+        return self.rows(key, 0, len(self._packed[key]))
 
     def __iter__(self) -> Iterator[Key]:
         """Iterate over the ``(layer, role)`` of all masks."""
@@ -100,6 +99,11 @@ class MaskSet(Mapping[Key, Tensor]):
         """Return ``(outputs, inputs)`` of one projection."""
         return self._packed[key].shape[0], self._inputs[key]
 
+    def rows(self, key: Key, start: int, stop: int) -> Bool[Tensor, "rows inputs"]:
+        """Return some rows of one mask, unpacked."""
+        bits = np.unpackbits(self._packed[key][start:stop], axis=1, count=self._inputs[key])
+        return torch.from_numpy(bits.view(np.bool_))
+
     def kept(self, key: Key | None = None) -> int:
         """Return how many weights are kept, of one projection or of all."""
         keys = self if key is None else (key,)
@@ -112,13 +116,7 @@ class MaskSet(Mapping[Key, Tensor]):
 
     def iou(self, other: MaskSet) -> dict[Key, float]:
         """Return intersection over union of the kept weights, for every projection (1.0 where both keep nothing)."""
-        self._check_same_shapes(other)
-        result = {}
-        for key, packed in self._packed.items():
-            both = int(np.bitwise_count(packed & other._packed[key]).sum(dtype=np.int64))
-            either = self.kept(key) + other.kept(key) - both
-            result[key] = both / either if either else 1.0
-        return result
+        return {key: float(intersection_over_union(both)[0, 1]) for key, both in overlaps([self, other]).items()}
 
     def save(self, path: Path, model: str) -> None:
         """Write the masks as safetensors.
@@ -216,6 +214,17 @@ def overlaps(masks: Sequence[MaskSet]) -> dict[Key, NDArray[np.int64]]:
                     both[i, j] += np.bitwise_count(one & piece[j]).sum(dtype=np.uint32)
         counts[key] = both + np.triu(both, 1).T
     return counts
+
+
+def intersection_over_union(both: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the IoU of each two of several masks of one projection, given how many weights both keep.
+
+    >>> intersection_over_union(np.array([[3, 2], [2, 4]])).tolist()
+    [[1.0, 0.4], [0.4, 1.0]]
+    """
+    kept = np.diagonal(both)
+    either = kept[:, None] + kept - both
+    return np.divide(both, either, out=np.ones(both.shape), where=either > 0)
 
 
 def _words(packed: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -126,6 +126,24 @@ class Variant:
         weight[mask] = self.values[key].to(dense.device, dense.dtype)
         return weight
 
+    def pieces(self, key: Key, dense: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield mask and weight (float32) of one projection, so many rows at a time, given the dense model's weight.
+
+        For what looks at several variants at once: all of each would be too much memory.
+        """
+        passed = 0
+        for start in range(0, len(dense), rows):
+            mask = self.masks.rows(key, start, start + rows).to(dense.device)
+            weight = dense[start : start + rows].float()
+            if key in self.values:
+                kept = int(mask.sum())
+                weight = torch.zeros_like(weight)
+                weight[mask] = _stretch(self.values, key, passed, passed + kept).to(weight)
+                passed += kept
+            else:
+                weight = weight * mask
+            yield mask, weight
+
     def save(self, folder: Path) -> None:
         """Write ``recipe.json``, ``masks.safetensors`` and, if weights were corrected, ``weights.safetensors``."""
         with whole_folder(folder) as partial:
@@ -187,7 +205,7 @@ class Variant:
         record = _stated(
             VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint()), child
         )
-        bits, inputs, values, news = {}, {}, {}, 0
+        bits, inputs, values, news, missing = {}, {}, {}, 0, 0
         for layer in range(len(parent.blocks)):
             with parent.loaded(layer, to_read=True), child.loaded(layer, to_read=True):
                 _check_unchanged(parent, child, parent.parameter_names(layer), name)
@@ -201,9 +219,15 @@ class Variant:
                     if not torch.equal(weight, before * mask):
                         values[layer, role] = weight[mask].cpu()
                     news += int((~mask & (before != 0)).sum())
+                    missing += int((mask & (before == 0)).sum())
         others = parent.other_names()
         with residence_of(dense).present(others, to_read=True), residence_of(pruned).present(others, to_read=True):
             _check_unchanged(parent, child, others, name)
+        if news == 0 and missing:
+            raise VariantError(
+                f'"{name}" is zero nowhere but where this model is, and this model is zero where "{name}" is not: '
+                "were the dense and the pruned model swapped?"
+            )
         if news == 0:
             raise VariantError(
                 f'"{name}" is zero nowhere but where this model is: it is not pruned, or its masks were not applied'
@@ -370,6 +394,11 @@ class _Named(Mapping[str, Tensor]):
         return len(self._keys)
 
 
+def _stretch(values: Mapping[Key, Tensor], key: Key, start: int, stop: int) -> Tensor:
+    """Return some of a projection's values, without reading the others where they are in a file."""
+    return values.stretch(key, start, stop) if isinstance(values, _KeptValues) else values[key][start:stop]
+
+
 class _KeptValues(Mapping[Key, Tensor]):
     """Values of kept weights, read from their file as they are asked for."""
 
@@ -396,6 +425,11 @@ class _KeptValues(Mapping[Key, Tensor]):
         name = self._names[key]
         with safe_open(self._path, "pt") as file:
             values: Tensor = file.get_tensor(name).clone()  # else the whole file stays mapped
+        return values
+
+    def stretch(self, key: Key, start: int, stop: int) -> Tensor:
+        with safe_open(self._path, "pt") as file:
+            values: Tensor = file.get_slice(self._names[key])[start:stop].clone()
         return values
 
     def __iter__(self) -> Iterator[Key]:

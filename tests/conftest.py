@@ -9,7 +9,6 @@ from typing import Any
 # Before anything imports the hub client: no test asks a hub, and asking one takes its time.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from checkpoints import CORPUS, checkpoint, saved, shards
+from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
 from conftest import tiny_model
 
 from analysis import grid, load_study
-from analysis.cli import main
 from analysis.grid import Grid
 from analysis.ledger import Ledger
 from pruning import Anatomy, CalibrationSet, Recipe, Remedy, Variant, load_model, prune
@@ -37,19 +34,6 @@ sparsity = [0.4, 0.5]
 [[recipes]]
 method = "magnitude"
 """
-
-
-def prunescope(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line in this process."""
-    out, err = StringIO(), StringIO()
-    words = ["prunescope", *map(str, arguments)]
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", words):
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 0
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def study(folder: Path, text: str = STUDY) -> Path:
@@ -191,8 +175,7 @@ def test_a_run_that_is_killed_in_a_wave_goes_on_from_there(tmp_path):
     assert prunescope("prune", path, "--out", tmp_path / "whole").returncode == 0
 
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", "from analysis.cli import main; main()", "prune", str(path)]
-    command += ["--out", str(out), "--memory", str(cap)]
+    command = [*COMMAND, "prune", str(path), "--out", str(out), "--memory", str(cap)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         begun = None
         try:
@@ -342,15 +325,6 @@ def test_models_that_cannot_be_taken_over_are_one_line(finished, elsewhere, tmp_
 # Mistakes
 
 
-def expect_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert result.returncode == 2, (result.returncode, result.stderr)
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("prunescope: ")
-    for word in words:
-        assert word in last, last
-
-
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
@@ -409,23 +383,22 @@ def test_a_diagnosis_is_followed_if_it_is_of_this_model(tmp_path):
     assert nothing_was_made(tmp_path / "other")
 
 
-def nothing_was_made(out: Path) -> bool:
-    return not out.exists() or {path.name for path in out.iterdir()} <= {".lock", "study.toml"}
-
-
-def test_a_model_without_gates_says_which_roles_it_has(tmp_path):
-    checkpoint(tmp_path / "model", "gpt2")
-    text = STUDY.replace('method = "magnitude"', 'method = "magnitude"\nroles = ["gate"]')
-    result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out")
-    expect_one_line(result, 'this gpt2 model has no projection "gate"; it has q k v o up down')
-    assert nothing_was_made(tmp_path / "out")
-
-
-def test_a_role_that_these_blocks_lack_is_one_line(tmp_path):
-    checkpoint(tmp_path / "model", "qwen2_moe")
-    text = STUDY.replace('method = "magnitude"', 'method = "magnitude"\nroles = ["shared_up"]\nblocks = "0"')
-    result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out")
-    expect_one_line(result, 'blocks "0" of this model have no projection shared_up')
+@pytest.mark.parametrize(
+    ("kind", "where", "words"),
+    [
+        ("gpt2", 'roles = ["gate"]', 'this gpt2 model has no projection "gate"; it has q k v o up down'),
+        (
+            "qwen2_moe",
+            'roles = ["shared_up"]\nblocks = "0"',
+            'blocks "0" of this model have no projection shared_up',
+        ),
+    ],
+    ids=["a model without gates", "a block without experts"],
+)
+def test_roles_that_a_model_or_its_blocks_lack_are_one_line(tmp_path, kind, where, words):
+    checkpoint(tmp_path / "model", kind)
+    text = STUDY.replace('method = "magnitude"', 'method = "magnitude"\n' + where)
+    expect_one_line(prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out"), words)
     assert nothing_was_made(tmp_path / "out")
 
 

@@ -147,8 +147,10 @@ def test_neurons_that_pruning_moved_to_others_are_not_kept():
 def test_folds_add_up_to_the_whole():
     rates = planted_rates()
     readings = {(DENSE, language): reading(rates[language], i) for i, language in enumerate("abcd")}
-    whole = lape.firing_probabilities(readings, DENSE, "abcd")
-    halves = [lape.firing_probabilities(readings, DENSE, "abcd", range(i, FOLDS, 2)) for i in (0, 1)]
+    counts = lape.FiringCounts.of(readings, DENSE)
+    assert counts.languages == tuple("abcd")
+    whole = counts.probabilities()
+    halves = [counts.probabilities(range(i, FOLDS, 2)) for i in (0, 1)]
     np.testing.assert_allclose(whole, (halves[0] + halves[1]) / 2)
     np.testing.assert_allclose(
         whole[..., 1], readings[DENSE, "b"].fired.sum(0).numpy() / readings[DENSE, "b"].tokens.sum().item()

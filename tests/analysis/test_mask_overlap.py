@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis import mask_overlap
 from pruning import Anatomy, CalibrationSet, MaskSet, Recipe, Variant
@@ -133,6 +134,64 @@ def test_corrections_agree_as_planted():
     assert cosine["en", "zh"] == pytest.approx(-1, abs=1e-4)
     assert abs(cosine["en", "de"]) < 0.15
     assert (frame[frame["metric"] == "value_cosine"]["value"] <= 1 + 1e-6).all()
+
+
+def naive_cosine(one: torch.Tensor, other: torch.Tensor, both: torch.Tensor) -> float:
+    one, other = one[both].double(), other[both].double()
+    return float((one * other).sum() / (one.square().sum() * other.square().sum()).sqrt())
+
+
+@pytest.mark.parametrize("at_a_time", [1, 500, 1 << 23], ids=["a row", "some rows", "everything"])
+@pytest.mark.parametrize("saved", [False, True], ids=["in memory", "on disk"])
+def test_agreement_is_that_of_whole_matrices_however_many_rows_are_compared_at_a_time(
+    tmp_path, monkeypatch, at_a_time, saved
+):
+    monkeypatch.setattr(mask_overlap, "_AT_A_TIME", at_a_time)
+    dense = Anatomy(tiny_model())
+    random = torch.Generator().manual_seed(0)
+    changes = [{(1, "up"): 0.05 * torch.randn(dense.shape(1, "up"), generator=random)} for _ in range(3)]
+    variants = [
+        corrected(dense, name, kept, change)
+        for name, kept, change in zip(("en", "sw-KE", "zh-Hans"), (0.3, 0.6, 0.9), changes, strict=True)
+    ]
+    if saved:
+        for variant in variants:
+            variant.save(tmp_path / variant.id)
+        variants = [Variant.open(tmp_path / variant.id) for variant in variants]
+    frame = mask_overlap.agreement(variants, dense)
+    found = frame.set_index(["metric", "calibration", "other_calibration"])["value"]
+    assert len(found) == 2 * 3
+    before = dense.weight(1, "up")
+    for one, other in combinations(variants, 2):
+        both = one.masks[1, "up"] & other.masks[1, "up"]
+        weights = [variant.weight((1, "up"), before) for variant in (one, other)]
+        assert found["value_cosine", one.id, other.id] == pytest.approx(naive_cosine(*weights, both), rel=1e-5)
+        corrections = [weight - before for weight in weights]
+        expected = naive_cosine(*corrections, both)
+        assert found["correction_cosine", one.id, other.id] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that an operation returns, views of a model's weights aside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        result = operation(*arguments, **named or {})
+        if isinstance(result, torch.Tensor) and not operation.is_view:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_comparing_variants_holds_no_whole_matrix_of_any(monkeypatch):
+    dense = Anatomy(tiny_model())
+    change = {(1, "up"): torch.full(dense.shape(1, "up"), 0.01)}
+    variants = [corrected(dense, name, 0.5, change) for name in ("en", "sw", "zh", "de")]
+    rows, (_, inputs) = 4, dense.shape(1, "up")
+    monkeypatch.setattr(mask_overlap, "_AT_A_TIME", len(variants) * rows * inputs)
+    with Largest() as largest:
+        mask_overlap.agreement(variants, dense)
+    assert 0 < largest.elements <= len(variants) * rows * inputs < dense.weight(1, "up").numel()
 
 
 def test_uncorrected_weights_have_no_agreement_to_measure():

@@ -9,21 +9,17 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
-from unittest.mock import patch
 
 import pandas as pd
 import pytest
 from checkpoints import CORPUS, checkpoint, saved
+from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis import contrasts, figures, lape, lsar, mask_overlap, perplexity, read_frame
 from analysis import signal as signals
-from analysis.cli import main
 from analysis.frames import FRAMES, recipes_of
 from pruning import CalibrationSet, Recipe, load_model, prune
 from pruning.files import PARTIAL
@@ -81,22 +77,6 @@ def place(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "study.toml").write_text(STUDY)
     return folder
-
-
-COMMAND = [sys.executable, "-c", "from analysis.cli import main; main()"]
-
-
-def prunescope(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line in this process, as quick as it gets."""
-    out, err = StringIO(), StringIO()
-    words = ["prunescope", *map(str, arguments)]
-    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", words):
-        try:
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 0
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -237,12 +217,6 @@ def test_figures_fit_a_column_too(finished, tmp_path, name):
             assert box.x1 < figure.bbox.x1 + 1, text.get_text()
 
 
-def test_a_language_has_one_colour_whatever_else_is_shown():
-    assert figures.colour("sw") == figures.colour("sw") != figures.colour("en")
-    known = [figures.colour(tag) for tag in ("ar", "de", "en", "es", "fr", "ru", "sw", "zh", "all")]
-    assert len(set(known)) == len(known)
-
-
 def test_second_run_repeats_nothing(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     result = prunescope("run", finished.parent / "study.toml", "--out", finished)
@@ -349,19 +323,23 @@ def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_pat
     assert "Llm-toolbox, sparsity 0.25, pruned elsewhere" in html
 
 
-def test_two_checkpoints_are_compared_without_a_study_file(place, tmp_path):
+@pytest.fixture(scope="module")
+def pruned_by_somebody(place):
     model, tokenizer = load_model(str(place / "model"), dtype="float32", device="cpu")
     (variant,) = prune(model, tokenizer, [Recipe(method="magnitude", sparsity=0.3)])
     variant.apply(model)
-    model.save_pretrained(tmp_path / "pruned by somebody")
-    tokenizer.save_pretrained(tmp_path / "pruned by somebody")
+    return saved(model, place / "pruned by somebody")
+
+
+def test_two_checkpoints_are_compared_without_a_study_file(place, pruned_by_somebody, tmp_path):
     out = tmp_path / "out"
-    words = ["--out", out, "--languages", "en,sw,zh", "--segments", 6]
-    result = prunescope("compare", place / "model", tmp_path / "pruned by somebody", *words)
+    words = ["--out", out, "--languages", "en, sw, zh", "--segments", 6]
+    result = prunescope("compare", place / "model", pruned_by_somebody, *words)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"report: {out / 'report.html'}"
     frame = read_frame(out / "frames" / "perplexity.parquet")
     assert set(frame["method"]) == {"dense", "pruned_by_somebody"}
+    assert set(frame["language"]) == {"en", "sw", "zh"}
     assert len(read_frame(out / "frames" / "contrasts.parquet")) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"\b(nan|None)\b", page)
@@ -375,11 +353,22 @@ def test_two_checkpoints_are_compared_without_a_study_file(place, tmp_path):
         (["model", "nowhere", "--languages", "en"], ["languages"]),
         (["model", "nowhere", "--languages", "en,klingonish"], ["klingonish"]),
         (["model", "nowhere", "--text", "file:none/{lang}.jsonl"], ["none"]),
+        (["model", "pruned by somebody", "--segments", "1000"], ["1000 heldout segments", "there are 160"]),
+        (["pruned by somebody", "model", "--segments", "6"], ["were the dense and the pruned model swapped?"]),
     ],
 )
-def test_mistakes_in_a_comparison_are_one_line(place, tmp_path, arguments, words):
-    places = [str(place / word) if word == "model" else word for word in arguments]
+def test_mistakes_in_a_comparison_are_one_line(place, pruned_by_somebody, tmp_path, arguments, words):
+    places = [str(place / word) if word in ("model", pruned_by_somebody.name) else word for word in arguments]
     expect_one_line(prunescope("compare", *places, "--out", tmp_path / "out"), *words)
+    assert nothing_was_made(tmp_path / "out")
+
+
+def test_a_comparison_does_not_write_over_a_file(place, pruned_by_somebody, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    result = prunescope("compare", place / "model", pruned_by_somebody, "--out", tmp_path / "mine")
+    expect_one_line(result, "mine is a file", "--out")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
@@ -396,15 +385,6 @@ def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
     assert all(path.stat().st_mtime_ns == t for path, t in before.items())
     frame = read_frame(out / "frames" / "perplexity.parquet")
     assert "zh" in set(frame["calibration"])
-
-
-def expect_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert result.returncode == 2, (result.returncode, result.stderr)
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("prunescope: ")
-    for word in words:
-        assert word in last, last
 
 
 @pytest.mark.parametrize(

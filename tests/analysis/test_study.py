@@ -6,7 +6,7 @@ import tomllib
 import pytest
 
 from analysis import demo_study, load_study
-from analysis.study import parse_study
+from analysis.study import comparison_study, parse_study
 from pruning import Remedy
 from pruning.errors import StudyError
 
@@ -249,3 +249,13 @@ def test_mistakes_are_one_clear_line(tmp_path, text, message):
 def test_missing_study_file_points_to_the_demo(tmp_path):
     with pytest.raises(StudyError, match="prunescope run demo"):
         load_study(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("ours/wanda-0.5", "wanda-0.5"), ("wanda", "wanda-checkpoint"), ("dense", "dense-checkpoint"), ("a/.b c", "b_c")],
+)
+def test_a_comparison_finds_a_name_for_any_folder(folder, name):
+    study = comparison_study("model", folder, languages=["en", "sw"], segments=7)
+    assert study.imported == {name: folder}
+    assert study.evaluation.segments == study.evaluation.fit_segments == 7
