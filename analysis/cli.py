@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -88,6 +88,35 @@ def compare(
     study = comparison_study(dense, pruned, languages=tags, text=text, segments=segments)
     (name,) = study.imported
     report = run_study(study, out or Path("runs") / f"compare-{name}")
+    typer.echo(f"report: {report}")
+
+
+@app.command()
+def diagnose(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study (or of prunescope compare).")],
+    variant: Annotated[str, typer.Option(help="Id of the variant: a folder below DIR/variants.")],
+    language: Annotated[str, typer.Option(help="In which language: one of the study's.")],
+    category: Annotated[
+        str, typer.Option(help='What was lost: a category of the items, "all" of them, or "text".')
+    ] = "reasoning",
+    half: Annotated[
+        Literal["all", "first", "second"],
+        typer.Option(help="Use only one half of the questions, to judge a remedy on the other."),
+    ] = "all",
+    confirm: Annotated[int, typer.Option(min=1, help="How many causes to confirm by exact patching.")] = 20,
+) -> None:
+    """Find out which part of a pruned model has to be given back for what it lost to come back."""
+    from .diagnoses import Request
+    from .run import STUDY_FILE, diagnose_study
+
+    if not (folder / STUDY_FILE).is_file():
+        raise StudyError(
+            f"there is no study in {folder}; carry one out first: prunescope run STUDY.toml --out {folder}"
+        )
+    request = Request(variant=variant, language=language, category=category, half=half, confirm=confirm)
+    report, found = diagnose_study(folder, request)
+    for sentence in found:
+        typer.echo(f"- {sentence}")
     typer.echo(f"report: {report}")
 
 

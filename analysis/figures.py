@@ -184,7 +184,12 @@ def recipe_slug(recipe: Mapping[str, Any]) -> str:
     words = [str(recipe["method"]), f"{recipe['sparsity']:g}", str(recipe["pattern"]).replace(":", "of")]
     words += [str(recipe["allocation"])] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
     words += [str(recipe["scope"])] if recipe["scope"] != EVERYWHERE else []
-    return re.sub(r"[^\w.=+-]+", "_", "-".join([*words, str(recipe["propagation"])]))
+    return slug("-".join([*words, str(recipe["propagation"])]))
+
+
+def slug(text: str) -> str:
+    """Return text as part of a file's name."""
+    return re.sub(r"[^\w.=+-]+", "_", text)
 
 
 def _pattern_words(pattern: object) -> str:
@@ -421,9 +426,14 @@ class Effect:
 
 
 def effect_panels(
-    panels: Mapping[str, Sequence[Effect]], *, title: str, x_label: str, width: float = PAGE_WIDTH
+    panels: Mapping[str, Sequence[Effect]],
+    *,
+    title: str,
+    x_label: str,
+    found: str = "beyond the margin, p < 0.05 (corrected)",
+    width: float = PAGE_WIDTH,
 ) -> Figure:
-    """Draw differences from zero with intervals, a panel a language, filled where they are significant."""
+    """Draw effects from zero with intervals in small multiples, filled where they are found; `found` says when."""
     columns = min(max(round(width / 1.6), 1), len(panels))
     rows = math.ceil(len(panels) / columns)
     longest = max(len(effects) for effects in panels.values())
@@ -448,11 +458,12 @@ def effect_panels(
             grid[lowest][i].set_xlabel(x_label if columns == 1 or i == (columns - 1) // 2 else "")
         figure.suptitle(textwrap.fill(title, round(_TITLE_CHARACTERS * width)))
         line, patch = mpl.lines.Line2D, mpl.patches.Patch
-        keys = [
-            (line([], [], color=GREY, marker="o", markersize=3.5), "beyond the margin, p < 0.05 (corrected)"),
+        keys: list[tuple[Any, str]] = [
+            (line([], [], color=GREY, marker="o", markersize=3.5), found),
             (line([], [], color=GREY, marker="o", markersize=3.5, markerfacecolor="white"), "not so"),
-            (patch(color="#e8e8e8"), "margin: what another draw of the same text changes"),
         ]
+        if any(effect.margin for effects in panels.values() for effect in effects):
+            keys.append((patch(color="#e8e8e8"), "margin: what another draw of the same text changes"))
         figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=3 if width >= PAGE_WIDTH else 1)
     return figure
 

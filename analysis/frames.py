@@ -36,11 +36,13 @@ _TYPES: dict[str, pa.DataType] = {
     "task": _WORD,
     "category": _WORD,
     "item": _WORD,
+    "twin": _WORD,
     "choice": pa.int32(),
     "direction": _WORD,
     "component": _WORD,
     "layer": pa.int32(),
     "role": _WORD,
+    "position": pa.int32(),
     "rank": pa.int32(),
     "neuron": pa.int32(),
     "other_calibration": _WORD,
@@ -248,7 +250,7 @@ FRAMES: dict[str, FrameSpec] = {
         tests=True,
     ),
     "items": FrameSpec(
-        ("language", "task", "category", "item", "choice"),
+        ("language", "task", "category", "item", "twin", "choice"),
         {
             "log_likelihood": Metric("nat", "log-likelihood of a choice, numbered from 0, as the item's continuation"),
             "margin": Metric("nat", "that of the right choice minus the highest of the others (no choice)"),
@@ -260,9 +262,33 @@ FRAMES: dict[str, FrameSpec] = {
         ("language", "task", "category"),
         {
             "accuracy": Metric("", f"share of items that the model gets right; {_OVER_ITEMS}"),
-            "accuracy_change": Metric("", f"accuracy minus that of the dense model, item by item; {_OVER_ITEMS}"),
+            "accuracy_change": Metric("", f"that minus the dense model's, item by item; {_OVER_ITEMS}"),
+            "twin_accuracy": Metric(
+                "",
+                "share of twins whose two margins have a positive sum: what a model prefers whatever the prompt says "
+                f"cancels; {_OVER_ITEMS}",
+            ),
+            "twin_accuracy_change": Metric("", f"that minus the dense model's, twins by twins; {_OVER_ITEMS}"),
             "margin": Metric("nat", f"mean margin between the right choice and the best of the others; {_OVER_ITEMS}"),
-            "margin_change": Metric("nat", f"margin minus that of the dense model, item by item; {_OVER_ITEMS}"),
+            "margin_change": Metric("nat", f"that minus the dense model's, item by item; {_OVER_ITEMS}"),
+        },
+    ),
+    "recovery": FrameSpec(
+        ("language", "task", "category", "direction", "component", "layer", "role", "position"),
+        {
+            "margin_lost": Metric("nat", f"mean margin of the dense model minus that of the pruned one; {_OVER_ITEMS}"),
+            "accuracy_lost": Metric("", f"accuracy of the dense model minus that of the pruned one; {_OVER_ITEMS}"),
+            "loss_added": Metric(
+                "nat",
+                "mean negative log-likelihood of the right choice (of text: of a segment) in the pruned model minus "
+                f"that in the dense one; {_OVER_ITEMS}",
+            ),
+            "margin_recovery": Metric("", "share of margin_lost that a component brings back; " + _OVER_ITEMS),
+            "accuracy_recovery": Metric("", "share of accuracy_lost that it brings back; " + _OVER_ITEMS),
+            "loss_recovery": Metric("", "share of loss_added that it takes back; " + _OVER_ITEMS),
+            "attributed_recovery": Metric(
+                "", "share of margin_lost (of text: loss_added) that it is estimated to bring back, from gradients"
+            ),
         },
     ),
     "sparsity": FrameSpec(("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pruning.recipes import UNCALIBRATED
 
-from . import contrasts, figures, lape, lsar, mask_overlap, perplexity, signal
+from . import contrasts, figures, lape, lsar, mask_overlap, perplexity, signal, tasks
 from .frames import of_recipe, recipes_of
 from .study import Study
 
@@ -125,6 +125,28 @@ def _of_recipe(
             "are compared likewise in the frame contrasts.",
             drawing(contrasts.plot, "contrasts"),
         )
+    asked = of_recipe(frames["accuracy"], recipe)
+    for task in asked["task"].unique():
+        metrics = set(asked.loc[asked["task"] == task, "metric"])
+        metric = "twin_accuracy_change" if "twin_accuracy_change" in metrics else "accuracy_change"
+        what = (
+            "pairs of twins (two questions with the same choices and different answers) whose margins have a positive "
+            "sum, so that what a model prefers whatever it is asked cancels"
+            if metric.startswith("twin")
+            else "questions answered right"
+        )
+        yield (
+            f"questions-{figures.slug(str(task))}",
+            f"Task {task}: share of {what}, after minus before pruning, each question compared with itself; all "
+            "languages together. Bars: 95 % bootstrap intervals, a question drawn with its twin and translations.",
+            drawing(tasks.plot_categories, "accuracy", str(task), metric),
+        )
+        if several:
+            yield (
+                f"questions-matrix-{figures.slug(str(task))}",
+                "The same by calibration set and language.",
+                drawing(tasks.plot, "accuracy", str(task), metric),
+            )
     yield (
         "signal",
         f"Signal-to-noise ratio of the residual stream after each block, pruned against dense model, on {text}; "

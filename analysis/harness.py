@@ -60,6 +60,8 @@ STUDY_BENCHMARKS: dict[str, dict[str, str]] = {
     "xnli": {tag: f"xnli_{tag}" for tag in ("ar", "de", "en", "es", "fr", "ru", "sw", "zh")},
     "mgsm": {tag: f"mgsm_direct_{tag}" for tag in ("de", "en", "es", "fr", "ru", "sw", "zh")},
 }
+#: What stands for all of them.
+PRESET = "preset"
 #: What the tasks are called that :func:`bundled_task_folder` writes, before the language.
 BUNDLED_TASK = "prunescope_"
 #: The language of a task whose language cannot be told.
@@ -100,6 +102,15 @@ def preset(language: str, known: Collection[str] | None = None) -> list[str]:
             f"no preset tasks for {named(tag)}; there are some for {', '.join(languages)}: name the harness's tasks"
         )
     return names
+
+
+def named_tasks(names: Sequence[str], languages: Sequence[str]) -> list[str]:
+    """Return tasks by name, ``preset`` replaced by the tasks of :func:`preset` in these languages."""
+    tasks: dict[str, None] = {}
+    for name in names:
+        found = [task for language in languages for task in preset(language)] if name == PRESET else [name]
+        tasks |= dict.fromkeys(found)
+    return list(tasks)
 
 
 def known_tasks() -> list[str]:
@@ -268,7 +279,8 @@ class _Task:
         observed = [row for answer in answers if answer["filter"] == way for row in self._observations(answer)]
         columns = ("item", "category", "choice", "metric", "value")
         values = map(list, zip(*observed, strict=True))
-        return {"language": self.language, "task": self.harness.task_name} | dict(zip(columns, values, strict=True))
+        row = {"language": self.language, "task": self.harness.task_name} | dict(zip(columns, values, strict=True))
+        return row | {"twin": row["item"]}
 
     def _observations(self, answer: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, str, float]]:
         document = answer["doc"]

@@ -20,9 +20,17 @@ from . import figures, mask_overlap
 from .contrasts import OTHERS, OWN, SIGNIFICANT
 from .frames import FRAMES, of_recipe, recipes_of
 from .gallery import ALL_MODELS, Frames, ReportFacts, Shown, section_of
+from .tasks import categories_of
 
 
-def write_report(path: Path, frames: Frames, shown: Sequence[Shown], figure_folder: Path, facts: ReportFacts) -> None:
+def write_report(
+    path: Path,
+    frames: Frames,
+    shown: Sequence[Shown],
+    figure_folder: Path,
+    facts: ReportFacts,
+    diagnoses: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Write ``report.html``: no other file and no network is needed to read it.
 
     Parameters
@@ -37,6 +45,8 @@ def write_report(path: Path, frames: Frames, shown: Sequence[Shown], figure_fold
         Where their PNG files are.
     facts
         What the frames do not say.
+    diagnoses
+        Heading to what each diagnosis found, in words.
     """
     environment = Environment(
         loader=PackageLoader("analysis", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -49,7 +59,7 @@ def write_report(path: Path, frames: Frames, shown: Sequence[Shown], figure_fold
     html = environment.get_template("report.html.j2").render(
         study=facts.study,
         facts=facts,
-        findings=list(findings(frames)),
+        findings=[*(diagnoses or {}).items(), *findings(frames)],
         dense=_dense_table(frames["perplexity"], facts),
         models=_model_table(frames),
         contrasts=_contrast_table(frames["contrasts"]),
@@ -238,7 +248,20 @@ def _neurons(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-_PARTS = (_text_matters, _where_the_damage_is, _masks, _neurons)
+def _questions(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    changes = of_recipe(frames["accuracy"], recipe)
+    metric = "twin_accuracy" if (changes["metric"] == "twin_accuracy").any() else "accuracy"
+    changes = _metric(changes, f"{metric}_change")
+    everywhere = changes[changes["language"].isna()]
+    changes = everywhere if len(everywhere) else changes
+    for task, rows in changes.groupby("task", observed=True):
+        by_category = rows.groupby("category", observed=True)["value"].mean()
+        listed = ", ".join(f"{c} {by_category[c]:+.1%}" for c in categories_of(rows))
+        what = "pairs of twins" if metric == "twin_accuracy" else "items"
+        yield f"Share of {what} answered right ({task}), after minus before pruning, mean over models: {listed}."
+
+
+_PARTS = (_text_matters, _questions, _where_the_damage_is, _masks, _neurons)
 
 
 def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:

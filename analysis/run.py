@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -22,20 +22,32 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from probes import DENSE, Readings, Session, pooled_states, read_against_dense
+from probes import (
+    DENSE,
+    ChoiceScores,
+    Item,
+    Readings,
+    Session,
+    item_questions,
+    pooled_states,
+    read_against_dense,
+    score,
+)
+from probes.items import first_twins, items_fingerprint
 from pruning import Anatomy, Corpus, Segment, load_model
 from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
 from pruning.text import fingerprint
+from pruning.variants import DenseCopy
 
-from . import contrasts, figures, lape, lsar, mask_overlap, perplexity, signal
+from . import contrasts, diagnoses, diagnosis, figures, harness, lape, lsar, mask_overlap, perplexity, signal, tasks
 from .frames import FRAMES, dense_columns, joined, read_frame, write_frame
 from .gallery import ReportFacts, gallery
 from .grid import VARIANTS, Grid, load_for_pruning, tell_loading
 from .ledger import Ledger
 from .progress import WorkProgress
 from .report import write_report
-from .study import Study
+from .study import Study, load_study
 
 STUDY_FILE = "study.toml"
 REPORT_FILE = "report.html"
@@ -69,22 +81,29 @@ def run_study(
     console = console or Console(stderr=True)
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"{folder} is a file; give a folder for the study (--out)")
+    with _alone_in(folder):
+        if only_prune:
+            return _prune_only(study, folder, Ledger(folder), console, memory)
+        return _load(study, folder, console, memory).everything()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a study's folder, and clear away what a killed one has left half-written."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder / ".lock", timeout=0):
-                return _run_locked(study, folder, console, memory, only_prune)
+                remove_partials(folder)
+                yield
         except Timeout as error:
             raise StudyError(
                 f"another run is writing into {folder}; wait for it, or choose another folder (--out)"
             ) from error
 
 
-def _run_locked(study: Study, folder: Path, console: Console, memory: int | None, only_prune: bool) -> Path:
+def _load(study: Study, folder: Path, console: Console, memory: int | None) -> Run:
     ledger = Ledger(folder)
-    remove_partials(folder)
-    if only_prune:
-        return _prune_only(study, folder, ledger, console, memory)
     texts = _Texts(study)
     tell_loading(study, console)
     model, tokenizer = load_model(study.model, dtype=study.dtype, device=study.device)
@@ -93,9 +112,36 @@ def _run_locked(study: Study, folder: Path, console: Console, memory: int | None
             f"{study.model_name} is an encoder-decoder, which can be pruned but not read: "
             "make its variants with prunescope prune"
         )
-    run = _Run(study, folder, ledger, texts, model, tokenizer, console, memory)
+    run = Run(study, folder, ledger, texts, model, tokenizer, console, memory)
     write_text(folder / STUDY_FILE, study.to_toml())
-    return run.everything()
+    return run
+
+
+def diagnose_study(folder: Path, request: diagnoses.Request, console: Console | None = None) -> tuple[Path, list[str]]:
+    """Diagnose one variant of a study, and return the report's path and what was found, in words.
+
+    Parameters
+    ----------
+    folder
+        Of a study; what is left of it is done first.
+    request
+        What to diagnose.
+    console
+        Where to show progress; standard error by default.
+
+    Raises
+    ------
+    PrunescopeError
+        If there is no such study, variant, language or category.
+    """
+    console = console or Console(stderr=True)
+    study = load_study(folder / STUDY_FILE)
+    with _alone_in(folder):
+        run = _load(study, folder, console, None)
+        diagnoses.check(run, request)
+        run.everything()
+        place = diagnoses.carry_out(run, request, console)
+        return run.everything(), diagnosis.words(read_frame(place / "recovery.parquet"))
 
 
 def _prune_only(study: Study, folder: Path, ledger: Ledger, console: Console, memory: int | None) -> Path:
@@ -129,12 +175,20 @@ class _Texts:
             lang: self.corpus.take("heldout", lang, evaluation.segments) for lang in study.languages
         }
         self.fitting = self.corpus.aligned("parallel", study.languages, evaluation.fit_segments)
+        source = study.item_source()
+        asked = study.languages if source else ()
+        self.items: dict[str, list[Item]] = {
+            lang: first_twins(source.items(lang), study.tasks.per_category) for lang in asked if source
+        }
+        self.task = source.task if source else ""
         for calibration in study.calibration_sets():
             for language in calibration.languages:
                 self.corpus.segments("calibration", language)
 
 
-class _Run:
+class Run:
+    """A study in its folder, with its model loaded: what is finished, and how to do the rest."""
+
     def __init__(
         self,
         study: Study,
@@ -181,6 +235,22 @@ class _Run:
         text = fingerprint(self.texts.heldout[language])
         return content_sha256([self._reading_key, text, self.grid.keys.get(variant, DENSE)])
 
+    def _items_key(self, variant: str, language: str) -> str:
+        return content_sha256(
+            [self._reading_key, items_fingerprint(self.texts.items[language]), self.grid.keys.get(variant, DENSE)]
+        )
+
+    def diagnosis_key(self, variant: str, language: str) -> str:
+        """Return a hash of all that a diagnosis of a variant in a language depends on."""
+        items = self._items_key(variant, language) if language in self.texts.items else ""
+        readings = [self._readings_key(DENSE, lang) for lang in self.study.languages]
+        return content_sha256([self._readings_key(variant, language), readings, self._fit_key, items])
+
+    @cached_property
+    def _harness_key(self) -> str:
+        config = self.study.tasks.model_dump(include={"harness", "shots", "limit", "folders"})
+        return content_sha256([self.common, config, list(self.study.languages), self.grid.keys])
+
     @cached_property
     def _fit_key(self) -> str:
         texts = {lang: fingerprint(segments) for lang, segments in self.texts.fitting.items()}
@@ -190,7 +260,8 @@ class _Run:
     def _frames_key(self) -> str:
         readings = [self._readings_key(v, lang) for v in self._models for lang in self.study.languages]
         names = [self.study.model_name, list(self.study.languages), self._models]
-        return content_sha256([readings, self._fit_key, self.study.evaluation.rank, names])
+        items = [self._items_key(v, lang) for v in self._models for lang in self.texts.items]
+        return content_sha256([readings, self._fit_key, self.study.evaluation.rank, names, items, self._harness_key])
 
     # -- places ----------------------------------------------------------------------------------------------
 
@@ -198,8 +269,15 @@ class _Run:
     def _models(self) -> list[str]:
         return [DENSE, *self.grid.names]
 
-    def _readings_file(self, variant: str, language: str) -> Path:
+    def readings_file(self, variant: str, language: str) -> Path:
         return self.folder / "readings" / variant / f"{language}.safetensors"
+
+    def _items_file(self, variant: str, language: str) -> Path:
+        return self.folder / "readings" / variant / f"{language}-items.safetensors"
+
+    @property
+    def _harness_file(self) -> Path:
+        return self.folder / "readings" / "harness" / "items.parquet"
 
     @property
     def _fit_file(self) -> Path:
@@ -209,8 +287,9 @@ class _Run:
 
     def everything(self) -> Path:
         languages = self._pending_languages()
+        questions = self._pending_items()
         fit = not self.ledger.finished("fit", self._fit_key)
-        work = self._work(languages, fit)
+        work = self._work(languages, fit, questions)
         _tell_plan(self.grid, self.console)
         began = time.monotonic()
         with WorkProgress(sum(work.values()), self.console) as progress:
@@ -221,6 +300,10 @@ class _Run:
             for number, (language, variants) in enumerate(languages.items(), start=1):
                 progress.stage(f"reading {language} with {len(variants) + 1} models ({number} of {len(languages)})")
                 self._read(language, variants, progress)
+            for number, (language, models) in enumerate(questions.items(), start=1):
+                progress.stage(f"asking {len(models)} models in {language} ({number} of {len(questions)})")
+                self._ask(language, models, progress)
+            self._ask_harness(progress)
             progress.stage("making frames")
             frames = self._frames()
             progress.advance(work["frames"] / 2)
@@ -266,10 +349,74 @@ class _Run:
                 lambda tokens: progress.advance(tokens * self._read_work),
             )
         for name, read in readings.items():
-            path = self._readings_file(name, language)
+            path = self.readings_file(name, language)
             read.save(path)
             stage = f"readings {name} {language}"
             self.ledger.finish(stage, self._readings_key(name, language), [path], clock.seconds / len(readings))
+
+    def _pending_items(self) -> dict[str, list[str]]:
+        """Return the models that are still to be asked, by language."""
+        pending = {}
+        for language in self.texts.items:
+            missing = [
+                model
+                for model in self._models
+                if not self.ledger.finished(f"items {model} {language}", self._items_key(model, language))
+            ]
+            if missing:
+                pending[language] = missing
+        return pending
+
+    def _ask(self, language: str, models: Sequence[str], progress: WorkProgress) -> None:
+        questions = item_questions(self.session, self.texts.items[language])
+        for model in models:
+            with self._timed() as clock, self._as(model):
+                scores = score(self.session, questions, lambda tokens: progress.advance(tokens * self._body_work))
+            path = self._items_file(model, language)
+            scores.save(path)
+            stage = f"items {model} {language}"
+            self.ledger.finish(stage, self._items_key(model, language), [path], clock.seconds)
+
+    @contextmanager
+    def _as(self, model: str) -> Iterator[None]:
+        """Make the loaded model one of the study's inside a ``with`` block."""
+        with nullcontext() if model == DENSE else self._dense_copy.pruned_to(self.grid.open(model)):
+            yield
+
+    @cached_property
+    def _dense_copy(self) -> DenseCopy:
+        return DenseCopy(self.model)
+
+    def _ask_harness(self, progress: WorkProgress) -> None:
+        config = self.study.tasks
+        if not config.harness or self.ledger.finished("harness", self._harness_key):
+            return
+        progress.stage("asking the evaluation harness")
+        with self._timed() as clock:
+            frame = harness.evaluate(
+                self.model,
+                self.tokenizer,
+                harness.named_tasks(config.harness, self.study.languages),
+                [self.grid.open(name) for name in self.grid.names],
+                shots=config.shots,
+                limit=config.limit,
+                folders=[Path(folder) for folder in config.folders],
+                model_name=self.study.model_name,
+            )
+            path = write_frame(self._harness_file.parent, "items", frame)
+        self.ledger.finish("harness", self._harness_key, [path], clock.seconds)
+
+    def _asked(self, columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+        """Return the frame ``items``."""
+        scores = {
+            (model, language): ChoiceScores.open(self._items_file(model, language))
+            for model in self._models
+            for language in self.texts.items
+        }
+        parts = [tasks.item_frame(scores, self.texts.items, columns, self.texts.task)]
+        if self.study.tasks.harness:
+            parts.append(read_frame(self._harness_file))
+        return joined("items", parts)
 
     def _frames(self) -> dict[str, pd.DataFrame]:
         folder = self.folder / "frames"
@@ -277,21 +424,21 @@ class _Run:
             with self._timed() as clock:
                 files = [write_frame(folder, name, frame) for name, frame in self._analyzed().items()]
             self.ledger.finish("frames", self._frames_key, files, clock.seconds)
-        return {name: read_frame(folder / f"{name}.parquet") for name in FRAMES if name != "neurons"}
+        return {name: read_frame(folder / f"{name}.parquet") for name in FRAMES if name not in ("neurons", "recovery")}
 
     def _analyzed(self) -> dict[str, pd.DataFrame | Iterable[pd.DataFrame]]:
         variants = [self.grid.open(name) for name in self.grid.names]
         columns: dict[str, Mapping[str, Any]] = {DENSE: dense_columns(self.study.model_name)}
         columns |= {variant.id: variant.columns() for variant in variants}
         readings = {
-            (model, language): Readings.open(self._readings_file(model, language))
+            (model, language): Readings.open(self.readings_file(model, language))
             for model in self._models
             for language in self.study.languages
         }
-        means = load_file(self._fit_file)
-        fitted = lsar.fit_layers({lang: means[lang][None] for lang in self.study.languages}, self.study.evaluation.rank)
+        fitted = self.subspaces
         masks = {variant.id: variant.masks for variant in variants}
         ids = {language: [s.id for s in segments] for language, segments in self.texts.heldout.items()}
+        asked = self._asked(columns)
         language_neurons, neuron_selection = lape.analyze(readings, columns)
         overlap = [mask_overlap.analyze(masks, columns), mask_overlap.agreement(variants, self.anatomy)]
         return {
@@ -302,9 +449,16 @@ class _Run:
             "neurons": lape.neurons(readings, columns),
             "language_neurons": language_neurons,
             "neuron_selection": neuron_selection,
+            "items": asked,
+            "accuracy": tasks.analyze(asked),
             "contrasts": contrasts.analyze(readings, columns, fitted),
             "sparsity": mask_overlap.sparsity(masks, columns),
         }
+
+    @cached_property
+    def subspaces(self) -> list[lsar.LSAR]:
+        means = load_file(self._fit_file)
+        return lsar.fit_layers({lang: means[lang][None] for lang in self.study.languages}, self.study.evaluation.rank)
 
     def _figures(self, frames: dict[str, pd.DataFrame]) -> None:
         key = content_sha256([self._frames_key, "figures"])
@@ -319,11 +473,13 @@ class _Run:
 
     def _report(self, frames: dict[str, pd.DataFrame]) -> Path:
         path = self.folder / REPORT_FILE
-        key = content_sha256([self._frames_key, "report"])
+        found = dict(diagnoses.finished(self))
+        key = content_sha256([self._frames_key, "report", [request.name for request in found]])
         if not self.ledger.finished("report", key):
             with self._timed() as clock:
-                shown = list(gallery(frames, self._facts, self._neurons_of))
-                write_report(path, frames, shown, self.folder / "figures", self._facts)
+                shown = [*gallery(frames, self._facts, self._neurons_of), *diagnoses.shown(found)]
+                said = {request.title: diagnosis.words(frame) for request, frame in found.items()}
+                write_report(path, frames, shown, self.folder / "figures", self._facts, said)
             self.ledger.finish("report", key, [path], clock.seconds)
         return path
 
@@ -350,10 +506,16 @@ class _Run:
     def _read_work(self) -> float:
         return self._body_work + self.anatomy.vocabulary * self.anatomy.hidden_size
 
-    def _work(self, languages: Mapping[str, list[str]], fit: bool) -> dict[str, float]:
+    def _work(
+        self, languages: Mapping[str, list[str]], fit: bool, questions: Mapping[str, list[str]]
+    ) -> dict[str, float]:
         fitting = sum(map(self._count, self.texts.fitting.values())) if fit else 0
         reading = sum(self._count(self.texts.heldout[lang]) * (len(v) + 1) for lang, v in languages.items())
         work = {"prune": self.grid.work, "fit": fitting * self._body_work, "read": reading * self._read_work}
+        asking = {lang: item_questions(self.session, self.texts.items[lang]) for lang in questions}
+        work["ask"] = self._body_work * sum(
+            len(models) * sum(question.tokens for question in asking[lang]) for lang, models in questions.items()
+        )
         work["frames"] = _FRAMES_SHARE * sum(work.values())
         return work
 
@@ -362,10 +524,10 @@ class _Run:
 
     def _neurons(self) -> int:
         """Return how many MLP neurons were read in all."""
-        return int(Readings.open(self._readings_file(DENSE, self.study.languages[0])).fired[0].numel())
+        return int(Readings.open(self.readings_file(DENSE, self.study.languages[0])).fired[0].numel())
 
     def _tokens_read(self, language: str) -> int:
-        return int(Readings.open(self._readings_file(DENSE, language)).tokens.sum())
+        return int(Readings.open(self.readings_file(DENSE, language)).tokens.sum())
 
     @contextmanager
     def _timed(self) -> Iterator[_Clock]:

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from probes import DENSE
+from probes import DENSE, ItemSource
 from pruning import CalibrationSet, Corpus, Recipe, Remedy, known_methods, text_source
 from pruning.allocation import DIAGNOSIS
 from pruning.engine import Job
@@ -28,6 +28,8 @@ from pruning.variants import planned_jobs
 
 _TextSpec = str | HubDataset
 _NAME = re.compile(r"\w[\w.+=-]*")
+#: What a study says that asks no items.
+NO_ITEMS = "none"
 #: Share of weights removed when a study does not say.
 DEFAULT_SPARSITY = 0.5
 
@@ -158,6 +160,43 @@ class EvaluationConfig(_Section):
     rank: int | None = Field(default=None, ge=1, description="of the LSAR subspaces; languages less one by default")
 
 
+class TasksConfig(_Section):
+    """Questions that the models are asked.
+
+    Attributes
+    ----------
+    items
+        ``"bundled"``, ``"file:FOLDER/{lang}.jsonl"`` or ``"none"``; by default the bundled ones, if there are some in
+        every language of the study.
+    per_category
+        Items of each category at most; all by default.
+    harness
+        Tasks of EleutherAI's lm-evaluation-harness by name; ``"preset"`` stands for those of
+        :data:`analysis.harness.STUDY_BENCHMARKS` in the study's languages. Needs the extra ``tasks``.
+    shots, limit
+        Examples before each question there, and questions of each task at most.
+    folders
+        Of further tasks for the harness.
+    """
+
+    items: str | None = None
+    per_category: int | None = Field(default=None, ge=2)
+    harness: tuple[str, ...] = ()
+    shots: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    folders: tuple[str, ...] = ()
+
+    @field_validator("items")
+    @classmethod
+    def _known_items(cls, spec: str | None) -> str | None:
+        if spec not in (None, NO_ITEMS):
+            try:
+                ItemSource(spec)
+            except TextError as error:
+                raise ValueError(str(error)) from error
+        return spec
+
+
 class Study(_Section):
     """A study: one model, languages, calibration sets, recipes.
 
@@ -177,6 +216,7 @@ class Study(_Section):
     calibration: CalibrationConfig = CalibrationConfig()
     recipes: tuple[RecipeGrid, ...] = (RecipeGrid(method="wanda"),)
     evaluation: EvaluationConfig = EvaluationConfig()
+    tasks: TasksConfig = TasksConfig()
     imported: dict[str, str] = Field(
         default={}, description="models that were pruned elsewhere: what to call each, and its checkpoint"
     )
@@ -223,6 +263,13 @@ class Study(_Section):
             )
             for name, seed in dict.fromkeys(pairs)
         ]
+
+    def item_source(self) -> ItemSource | None:
+        """Return where items come from, if there are any."""
+        spec = self.tasks.items
+        if spec is None:
+            return ItemSource() if set(self.languages) <= set(BUNDLED_LANGUAGES) else None
+        return None if spec == NO_ITEMS else ItemSource(spec)
 
     def all_recipes(self) -> list[Recipe]:
         """Return every recipe once."""
@@ -369,6 +416,7 @@ def _keys(section: str) -> list[str]:
         "calibration": CalibrationConfig,
         "recipes": RecipeGrid,
         "evaluation": EvaluationConfig,
+        "tasks": TasksConfig,
     }
     first = section.split(".")[0]
     return list(sections[first].model_fields) if first in sections else list(HubDataset.model_fields)
@@ -377,7 +425,7 @@ def _keys(section: str) -> list[str]:
 def _anchored(study: Study, folder: Path) -> Study:
     """Resolve relative paths against the study file's folder."""
 
-    def anchor(spec: _TextSpec) -> _TextSpec:
+    def anchor(spec: Any) -> Any:
         if isinstance(spec, str) and spec.startswith("file:"):
             return "file:" + os.path.normpath(folder / spec.removeprefix("file:"))
         return spec
@@ -388,7 +436,10 @@ def _anchored(study: Study, folder: Path) -> Study:
         return os.path.normpath(folder / name) if name != DEMO and (folder / name).is_dir() else name
 
     imported = {name: checkpoint(source) for name, source in study.imported.items()}
-    return study.model_copy(update={"text": text, "model": checkpoint(study.model), "imported": imported})
+    folders = tuple(os.path.normpath(folder / name) for name in study.tasks.folders)
+    tasks = study.tasks.model_copy(update={"items": anchor(study.tasks.items), "folders": folders})
+    update = {"text": text, "model": checkpoint(study.model), "imported": imported, "tasks": tasks}
+    return study.model_copy(update=update)
 
 
 def _diagnoses_anchored(content: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from .choices import ChoiceScores, item_questions, score, text_questions
 from .hidden_states import PooledStates
+from .items import Item, ItemSource
 from .loss import TokenLoss
 from .neurons import NeuronFiring
+from .patching import Component, DamagedModel, attribute, patch
 from .readings import DENSE, Readings, pooled_states, read_against_dense
 from .session import Batch, Reader, Session
 from .signal import DenseSignal, SignalError
@@ -12,7 +15,12 @@ from .signal import DenseSignal, SignalError
 __all__ = [
     "DENSE",
     "Batch",
+    "ChoiceScores",
+    "Component",
+    "DamagedModel",
     "DenseSignal",
+    "Item",
+    "ItemSource",
     "NeuronFiring",
     "PooledStates",
     "Reader",
@@ -20,6 +28,11 @@ __all__ = [
     "Session",
     "SignalError",
     "TokenLoss",
+    "attribute",
+    "item_questions",
+    "patch",
     "pooled_states",
     "read_against_dense",
+    "score",
+    "text_questions",
 ]

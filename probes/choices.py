@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pruning.anatomy import Anatomy
-from pruning.errors import TextError
+from pruning.errors import StudyError, TextError
+from pruning.files import whole_file
 from pruning.text import Segment
 
 from .items import Item
@@ -130,6 +134,25 @@ class ChoiceScores:
     def correct(self) -> Float[np.ndarray, " questions"]:
         """1 where the right choice is the likeliest, else 0."""
         return (self.margin > 0).astype(np.float64)
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        with whole_file(path) as partial:
+            save_file({"values": torch.from_numpy(self.values), "answers": torch.from_numpy(self.answers)}, partial)
+
+    @classmethod
+    def open(cls, path: Path) -> ChoiceScores:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        StudyError
+            If the file is damaged.
+        """
+        try:
+            return cls(**{name: value.numpy() for name, value in load_file(path).items()})
+        except (SafetensorError, OSError, TypeError) as error:
+            raise StudyError(f"{path} is damaged; delete it and run again") from error
 
 
 def item_questions(session: Session, items: Sequence[Item]) -> list[Question]:
