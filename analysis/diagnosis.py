@@ -243,8 +243,14 @@ class _Gaps:
         there = np.abs(lost.sum(axis=0)) > 1e-12
         metrics = [f"{m}_recovery" for m, kept in zip(self.metrics, there, strict=True) if kept]
         lost, change = lost[:, there], change[:, there]
-        with np.errstate(invalid="ignore", divide="ignore"):  # a draw in which nothing was lost has no share
-            value, low, high = segment_interval(lambda weights: (weights @ change) / (weights @ lost), self.clusters)
+        estimate = change.sum(axis=0) / lost.sum(axis=0)
+
+        def share(weights: np.ndarray) -> np.ndarray:
+            total = weights @ lost
+            nothing = np.abs(total) < 1e-12  # such a draw says nothing, and counts as the estimate itself
+            return np.where(nothing, estimate, (weights @ change) / np.where(nothing, 1.0, total))
+
+        value, low, high = segment_interval(share, self.clusters)
         return {"metric": metrics, "value": value, "low": low, "high": high, "n": self.n}
 
 
@@ -377,12 +383,13 @@ def plot_map(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
         rows = shown[shown["component"] == kind]
         rows = rows.assign(layer=rows["layer"].astype(int))
         table = rows.pivot_table(index="layer", columns="role", values="value", aggfunc="sum", observed=True)
-        tables[name] = 100 * table[[role for role in ROLES if role in table.columns]]
+        tables[name] = (100 * table[[role for role in ROLES if role in table.columns]]).round() + 0.0
     return figures.heatmaps(
         {name: table for name, table in tables.items() if table.size},
         title=f"Share of the loss that one role of one block brings back, estimated ({_title(frame)})",
         colour_label="share of the loss (%)",
         digits="{:.0f}",
+        diverging=True,
         x_label="role",
         y_label="block",
         height=0.17,
@@ -393,7 +400,6 @@ def plot_map(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
 def plot_curves(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
     """Draw what the residual stream and its parts bring back after each block."""
     exact = frame[(frame["direction"] == RESTORE) & frame["low"].notna()]
-    panels = []
     titles = {"margin_recovery": "margin", "accuracy_recovery": "accuracy", "loss_recovery": "loss"}
     names = {
         "residual": ("whole stream", figures.GREY, "-"),
@@ -401,6 +407,9 @@ def plot_curves(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figur
         "specific": ("language-specific part", figures.TWO_COLOURS[0], "-"),
         "random": ("random subspace of that size", figures.TWO_COLOURS[0], ":"),
     }
+    drawn = exact[exact["component"].isin(names) & exact["metric"].isin(titles)]["value"]
+    shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1))  # bands may go beyond
+    panels = []
     for metric, title in titles.items():
         lines = []
         for kind, (label, colour, style) in names.items():
@@ -410,7 +419,7 @@ def plot_curves(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figur
                 low = high = None
             lines.append(figures.Line(label, rows["layer"].tolist(), rows["value"].tolist(), colour, style, low, high))
         if any(len(line.x) for line in lines):
-            panels.append(figures.Panel(title, lines, {"all that was lost": 1.0}))
+            panels.append(figures.Panel(title, lines, {"all that was lost": 1.0}, y_range=shown_range))
     return figures.line_panels(
         panels,
         title=f"What restoring the residual stream brings back ({_title(frame)})",
@@ -437,11 +446,14 @@ def plot_causes(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figur
                 colour = figures.TWO_COLOURS[0 if row["component"] == "weights" else 1]
                 effect = figures.Effect(_label(row), one["value"], one["low"], one["high"], colour, found)
                 panels[panel].append(effect)
+    values = [effect.value for effects in panels.values() for effect in effects]
+    lowest, highest = min(values), max(values)  # intervals may go beyond
     return figures.effect_panels(
         {name: effects for name, effects in panels.items() if effects},
         title=f"Single components ({_title(frame)})",
         x_label="share of the loss",
         found="interval without zero (blue: masks; red: values)",
+        x_range=(min(-0.25, lowest - 0.1), max(1.0, highest + 0.1)),
         width=width,
     )
 

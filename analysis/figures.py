@@ -241,6 +241,7 @@ def heatmaps(
     x_label: str = "evaluated in",
     y_label: str = "calibrated on",
     dark_is_high: bool = True,
+    diverging: bool = False,
     width: float = PAGE_WIDTH,
 ) -> Figure:
     """Draw tables side by side on one colour scale, each cell written over with its value or its label.
@@ -261,11 +262,17 @@ def heatmaps(
         Inches of a row.
     dark_is_high
         Which end of the scale is dark.
+    diverging
+        Whether values lie on both sides of zero, which is then white.
     width
         Inches.
     """
     rows = max(len(table) for table in tables.values())
     ends = [table.min().min() for table in tables.values()], [table.max().max() for table in tables.values()]
+    colours = "cividis_r" if dark_is_high else "cividis"
+    if diverging:
+        colours, high = "RdBu", max(abs(end) for side in ends for end in side) or 1.0
+        low = -high
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, max(0.95 + height * rows, 1.9)), layout="constrained")
         grid = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
@@ -277,7 +284,7 @@ def heatmaps(
                 ax=axes,
                 annot=written.to_numpy(),
                 fmt="",
-                cmap="cividis_r" if dark_is_high else "cividis",
+                cmap=colours,
                 vmin=min(ends[0]) if low is None else low,
                 vmax=max(ends[1]) if high is None else high,
                 annot_kws={"size": 6 if width >= PAGE_WIDTH and len(tables) == 1 else 5},
@@ -317,6 +324,7 @@ class Panel:
     log_x: bool = False
     whole_x: bool = True
     x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
 
 
 def range_line(rows: pd.DataFrame, x: str, label: str, colour: str, style: str = "-") -> Line:
@@ -389,6 +397,8 @@ def line_panels(
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if panel.x_range:
                 axes.set_xlim(*panel.x_range)
+            if panel.y_range:
+                axes.set_ylim(*panel.y_range)
             if log_y:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -431,6 +441,7 @@ def effect_panels(
     title: str,
     x_label: str,
     found: str = "beyond the margin, p < 0.05 (corrected)",
+    x_range: tuple[float, float] | None = None,
     width: float = PAGE_WIDTH,
 ) -> Figure:
     """Draw effects from zero with intervals in small multiples, filled where they are found; `found` says when."""
@@ -447,6 +458,8 @@ def effect_panels(
                 face = effect.colour if effect.found else "white"
                 axes.plot([effect.value], [y], "o", color=effect.colour, markerfacecolor=face, markersize=3.5)
             axes.axvline(0, color=GREY, linewidth=0.6)
+            if x_range:
+                axes.set_xlim(*x_range)
             axes.set_yticks(range(len(effects)), [effect.label for effect in reversed(effects)])
             axes.set_title(name)
             axes.tick_params(axis="y", length=0)

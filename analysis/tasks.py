@@ -145,14 +145,11 @@ def plot(
     tables = {
         category: figures.by_calibration(shown[shown["category"] == category]) for category in categories_of(shown)
     }
-    ends = max(abs(table.to_numpy(dtype=float)).max() for table in tables.values()) or 1.0
     return figures.heatmaps(
         tables,
         title=f"{_TITLES[metric]} ({figures.recipe_label(recipe)})",
         colour_label=_LABELS[metric],
-        low=-ends,
-        high=0.0,
-        dark_is_high=False,
+        diverging=True,
         digits="{:+.2f}",
         width=width,
     )
