@@ -113,6 +113,18 @@ def named_tasks(names: Sequence[str], languages: Sequence[str]) -> list[str]:
     return list(tasks)
 
 
+def check_known(names: Sequence[str], folders: Sequence[Path] = ()) -> None:
+    """Check that the harness is installed and knows these tasks, before anything expensive begins.
+
+    Raises
+    ------
+    StudyError
+        If it is not, or does not know one of them.
+    """
+    with _quiet():
+        _indexes(names, folders)
+
+
 def known_tasks() -> list[str]:
     """Return the names of all tasks, groups and tags of the installed harness; the first call takes some seconds.
 
@@ -277,30 +289,29 @@ class _Task:
         """Return what one model's answers, as the harness logs them, are in the frame ``items``, by column."""
         way = answers[-1]["filter"]
         observed = [row for answer in answers if answer["filter"] == way for row in self._observations(answer)]
-        columns = ("item", "category", "choice", "metric", "value")
+        columns = ("item", "twin", "category", "choice", "metric", "value")
         values = map(list, zip(*observed, strict=True))
-        row = {"language": self.language, "task": self.harness.task_name} | dict(zip(columns, values, strict=True))
-        return row | {"twin": row["item"]}
+        return {"language": self.language, "task": self.harness.task_name} | dict(zip(columns, values, strict=True))
 
-    def _observations(self, answer: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, str, float]]:
+    def _observations(self, answer: Mapping[str, Any]) -> Iterator[tuple[str, str, str, int | None, str, float]]:
         document = answer["doc"]
-        item, category = str(answer["doc_id"]), self.category
+        place = (str(answer["doc_id"]),) * 2 + (self.category,)
         if self.harness.task_name.startswith(BUNDLED_TASK):
-            item, category = document["id"], document["category"]
+            place = document["id"], document["twin"], document["category"]
         margin = None
         if _multiple_choice(self.harness):
             right = self._right(answer)
             # with mutual information, every choice is asked for a second time, without its prompt
             scores = np.array([response[0][0] for response in answer["resps"][: len(right)]])
             for choice, score in enumerate(scores):
-                yield item, category, choice, "log_likelihood", float(score)
+                yield *place, choice, "log_likelihood", float(score)
             if right.any() and not right.all():
                 margin = float(scores[right].max() - scores[~right].max())
-                yield item, category, None, "margin", margin
+                yield *place, None, "margin", margin
         correct = answer[self.metric] if self.metric else float(margin is not None and margin > 0)
         if correct not in (0, 1):
             raise _not_right_or_wrong(self.harness)
-        yield item, category, None, "correct", float(correct)
+        yield *place, None, "correct", float(correct)
 
     def _right(self, answer: Mapping[str, Any]) -> np.ndarray:
         """Return which choices are right; the harness lets a task say it by number or by text, one or several."""

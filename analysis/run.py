@@ -175,6 +175,9 @@ class _Texts:
             lang: self.corpus.take("heldout", lang, evaluation.segments) for lang in study.languages
         }
         self.fitting = self.corpus.aligned("parallel", study.languages, evaluation.fit_segments)
+        if study.tasks.harness:
+            names = harness.named_tasks(study.tasks.harness, study.languages)
+            harness.check_known(names, [Path(folder) for folder in study.tasks.folders])
         source = study.item_source()
         asked = study.languages if source else ()
         self.items: dict[str, list[Item]] = {
