@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -239,10 +240,15 @@ class _FinalStates:
         self.states.append(value)
 
 
-def final_states(session: Session, batch: Batch, readers: Sequence[Reader] = (), edits: Sequence[Edit] = ()) -> Tensor:
-    """Run the model on a batch and return its normed final states, ``[rows, tokens, hidden]``."""
+def final_states(
+    session: Session, batch: Batch, readers: Sequence[Reader] = (), edits: Sequence[Edit] = (), **run: Any
+) -> Tensor:
+    """Run the model on a batch and return its normed final states, ``[rows, tokens, hidden]``.
+
+    Arguments are those of :meth:`probes.Session.read`.
+    """
     reader = _FinalStates()
-    session.read(batch, [*readers, reader], edits)
+    session.read(batch, [*readers, reader], edits, **run)
     return reader.states[0]
 
 

@@ -98,6 +98,11 @@ class Component:
     weights: tuple[Key, ...] = ()
 
     @property
+    def first_layer(self) -> int:
+        """The first block in which anything is put over."""
+        return min([place.layer for place in self.places] + [layer for layer, _ in self.weights])
+
+    @property
     def label(self) -> str:
         """A short name, unique among the components of a diagnosis: ``weights 9.down``."""
         place = ".".join(str(part) for part in (self.layer, self.role) if part is not None)
@@ -241,13 +246,15 @@ def patch(
         with _as(damage, direction == DAMAGE):
             kept = [_run(session, batch, first, sites, progress) for batch in group]
         with _as(damage, direction == RESTORE):
-            for batch in group:
-                _run(session, batch, second, {}, progress)
+            clean: list[dict[int, Any]] = [{} for _ in group]
+            for batch, outputs in zip(group, clean, strict=True):
+                _run(session, batch, second, {}, progress, outputs)
             for component, scores in zip(components, exact, strict=True):
                 with damage.with_weights(component.weights, dense=direction == RESTORE):
-                    for batch, values in zip(group, kept, strict=True):
+                    start = component.first_layer  # before it, the run is the clean one
+                    for batch, values, outputs in zip(group, kept, clean, strict=True):
                         edits = [_Put(place, values[place.layer, place.site]) for place in component.places]
-                        final = final_states(session, batch.batch, edits=edits)
+                        final = final_states(session, batch.batch, edits=edits, outputs=outputs, start=start)
                         scores.take(batch, batch.scores(session.anatomy, final))
                         progress(int(batch.batch.real.sum()))
     return Patched(dense.scores, pruned.scores, {i: table.scores for i, table in enumerate(exact)})
@@ -343,11 +350,16 @@ class _Keep:
 
 
 def _run(
-    session: Session, batch: QuestionBatch, scores: ScoreTable, sites: Mapping[Site, None], progress: Progress
+    session: Session,
+    batch: QuestionBatch,
+    scores: ScoreTable,
+    sites: Mapping[Site, None],
+    progress: Progress,
+    outputs: dict[int, Any] | None = None,
 ) -> dict[Site, Tensor]:
     """Score one batch with the model as it is, and return what it does at some sites."""
     keep = _Keep(sites)
-    final = final_states(session, batch.batch, [keep])
+    final = final_states(session, batch.batch, [keep], outputs=outputs)
     scores.take(batch, batch.scores(session.anatomy, final))
     progress(int(batch.batch.real.sum()))
     return keep.values
@@ -420,7 +432,7 @@ def _groups(
 ) -> Iterator[list[QuestionBatch]]:
     """Yield runs of batches whose kept activations fit the memory set aside for them."""
     anatomy = session.anatomy
-    width = sum(_width(anatomy, *site) for site in sites)
+    width = sum(_width(anatomy, *site) for site in sites) + len(anatomy.blocks) * anatomy.hidden_size
     group: list[QuestionBatch] = []
     held = 0
     for batch in question_batches(session, questions):

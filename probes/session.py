@@ -144,23 +144,51 @@ class Session:
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
         return [self.batch(rows, [encoded[i] for i in rows]) for rows in _grouped(order, encoded, self.batch_tokens)]
 
-    def read(self, batch: Batch, readers: Sequence[Reader], edits: Sequence[Edit] = ()) -> None:
+    def read(
+        self,
+        batch: Batch,
+        readers: Sequence[Reader],
+        edits: Sequence[Edit] = (),
+        *,
+        outputs: dict[int, Any] | None = None,
+        start: int = 0,
+    ) -> None:
         """Run the model once on a batch, in one nnsight trace, and let every reader take what it wants.
 
-        Readers see the values that edits have made. Where gradients are enabled (:func:`differentiable`), what is read
-        can be differentiated.
+        Inside :meth:`differentiable`, what is read can be differentiated.
+
+        Parameters
+        ----------
+        batch
+            What to read.
+        readers
+            They see the values that edits have made.
+        edits
+            Values to change.
+        outputs
+            Filled with the output of every block, if an empty one is given.
+        start
+            The first block that runs, if `outputs` is of an earlier run on the same batch: those before it are left
+            out, and the run goes on from what the last of them put out then. What is read and changed must come after.
         """
         inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
         inputs = {name: value for name, value in inputs.items() if name in self._accepted}
         spared = {"use_cache": False, "logits_to_keep": 1}
         spared = {name: value for name, value in spared.items() if name in self._accepted}
-        wanted = self._wanted(readers, edits)
+        keep = outputs if outputs is not None and not outputs else None
+        goes_on_from = outputs[start - 1] if outputs is not None and start else None
+        wanted = self._wanted(readers, edits, every_block=keep is not None)
+        skipped = [_envoy(self._traced, self.anatomy.path(layer, "residual")) for layer in range(start)]
         with torch.set_grad_enabled(self._differentiating), self._traced.trace(inputs, **spared) as trace:
+            for block in skipped:
+                block.skip(goes_on_from)
             for module, visits in wanted:
                 before = module.output
                 output = before
                 for visit in visits:
                     output = visit(output, batch)
+                    if keep is not None and visit.site == "residual":
+                        keep[visit.layer] = output
                 if output is not before:
                     module.output = output
             trace.stop()
@@ -185,7 +213,9 @@ class Session:
             for parameter, required in before.items():
                 parameter.requires_grad_(required)
 
-    def _wanted(self, readers: Sequence[Reader], edits: Sequence[Edit]) -> list[tuple[Any, list[_Visit]]]:
+    def _wanted(
+        self, readers: Sequence[Reader], edits: Sequence[Edit], *, every_block: bool
+    ) -> list[tuple[Any, list[_Visit]]]:
         """List what to do at which module in the order in which they run: nnsight accepts no other."""
         anatomy, layers = self.anatomy, len(self.anatomy.blocks)
         places = [(layer, site, anatomy.path(layer, site)) for layer in range(layers) for site in anatomy.sites(layer)]
@@ -194,7 +224,7 @@ class Session:
         for layer, site, path in places:
             interested = [reader for reader in readers if site in reader.sites]
             editing = [edit for edit in edits if (edit.layer, edit.site) == (layer, site)]
-            if interested or editing:
+            if interested or editing or (every_block and site == "residual"):
                 wanted.setdefault(path, []).append(_Visit(anatomy, layer, site, interested, editing))
         return [(_envoy(self._traced, path), visits) for path, visits in wanted.items()]
 
