@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -24,23 +24,21 @@ from safetensors.torch import load_file, save_file
 
 from probes import (
     DENSE,
-    ChoiceScores,
     Item,
     Readings,
     Session,
     item_questions,
     pooled_states,
     read_against_dense,
-    score,
 )
-from probes.items import first_twins, items_fingerprint
+from probes.items import first_twins
 from pruning import Anatomy, Corpus, Segment, load_model
 from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
 from pruning.text import fingerprint
-from pruning.variants import DenseCopy
 
 from . import contrasts, diagnoses, diagnosis, figures, harness, lape, lsar, mask_overlap, perplexity, signal, tasks
+from .asking import Asking
 from .frames import FRAMES, dense_columns, joined, read_frame, write_frame
 from .gallery import ReportFacts, gallery
 from .grid import VARIANTS, Grid, load_for_pruning, tell_loading
@@ -229,58 +227,47 @@ class Run:
     # -- keys ------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _reading_key(self) -> str:
+    def reading_key(self) -> str:
+        """A hash of what everything that is read depends on."""
         config = self.study.evaluation
         fields = {"max_length", "batch_tokens", "special_tokens"}
         return content_sha256({**self.common, **config.model_dump(include=fields)})
 
     def _readings_key(self, variant: str, language: str) -> str:
         text = fingerprint(self.texts.heldout[language])
-        return content_sha256([self._reading_key, text, self.grid.keys.get(variant, DENSE)])
-
-    def _items_key(self, variant: str, language: str) -> str:
-        return content_sha256(
-            [self._reading_key, items_fingerprint(self.texts.items[language]), self.grid.keys.get(variant, DENSE)]
-        )
+        return content_sha256([self.reading_key, text, self.grid.keys.get(variant, DENSE)])
 
     def diagnosis_key(self, variant: str, language: str) -> str:
         """Return a hash of all that a diagnosis of a variant in a language depends on."""
-        items = self._items_key(variant, language) if language in self.texts.items else ""
+        items = self.asking.items_key(variant, language) if language in self.texts.items else ""
         readings = [self._readings_key(DENSE, lang) for lang in self.study.languages]
         return content_sha256([self._readings_key(variant, language), readings, self._fit_key, items])
 
     @cached_property
-    def _harness_key(self) -> str:
-        config = self.study.tasks.model_dump(include={"harness", "shots", "limit", "folders"})
-        return content_sha256([self.common, config, list(self.study.languages), self.grid.keys])
-
-    @cached_property
     def _fit_key(self) -> str:
         texts = {lang: fingerprint(segments) for lang, segments in self.texts.fitting.items()}
-        return content_sha256([self._reading_key, texts])
+        return content_sha256([self.reading_key, texts])
 
     @cached_property
     def _frames_key(self) -> str:
-        readings = [self._readings_key(v, lang) for v in self._models for lang in self.study.languages]
-        names = [self.study.model_name, list(self.study.languages), self._models]
-        items = [self._items_key(v, lang) for v in self._models for lang in self.texts.items]
-        return content_sha256([readings, self._fit_key, self.study.evaluation.rank, names, items, self._harness_key])
+        readings = [self._readings_key(v, lang) for v in self.models for lang in self.study.languages]
+        names = [self.study.model_name, list(self.study.languages), self.models]
+        return content_sha256([readings, self._fit_key, self.study.evaluation.rank, names, self.asking.key])
+
+    @cached_property
+    def asking(self) -> Asking:
+        """The stage that asks the models questions."""
+        return Asking(self)
 
     # -- places ----------------------------------------------------------------------------------------------
 
     @property
-    def _models(self) -> list[str]:
+    def models(self) -> list[str]:
+        """The dense model and all variants."""
         return [DENSE, *self.grid.names]
 
     def readings_file(self, variant: str, language: str) -> Path:
         return self.folder / "readings" / variant / f"{language}.safetensors"
-
-    def _items_file(self, variant: str, language: str) -> Path:
-        return self.folder / "readings" / variant / f"{language}-items.safetensors"
-
-    @property
-    def _harness_file(self) -> Path:
-        return self.folder / "readings" / "harness" / "items.parquet"
 
     @property
     def _fit_file(self) -> Path:
@@ -290,7 +277,7 @@ class Run:
 
     def everything(self) -> Path:
         languages = self._pending_languages()
-        questions = self._pending_items()
+        questions = self.asking.pending()
         fit = not self.ledger.finished("fit", self._fit_key)
         work = self._work(languages, fit, questions)
         _tell_plan(self.grid, self.console)
@@ -305,8 +292,10 @@ class Run:
                 self._read(language, variants, progress)
             for number, (language, models) in enumerate(questions.items(), start=1):
                 progress.stage(f"asking {len(models)} models in {language} ({number} of {len(questions)})")
-                self._ask(language, models, progress)
-            self._ask_harness(progress)
+                self.asking.ask(language, models, lambda tokens: progress.advance(tokens * self._body_work))
+            if self.asking.harness_pending:
+                progress.stage("asking the evaluation harness")
+                self.asking.ask_harness()
             progress.stage("making frames")
             frames = self._frames()
             progress.advance(work["frames"] / 2)
@@ -322,7 +311,7 @@ class Run:
         """Return the variants that are still to be read, by language; the dense model is read along with them."""
         pending = {}
         for language in self.study.languages:
-            missing = [v for v in self._models if not self._is_read(v, language)]
+            missing = [v for v in self.models if not self._is_read(v, language)]
             if missing:
                 pending[language] = [v for v in missing if v != DENSE]
         return pending
@@ -357,70 +346,6 @@ class Run:
             stage = f"readings {name} {language}"
             self.ledger.finish(stage, self._readings_key(name, language), [path], clock.seconds / len(readings))
 
-    def _pending_items(self) -> dict[str, list[str]]:
-        """Return the models that are still to be asked, by language."""
-        pending = {}
-        for language in self.texts.items:
-            missing = [
-                model
-                for model in self._models
-                if not self.ledger.finished(f"items {model} {language}", self._items_key(model, language))
-            ]
-            if missing:
-                pending[language] = missing
-        return pending
-
-    def _ask(self, language: str, models: Sequence[str], progress: WorkProgress) -> None:
-        questions = item_questions(self.session, self.texts.items[language])
-        for model in models:
-            with self._timed() as clock, self._as(model):
-                scores = score(self.session, questions, lambda tokens: progress.advance(tokens * self._body_work))
-            path = self._items_file(model, language)
-            scores.save(path)
-            stage = f"items {model} {language}"
-            self.ledger.finish(stage, self._items_key(model, language), [path], clock.seconds)
-
-    @contextmanager
-    def _as(self, model: str) -> Iterator[None]:
-        """Make the loaded model one of the study's inside a ``with`` block."""
-        with nullcontext() if model == DENSE else self._dense_copy.pruned_to(self.grid.open(model)):
-            yield
-
-    @cached_property
-    def _dense_copy(self) -> DenseCopy:
-        return DenseCopy(self.model)
-
-    def _ask_harness(self, progress: WorkProgress) -> None:
-        config = self.study.tasks
-        if not config.harness or self.ledger.finished("harness", self._harness_key):
-            return
-        progress.stage("asking the evaluation harness")
-        with self._timed() as clock:
-            frame = harness.evaluate(
-                self.model,
-                self.tokenizer,
-                harness.named_tasks(config.harness, self.study.languages),
-                [self.grid.open(name) for name in self.grid.names],
-                shots=config.shots,
-                limit=config.limit,
-                folders=[Path(folder) for folder in config.folders],
-                model_name=self.study.model_name,
-            )
-            path = write_frame(self._harness_file.parent, "items", frame)
-        self.ledger.finish("harness", self._harness_key, [path], clock.seconds)
-
-    def _asked(self, columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-        """Return the frame ``items``."""
-        scores = {
-            (model, language): ChoiceScores.open(self._items_file(model, language))
-            for model in self._models
-            for language in self.texts.items
-        }
-        parts = [tasks.item_frame(scores, self.texts.items, columns, self.texts.task)]
-        if self.study.tasks.harness:
-            parts.append(read_frame(self._harness_file))
-        return joined("items", parts)
-
     def _frames(self) -> dict[str, pd.DataFrame]:
         folder = self.folder / "frames"
         if not self.ledger.finished("frames", self._frames_key):
@@ -435,13 +360,13 @@ class Run:
         columns |= {variant.id: variant.columns() for variant in variants}
         readings = {
             (model, language): Readings.open(self.readings_file(model, language))
-            for model in self._models
+            for model in self.models
             for language in self.study.languages
         }
         fitted = self.subspaces
         masks = {variant.id: variant.masks for variant in variants}
         ids = {language: [s.id for s in segments] for language, segments in self.texts.heldout.items()}
-        asked = self._asked(columns)
+        asked = self.asking.frame(columns)
         language_neurons, neuron_selection = lape.analyze(readings, columns)
         overlap = [mask_overlap.analyze(masks, columns), mask_overlap.agreement(variants, self.anatomy)]
         return {
