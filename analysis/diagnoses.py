@@ -25,6 +25,7 @@ from .diagnosis import CONFIRMED, TEXT, Asked, components_of
 from .frames import read_frame, write_frame
 from .gallery import Shown
 from .progress import WorkProgress
+from .study import Study
 
 if TYPE_CHECKING:
     from .run import Run
@@ -81,7 +82,7 @@ def carry_out(run: Run, request: Request, console: Console) -> Path:
     StudyError
         If the study has no such variant, language or category.
     """
-    request = check(run, request)
+    request = check(run.study, request)
     folder = run.folder / FOLDER / request.name
     key = _key(run, request)
     if run.ledger.finished(_stage(request), key):
@@ -128,7 +129,7 @@ def finished(run: Run) -> Iterator[tuple[Request, pd.DataFrame]]:
     for path in sorted((run.folder / FOLDER).glob(f"*/{REQUEST_FILE}")):
         try:
             request = Request.model_validate(json.loads(path.read_text(encoding="utf-8")))
-            request = check(run, request)
+            request = check(run.study, request)
         except (ValueError, ValidationError, StudyError):  # damaged, or of a variant that the study no longer has
             continue
         if run.ledger.finished(_stage(request), _key(run, request)):
@@ -174,7 +175,7 @@ def _figures(request: Request, frame: pd.DataFrame) -> Iterator[Shown]:
     )
 
 
-def check(run: Run, request: Request) -> Request:
+def check(study: Study, request: Request) -> Request:
     """Return a request with its language's tag in canonical form.
 
     Raises
@@ -182,20 +183,20 @@ def check(run: Run, request: Request) -> Request:
     StudyError
         If the study has no such variant, language or category.
     """
-    if request.variant not in run.grid.names:
-        raise StudyError(
-            f'there is no variant "{request.variant}" in {run.folder}; {did_you_mean(request.variant, run.grid.names)}'
-        )
+    names = [*(job.id for job in study.jobs()), *study.imported]
+    if request.variant not in names:
+        raise StudyError(f'this study has no variant "{request.variant}"; {did_you_mean(request.variant, names)}')
     language = language_tag(request.language)
-    if language not in run.study.languages:
-        raise StudyError(f"{named(language)} is not in this study; it has {', '.join(run.study.languages)}")
+    if language not in study.languages:
+        raise StudyError(f"{named(language)} is not in this study; it has {', '.join(study.languages)}")
     if request.category != TEXT:
-        if language not in run.texts.items:
+        source = study.item_source()
+        if source is None:
             raise StudyError(
                 f'this study has no items in {named(language)}; give it some with items = "file:FOLDER/{{lang}}.jsonl" '
                 "under [tasks], or diagnose its text: --category text"
             )
-        categories = [*{item.category: None for item in run.texts.items[language]}, ALL, TEXT]
+        categories = [*dict.fromkeys(item.category for item in source.items(language)), ALL, TEXT]
         if request.category not in categories:
             raise StudyError(
                 f'no items of the category "{request.category}" in {named(language)}; '

@@ -134,9 +134,9 @@ def diagnose_study(folder: Path, request: diagnoses.Request, console: Console | 
     """
     console = console or Console(stderr=True)
     study = load_study(folder / STUDY_FILE)
+    request = diagnoses.check(study, request)
     with _alone_in(folder):
         run = _load(study, folder, console, None)
-        diagnoses.check(run, request)
         run.everything()
         place = diagnoses.carry_out(run, request, console)
         return run.everything(), diagnosis.words(read_frame(place / "recovery.parquet"))
