@@ -63,9 +63,9 @@ class Item(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _number_as_id(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("id"), int):
-            return {**given, "id": str(given["id"])}
-        return given
+        if not isinstance(given, dict):
+            return given
+        return given | {name: str(given[name]) for name in ("id", "twin") if isinstance(given.get(name), int)}
 
     @model_validator(mode="after")
     def _answerable(self) -> Item:
@@ -104,7 +104,7 @@ class ItemSource:
         return self.spec if self.spec == BUNDLED_ITEMS else Path(self.spec.partition(":")[2]).parent.name or "items"
 
     def items(self, language: str) -> list[Item]:
-        """Return the items of one language, twins one after the other.
+        """Return the items of one language, in the order of the file.
 
         Raises
         ------
@@ -158,7 +158,8 @@ def items_fingerprint(items: Sequence[Item]) -> str:
 
 def _read(path: Path) -> Iterator[Item]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # not splitlines(), which also cuts at separators that JSON has inside its strings
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8; save it as UTF-8") from error
     for number, line in enumerate(lines, start=1):

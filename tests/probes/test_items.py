@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from probes import ItemSource
+from probes.items import CATEGORIES, Item, first_twins, items_fingerprint
+from pruning.errors import TextError
+from pruning.text import BUNDLED_LANGUAGES
+
+BUNDLED = {language: ItemSource().items(language) for language in BUNDLED_LANGUAGES}
+GOOD = {"id": "1a", "category": "reasoning", "prompt": "The sky is", "choices": [" blue", " green"], "answer": 0}
+
+
+def twins_of(items):
+    twins = {}
+    for item in items:
+        twins.setdefault(item.twin, []).append(item)
+    return twins
+
+
+# -- the bundled set ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
+def test_bundled_items_are_the_same_in_every_language(language):
+    def places(items):
+        return [(item.id, item.twin, item.category) for item in items]
+
+    assert places(BUNDLED[language]) == places(BUNDLED["en"])
+
+
+def test_bundled_items_are_at_least_forty_in_each_of_four_categories():
+    counts = Counter(item.category for item in BUNDLED["en"])
+    assert set(counts) == set(CATEGORIES)
+    assert min(counts.values()) >= 40
+
+
+@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
+def test_bundled_twins_have_the_same_choices_and_different_answers(language):
+    """So answers are balanced exactly: who leaves the prompt aside gets one of two right."""
+    for twins in twins_of(BUNDLED[language]).values():
+        first, second = twins
+        assert first.choices == second.choices
+        assert len(first.choices) == 2
+        assert {first.answer, second.answer} == {0, 1}
+        assert first.category == second.category
+        assert first.prompt != second.prompt
+    for category in CATEGORIES:
+        answers = Counter(item.answer for item in BUNDLED[language] if item.category == category)
+        assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
+def test_bundled_choices_are_about_equally_long(language):
+    lengths = [[len(choice) for choice in twins[0].choices] for twins in twins_of(BUNDLED[language]).values()]
+    first, second = (sum(pair[i] for pair in lengths) for i in (0, 1))
+    assert abs(first - second) < 0.1 * min(first, second)
+
+
+@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
+def test_bundled_prompts_end_where_the_space_of_their_choices_begins(language):
+    for item in BUNDLED[language]:
+        assert item.prompt == item.prompt.strip(), item.id
+        for choice in item.choices:
+            assert choice == choice.rstrip(), item.id
+            assert choice.startswith(" ") == (language != "zh"), item.id
+            assert not choice.startswith("  "), item.id
+
+
+def test_no_bundled_prompt_is_asked_twice_with_the_same_choices():
+    for language, items in BUNDLED.items():
+        asked = Counter((item.prompt, item.choices) for item in items)
+        assert asked.most_common(1)[0][1] == 1, language
+
+
+def test_languages_without_bundled_items_are_refused_with_a_way_out():
+    with pytest.raises(TextError, match=r"no items for Korean.*the bundled set has ar, de.*file:FOLDER/\{lang\}.jsonl"):
+        ItemSource().items("ko")
+
+
+# -- items of one's own ---------------------------------------------------------------------------------------------
+
+
+def written(folder, *lines):
+    """A source whose English file has these lines: mappings, or text as it is."""
+    (folder / "mine").mkdir(exist_ok=True)
+    texts = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    (folder / "mine" / "en.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    return ItemSource(f"file:{folder}/mine/{{lang}}.jsonl")
+
+
+def test_items_of_a_file_are_read_as_they_are(tmp_path):
+    twins = [GOOD | {"twin": "1"}, GOOD | {"id": "1b", "twin": "1", "answer": 1, "prompt": "Grass is"}]
+    bare = {"id": 3, "prompt": "Two and two\u2028 make", "choices": ["4", "5", "22"], "answer": 0, "remark": "easy"}
+    source = written(tmp_path, *twins, "", bare)
+    items = source.items("en")
+    assert source.task == "mine"
+    assert [item.id for item in items] == ["1a", "1b", "3"]
+    assert [item.twin for item in items] == ["1", "1", "3"]
+    assert [item.category for item in items] == ["reasoning", "reasoning", "all"]
+    assert items[1] == Item(**twins[1])
+    assert items[2].prompt == bare["prompt"]  # a separator of lines in Unicode, none in JSON Lines
+    assert items[2].choices == ("4", "5", "22")
+
+
+def test_a_file_from_windows_is_read_too(tmp_path):
+    source = written(tmp_path)
+    content = "\r\n".join([json.dumps(GOOD), json.dumps(GOOD | {"id": "2"})]) + "\r\n"
+    (tmp_path / "mine" / "en.jsonl").write_bytes(content.encode("utf-8-sig"))
+    assert [item.id for item in source.items("en")] == ["1a", "2"]
+
+
+def without(key):
+    return {name: value for name, value in GOOD.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (GOOD | {"answer": 2}, r"line 2: no choice is correct: .answer. is 2, and there are 2 choices"),
+        (GOOD | {"answer": -1}, r"line 2: answer: .*greater than or equal to 0"),
+        (GOOD | {"answer": None}, r"line 2: answer: .*integer"),
+        (without("answer"), "line 2: answer: Field required"),
+        (GOOD | {"choices": [" blue", " blue"]}, "line 2: two choices are the same, or one is empty"),
+        (GOOD | {"choices": [" blue", ""]}, "line 2: two choices are the same, or one is empty"),
+        (GOOD | {"choices": [" blue", "  "]}, "line 2: two choices are the same, or one is empty"),
+        (GOOD | {"choices": [" blue"]}, r"line 2: choices: .*at least 2 items"),
+        (GOOD | {"choices": " blue"}, r"line 2: choices: "),
+        (without("prompt"), "line 2: prompt: Field required"),
+        (GOOD | {"prompt": ""}, r"line 2: prompt: .*at least 1 character"),
+        (without("id"), "line 2: id: Field required"),
+        (GOOD | {"category": ""}, r"line 2: category: .*at least 1 character"),
+        ('{"id": "1a", ', "line 2: not JSON .*one item a line is expected"),
+        ("[1, 2]", "line 2: .*(dictionary|object)"),
+        ("once upon a time", "line 2: not JSON .*one item a line is expected"),
+        (GOOD, 'two items are called "1a"; give each an id of its own'),
+    ],
+)
+def test_an_item_that_cannot_be_scored_is_one_clear_line(tmp_path, line, words):
+    source = written(tmp_path, GOOD, line)
+    with pytest.raises(TextError, match=words) as caught:
+        source.items("en")
+    assert str(tmp_path / "mine" / "en.jsonl") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_without_items_are_one_clear_line(tmp_path):
+    source = written(tmp_path, "", "")
+    with pytest.raises(TextError, match=r"no items for English.*en.jsonl is empty"):
+        source.items("en")
+    with pytest.raises(TextError, match=r"no items for Swahili.*: there is no file .*sw.jsonl"):
+        source.items("sw")
+    (tmp_path / "mine" / "en.jsonl").write_bytes(json.dumps(GOOD).encode("utf-16"))
+    with pytest.raises(TextError, match=r"en.jsonl is not UTF-8; save it as UTF-8"):
+        source.items("en")
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "bundeld", "file:", "file:items.jsonl", "file:{lang}.txt", "hub:belebele", "items/{lang}.jsonl"]
+)
+def test_unknown_sources_are_refused(spec):
+    with pytest.raises(TextError, match=r'unknown source of items .*use "bundled" or "file:FOLDER/\{lang\}.jsonl"'):
+        ItemSource(spec)
+
+
+def test_numbers_are_good_ids(tmp_path):
+    source = written(tmp_path, GOOD | {"id": 7}, GOOD | {"id": 8})
+    assert [(item.id, item.twin) for item in source.items("en")] == [("7", "7"), ("8", "8")]
+    with pytest.raises(TextError, match='two items are called "7"'):
+        written(tmp_path, GOOD | {"id": 7}, GOOD | {"id": "7"}).items("en")
+
+
+def test_numbers_are_good_names_of_twins(tmp_path):
+    source = written(tmp_path, GOOD | {"twin": 7}, GOOD | {"id": "1b", "twin": 7, "answer": 1})
+    assert [item.twin for item in source.items("en")] == ["7", "7"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "task"),
+    [("bundled", "bundled"), ("file:a/riddles/{lang}.jsonl", "riddles"), ("file:{lang}.jsonl", "items")],
+)
+def test_a_source_says_what_its_task_is_called(spec, task):
+    assert ItemSource(spec).task == task
+
+
+# -- some of them ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["knowledge", "reasoning"]), st.integers(0, 5)), max_size=30),
+    st.one_of(st.none(), st.integers(1, 12)),
+)
+def test_first_twins_never_parts_twins_and_takes_about_as_many_as_asked(places, count):
+    items = [
+        Item(id=str(i), category=category, prompt="p", choices=("a", "b"), answer=0, twin=f"{category}{twin}")
+        for i, (category, twin) in enumerate(places)
+    ]
+    chosen = first_twins(items, count)
+    assert chosen == [item for item in items if item in chosen]
+    taken = {item.twin for item in chosen}
+    assert [item for item in items if item.twin in taken] == chosen
+    for category in ("knowledge", "reasoning"):
+        there = [item for item in items if item.category == category]
+        kept = [item for item in chosen if item.category == category]
+        if count is None or len(there) <= count:
+            assert kept == there
+        else:
+            largest = max(len(twins) for twins in twins_of(kept).values())
+            assert count <= len(kept) < count + largest
+
+
+def test_first_twins_takes_the_first(tmp_path):
+    chosen = first_twins(BUNDLED["en"], 4)
+    assert [item.id for item in chosen] == [f"{category}-0{i}{ab}" for category in CATEGORIES for i in (1, 2) for ab in "ab"]
+
+
+def test_a_fingerprint_changes_with_everything_that_is_scored():
+    item = Item(**GOOD)
+    changes = [{"prompt": "x"}, {"answer": 1}, {"choices": (" blue", " red")}, {"category": "x"}, {"id": "x"}]
+    prints = [items_fingerprint([Item(**GOOD | change)]) for change in changes]
+    assert len({items_fingerprint([item]), items_fingerprint([item, item]), *prints}) == len(changes) + 2
+    assert items_fingerprint([item]) == items_fingerprint([Item(**GOOD | {"twin": "1a", "remark": "none"})])
