@@ -72,19 +72,21 @@ def analyze(items: pd.DataFrame) -> pd.DataFrame:
     items
         As from :func:`item_frame` or :func:`analysis.harness.evaluate`, the dense model among them.
     """
+    if not len(items):
+        return tidy("accuracy", [])
     twins = _by_twin(items)
     kind = [*VARIANT_COLUMNS, "task", "category"]
-    over_languages = twins.groupby([*kind, "twin"], sort=False)[list(_SUMS)].sum().reset_index()
-    several = twins.groupby(["task", "category"])["language"].transform("nunique") > 1
+    several = twins[twins.groupby(["task", "category"])["language"].transform("nunique") > 1]
+    # a sum of nothing stays empty: items without margins have none over all languages either
+    over_languages = several.groupby([*kind, "twin"], sort=False)[list(_SUMS)].sum(min_count=1).reset_index()
     rows = [
         _estimates(dict(zip([*kind, "language"], place, strict=True)), group)
         for place, group in twins.groupby([*kind, "language"], sort=False)
     ]
-    if several.any():
-        rows += [
-            _estimates(dict(zip(kind, place, strict=True)), group)
-            for place, group in over_languages.groupby(kind, sort=False)
-        ]
+    rows += [
+        _estimates(dict(zip(kind, place, strict=True)), group)
+        for place, group in over_languages.groupby(kind, sort=False)
+    ]
     return tidy("accuracy", rows)
 
 
@@ -116,20 +118,32 @@ def _by_twin(items: pd.DataFrame) -> pd.DataFrame:
 
 
 def _estimates(place: dict[str, Any], twins: pd.DataFrame) -> dict[str, Any]:
-    metrics, sums, numbers = [], [], []
+    # Metrics that the same twins count for share their draws; items without a twin are no part of a twin's interval.
+    measured: dict[tuple[bool, ...], list[str]] = {}
     for name, counted in _MEASURED.items():
-        if not twins[counted].sum() or twins[name].isna().any():
-            continue
-        changes = {name: twins[name]}
-        if place["method"] != DENSE:
-            changes[f"{name}_change"] = twins[name] - twins[f"dense_{name}"]
-        for metric, values in changes.items():
-            metrics.append(metric)
-            sums.append(values.to_numpy(dtype=np.float64))
-            numbers.append(twins[counted].to_numpy(dtype=np.float64))
-    total, number = np.stack(sums, axis=1), np.stack(numbers, axis=1)
-    value, low, high = segment_interval(lambda weights: (weights @ total) / (weights @ number), len(total))
+        if twins[counted].sum() and not twins[name].isna().any():
+            measured.setdefault(tuple(twins[counted] > 0), []).append(name)
+    metrics: list[str] = []
+    estimates = []
+    for there, names in measured.items():
+        own = twins[list(there)]
+        changes = {}
+        for name in names:
+            changes[name] = own[name], own[_MEASURED[name]]
+            if place["method"] != DENSE:
+                changes[f"{name}_change"] = own[name] - own[f"dense_{name}"], own[_MEASURED[name]]
+        total, number = (
+            np.stack([sums.to_numpy(dtype=np.float64) for sums in column], axis=1)
+            for column in zip(*changes.values(), strict=True)
+        )
+        estimates.append(_intervals(total, number))
+        metrics += changes
+    value, low, high = (np.concatenate(part) for part in zip(*estimates, strict=True))
     return {**place, "metric": metrics, "value": value, "low": low, "high": high, "n": int(twins["items"].sum())}
+
+
+def _intervals(total: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return segment_interval(lambda weights: (weights @ total) / (weights @ number), len(total))
 
 
 def plot(
