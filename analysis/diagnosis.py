@@ -302,8 +302,8 @@ def _lost_in_words(lost: pd.DataFrame, where: str) -> str:
     interval = f"{row['value']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}]"
     if not (row["low"] > 0):
         return (
-            f"Pruning changed {name} ({where}, n = {row['n']:.0f}) by {-row['value']:+.2f} nats "
-            f"[{-row['high']:+.2f}, {-row['low']:+.2f}]: no loss that could be told from nothing."
+            f"Pruning changed {name} ({where}, n = {row['n']:.0f}) by {0 - row['value']:+.2f} nats "
+            f"[{0 - row['high']:+.2f}, {0 - row['low']:+.2f}]: no loss that could be told from nothing."
         )
     accuracy = ""
     if "accuracy_lost" in lost.index:

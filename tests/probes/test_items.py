@@ -216,7 +216,9 @@ def test_first_twins_never_parts_twins_and_takes_about_as_many_as_asked(places, 
 
 def test_first_twins_takes_the_first(tmp_path):
     chosen = first_twins(BUNDLED["en"], 4)
-    assert [item.id for item in chosen] == [f"{category}-0{i}{ab}" for category in CATEGORIES for i in (1, 2) for ab in "ab"]
+    assert [item.id for item in chosen] == [
+        f"{category}-0{i}{ab}" for category in CATEGORIES for i in (1, 2) for ab in "ab"
+    ]
 
 
 def test_a_fingerprint_changes_with_everything_that_is_scored():
