@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,9 +13,10 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
-from probes import DENSE, DamagedModel, Readings, item_questions, text_questions
+from probes import DENSE, DamagedModel, Item, Readings, item_questions, text_questions
+from probes.items import first_twins
 from pruning import Remedy
-from pruning.errors import StudyError, did_you_mean
+from pruning.errors import PrunescopeError, StudyError, did_you_mean
 from pruning.files import content_sha256, write_json
 from pruning.languages import language_tag, named
 from pruning.remedy import REMEDY_FILE
@@ -101,11 +102,12 @@ def carry_out(run: Run, request: Request, console: Console) -> Path:
             components,
             variant.columns(),
             confirm=request.confirm,
-            progress=progress.advance,
+            progress=lambda tokens: progress.advance(float(tokens)),
         )
     files = [write_frame(folder, "recovery", frame), folder / REQUEST_FILE]
     write_json(folder / REQUEST_FILE, request.model_dump(mode="json"))
     importance = diagnosis.importance(frame)
+    (folder / REMEDY_FILE).unlink(missing_ok=True)  # of what this variant was before
     if importance:
         fitted_on = f"{len(asked.questions)} {request.category} questions ({request.half} of the twins)"
         remedy = Remedy(
@@ -130,7 +132,7 @@ def finished(run: Run) -> Iterator[tuple[Request, pd.DataFrame]]:
         try:
             request = Request.model_validate(json.loads(path.read_text(encoding="utf-8")))
             request = check(run.study, request)
-        except (ValueError, ValidationError, StudyError):  # damaged, or of a variant that the study no longer has
+        except (ValueError, ValidationError, PrunescopeError):  # damaged, or of a variant that the study no longer has
             continue
         if run.ledger.finished(_stage(request), _key(run, request)):
             yield request, read_frame(path.parent / "recovery.parquet")
@@ -181,7 +183,7 @@ def check(study: Study, request: Request) -> Request:
     Raises
     ------
     StudyError
-        If the study has no such variant, language or category.
+        If the study has no such variant, language or category, or too few questions of it.
     """
     names = [*(job.id for job in study.jobs()), *study.imported]
     if request.variant not in names:
@@ -189,19 +191,29 @@ def check(study: Study, request: Request) -> Request:
     language = language_tag(request.language)
     if language not in study.languages:
         raise StudyError(f"{named(language)} is not in this study; it has {', '.join(study.languages)}")
-    if request.category != TEXT:
+    if request.category == TEXT:
+        number = study.evaluation.segments
+    else:
         source = study.item_source()
         if source is None:
             raise StudyError(
                 f'this study has no items in {named(language)}; give it some with items = "file:FOLDER/{{lang}}.jsonl" '
                 "under [tasks], or diagnose its text: --category text"
             )
-        categories = [*dict.fromkeys(item.category for item in source.items(language)), ALL, TEXT]
+        items = first_twins(source.items(language), study.tasks.per_category)
+        categories = [*dict.fromkeys(item.category for item in items), ALL, TEXT]
         if request.category not in categories:
             raise StudyError(
                 f'no items of the category "{request.category}" in {named(language)}; '
                 f"{did_you_mean(request.category, categories)}"
             )
+        number = len(_twins(items, request.category))
+    if len(range(number)[_half(request)]) < 2:
+        which = "" if request.half == "all" else f" in the {request.half} half"
+        raise StudyError(
+            f'too few questions of the category "{request.category}" in {named(language)}{which}: intervals need two '
+            "items (pairs of twins, if they have twins) or segments at least"
+        )
     return request.model_copy(update={"language": language})
 
 
@@ -210,12 +222,20 @@ def _asked(run: Run, request: Request) -> Asked:
         segments = run.texts.heldout[request.language][_half(request)]
         questions = text_questions(run.session, segments)
         return Asked(TEXT, TEXT, request.language, questions, [segment.id for segment in segments])
-    items = [i for i in run.texts.items[request.language] if request.category in (ALL, i.category)]
-    twins = list(dict.fromkeys(item.twin for item in items))
-    kept = set(twins[_half(request)])
-    items = [item for item in items if item.twin in kept]
+    items = run.texts.items[request.language]
+    twins = _twins(items, request.category)
+    items = [item for name in list(twins)[_half(request)] for item in twins[name]]
     questions = item_questions(run.session, items)
     return Asked(run.texts.task, request.category, request.language, questions, [item.twin for item in items])
+
+
+def _twins(items: Sequence[Item], category: str) -> dict[str, list[Item]]:
+    """Return the items of a category by the word that twins share."""
+    twins: dict[str, list[Item]] = {}
+    for item in items:
+        if category in (ALL, item.category):
+            twins.setdefault(item.twin, []).append(item)
+    return twins
 
 
 def _half(request: Request) -> slice:
@@ -244,4 +264,5 @@ def _stage(request: Request) -> str:
 
 
 def _key(run: Run, request: Request) -> str:
-    return content_sha256([run.diagnosis_key(request.variant, request.language), request.model_dump(mode="json")])
+    read = run.diagnosis_key(request.variant, request.language)
+    return content_sha256([read, run.study.evaluation.rank, request.model_dump(mode="json")])
