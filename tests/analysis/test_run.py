@@ -65,6 +65,8 @@ sparsity = 0.3
 segments = 6
 fit_segments = 6
 max_length = 40
+[tasks]
+per_category = 2
 """
 
 
@@ -73,7 +75,8 @@ def place(tmp_path_factory):
     from conftest import tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("study")
-    tiny_model().save_pretrained(folder / "model")
+    # the longest bundled items take more than 128 bytes, which are this tokenizer's tokens
+    tiny_model(max_position_embeddings=512).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "study.toml").write_text(STUDY)
     return folder
@@ -93,6 +96,8 @@ def contents(folder: Path, *parts: str) -> dict[str, bytes]:
 
 
 RESULTS = ("variants", "readings", "frames", "figures")
+#: Those that a study writes; a diagnosis has a folder of its own.
+WRITTEN = [name for name in FRAMES if name != "recovery"]
 
 
 def test_study_folder_holds_what_the_readme_lists(finished):
@@ -106,12 +111,12 @@ def test_study_folder_holds_what_the_readme_lists(finished):
         "study.toml",
         "variants",
     ]
-    assert sorted(path.stem for path in (finished / "frames").iterdir()) == sorted(FRAMES)
+    assert sorted(path.stem for path in (finished / "frames").iterdir()) == sorted(WRITTEN)
     assert not list(finished.rglob("*" + PARTIAL))
 
 
 def test_frames_have_a_row_for_everything_that_was_asked(finished):
-    frames = {name: read_frame(finished / "frames" / f"{name}.parquet") for name in FRAMES}
+    frames = {name: read_frame(finished / "frames" / f"{name}.parquet") for name in WRITTEN}
     variants, languages, layers, neurons = 4 + 1, 3, 3, 48
     assert len(frames["perplexity"]) == 2 * (variants + 1) * languages
     assert len(frames["signal"]) == 2 * variants * languages * layers * 8
@@ -119,6 +124,9 @@ def test_frames_have_a_row_for_everything_that_was_asked(finished):
     assert len(frames["mask_overlap"]) == 2 * (4 * 3 // 2) * layers * 7
     assert len(frames["sparsity"]) == variants * layers * 7
     assert len(frames["language_neurons"]) == 4 * (variants + 1) * languages * layers
+    categories, items = 4, 2
+    assert len(frames["items"]) == (variants + 1) * languages * categories * items * (2 + 2)
+    assert len(frames["accuracy"]) == (3 + 6 * variants) * (languages + 1) * categories
     # 4 metrics of a comparison, 6 pairs of sets with one seed or two, no other single language for one of the three
     contrasts = frames["contrasts"]
     assert len(contrasts[contrasts["other_calibration"] != "others"]) == 4 * 3 * languages
@@ -135,7 +143,7 @@ def test_frames_have_a_row_for_everything_that_was_asked(finished):
 def test_report_stands_alone(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     figures = list((finished / "figures").glob("*.png"))
-    assert page.count("<img") == page.count("data:image/png;base64,") == len(figures) == 1 + 16 + 7
+    assert page.count("<img") == page.count("data:image/png;base64,") == len(figures) == 1 + 16 + 7 + 3
     assert "http" not in page.replace("http-equiv", "")
     assert not re.search(r"\bnan\b", page)
 
@@ -296,7 +304,7 @@ def small(place, tmp_path, model, *lines):
 )
 def test_models_without_gates_or_with_experts_are_read_as_far_as_they_can_be(place, tmp_path, kind, roles):
     out = small(place, tmp_path, checkpoint(tmp_path / "model", kind))
-    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in FRAMES}
+    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in WRITTEN}
     assert set(frames["signal"]["role"]) == roles | {"residual"}
     assert (len(frames["language_neurons"]) > 0) == (kind == "gpt2")
     kinds = {role.partition(".")[0] for role in frames["mask_overlap"]["role"]}
