@@ -46,7 +46,7 @@ class Asking:
     def key(self) -> str:
         """A hash of all that the frame ``items`` depends on."""
         scores = [self.items_key(model, language) for model in self.run.models for language in self.items]
-        return content_sha256([scores, self._harness_key])
+        return content_sha256([scores, self.run.texts.task, self._harness_key])
 
     def pending(self) -> dict[str, list[str]]:
         """Return the models that are still to be asked, by language."""

@@ -402,7 +402,7 @@ class Run:
     def _report(self, frames: dict[str, pd.DataFrame]) -> Path:
         path = self.folder / REPORT_FILE
         found = dict(diagnoses.finished(self))
-        key = content_sha256([self._frames_key, "report", [request.name for request in found]])
+        key = content_sha256([self._frames_key, "report", [request.model_dump(mode="json") for request in found]])
         if not self.ledger.finished("report", key):
             with self._timed() as clock:
                 shown = [*gallery(frames, self._facts, self._neurons_of), *diagnoses.shown(found)]

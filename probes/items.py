@@ -101,7 +101,10 @@ class ItemSource:
     @property
     def task(self) -> str:
         """What frames call the task: ``bundled``, or the folder's name."""
-        return self.spec if self.spec == BUNDLED_ITEMS else Path(self.spec.partition(":")[2]).parent.name or "items"
+        if self.spec == BUNDLED_ITEMS:
+            return self.spec
+        names = [part for part in Path(self.spec.partition(":")[2]).parent.parts if "{lang}" not in part]
+        return names[-1].strip("/") or "items" if names else "items"
 
     def items(self, language: str) -> list[Item]:
         """Return the items of one language, in the order of the file.
