@@ -144,7 +144,7 @@ def _of_recipe(
         if several:
             yield (
                 f"questions-matrix-{figures.slug(str(task))}",
-                f"The same share of task {task} by calibration set and evaluation language; red: less than before pruning.",
+                f"The same share of {task} by calibration set and evaluation language; red: less than before pruning.",
                 drawing(tasks.plot, "accuracy", str(task), metric),
             )
     yield (
