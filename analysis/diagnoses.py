@@ -13,8 +13,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
-from probes import DENSE, DamagedModel, Item, Readings, item_questions, text_questions
-from probes.items import first_twins
+from probes import DENSE, DamagedModel, Item, Readings, first_twins, item_questions, text_questions
 from pruning import Remedy
 from pruning.errors import PrunescopeError, StudyError, did_you_mean
 from pruning.files import content_sha256, write_json

@@ -361,7 +361,8 @@ def describe(row: Mapping[Any, Any]) -> str:
 
 
 def _share(row: Any) -> str:
-    return f"{100 * row['value']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    value, low, high = (round(100 * float(row[name])) for name in ("value", "low", "high"))
+    return f"{value} % [{low}, {high}]"
 
 
 def importance(frame: pd.DataFrame) -> dict[str, float]:
@@ -430,29 +431,26 @@ def plot_curves(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figur
 
 
 def plot_causes(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the causes that bring back most, restored in the pruned model, and what they do to the dense one."""
+    """Draw the confirmed causes, restored in the pruned model, and what they do to the dense one."""
     exact = frame[frame["low"].notna() & (frame["metric"] == _main_metric(frame))]
-    ranked = exact[exact["position"].notna()].sort_values("position").head(CONFIRMED)
-    panels: dict[str, list[figures.Effect]] = {"restored in the pruned model": [], "pruned in the dense model": []}
     keys = ["component", "layer", "role"]
-    back = exact[exact["direction"] == DAMAGE]
+    exact = exact.assign(label=[_label(row) for row in exact[keys].to_dict("records")])
+    back = exact[exact["direction"] == DAMAGE].set_index("label")
+    ranked = exact[exact["position"].notna() & exact["label"].isin(back.index)].sort_values("position")
+    panels: dict[str, list[figures.Effect]] = {"restored in the pruned model": [], "pruned in the dense model": []}
     for row in ranked.to_dict("records"):
-        same = back
-        for key in keys:
-            same = same[same[key].isna()] if pd.isna(row[key]) else same[same[key] == row[key]]
-        for panel, shown in zip(panels, ([row], same.to_dict("records")), strict=True):
-            for one in shown:
-                found = one["low"] > 0 or one["high"] < 0
-                colour = figures.TWO_COLOURS[0 if row["component"] == "weights" else 1]
-                effect = figures.Effect(_label(row), one["value"], one["low"], one["high"], colour, found)
-                panels[panel].append(effect)
+        colour = figures.TWO_COLOURS[0 if row["component"] == "weights" else 1]
+        for effects, one in zip(panels.values(), (row, back.loc[row["label"]]), strict=True):
+            found = bool(one["low"] > 0 or one["high"] < 0)
+            value, low, high = (float(one[name]) for name in ("value", "low", "high"))
+            effects.append(figures.Effect(row["label"], value, low, high, colour, found))
     values = [effect.value for effects in panels.values() for effect in effects]
     lowest, highest = min(values), max(values)  # intervals may go beyond
     return figures.effect_panels(
-        {name: effects for name, effects in panels.items() if effects},
+        panels,
         title=f"Single components ({_title(frame)})",
         x_label="share of the loss",
-        found="interval without zero (blue: masks; red: values)",
+        found="interval without zero (blue: masks; orange: values)",
         x_range=(min(-0.25, lowest - 0.1), max(1.0, highest + 0.1)),
         width=width,
     )

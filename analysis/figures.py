@@ -468,7 +468,7 @@ def effect_panels(
             axes.set_visible(False)
         for i in range(columns):
             lowest = max(row for row in range(rows) if row * columns + i < len(panels))
-            grid[lowest][i].set_xlabel(x_label if columns == 1 or i == (columns - 1) // 2 else "")
+            grid[lowest][i].set_xlabel(x_label if columns <= 2 or i == (columns - 1) // 2 else "")
         figure.suptitle(textwrap.fill(title, round(_TITLE_CHARACTERS * width)))
         line, patch = mpl.lines.Line2D, mpl.patches.Patch
         keys: list[tuple[Any, str]] = [

@@ -27,11 +27,11 @@ from probes import (
     Item,
     Readings,
     Session,
+    first_twins,
     item_questions,
     pooled_states,
     read_against_dense,
 )
-from probes.items import first_twins
 from pruning import Anatomy, Corpus, Segment, load_model
 from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text

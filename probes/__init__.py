@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .choices import ChoiceScores, item_questions, score, text_questions
 from .hidden_states import PooledStates
-from .items import Item, ItemSource
+from .items import Item, ItemSource, first_twins
 from .loss import TokenLoss
 from .neurons import NeuronFiring
 from .patching import Component, DamagedModel, attribute, patch
@@ -29,6 +29,7 @@ __all__ = [
     "SignalError",
     "TokenLoss",
     "attribute",
+    "first_twins",
     "item_questions",
     "patch",
     "pooled_states",
