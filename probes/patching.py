@@ -283,20 +283,22 @@ def attribute(
     for group in _groups(session, questions, sites):
         with _as(damage, direction == DAMAGE):
             kept = [_run(session, batch, first, sites, progress) for batch in group]
+        summed: dict[Key, Tensor] = {}
         with _as(damage, direction == RESTORE):
             for batch, values in zip(group, kept, strict=True):
                 gradients = _differentiate(session, batch, second, sites, bool(wanted))
                 progress(3 * int(batch.batch.real.sum()))
-                owner = torch.tensor(batch.batch.segments)
                 for i, sums in effects.items():
                     rows = sum(_effect(place, gradients, values) for place in components[i].places)
                     assert isinstance(rows, Tensor)
-                    np.add.at(sums, owner.numpy(), rows.double().cpu().numpy())
+                    np.add.at(sums, np.array(batch.batch.segments), rows.double().cpu().numpy())
                 for key, gradient in gradients.weights.items():
-                    if key in totals:
-                        change = damage.weight(key, dense=True) - damage.weight(key, dense=False)
-                        change = change if direction == RESTORE else -change
-                        totals[key] += float((gradient.double() * change.double()).sum())
+                    if key in wanted:
+                        summed[key] = summed[key].add_(gradient) if key in summed else gradient
+        for key, gradient in summed.items():
+            change = damage.weight(key, dense=True) - damage.weight(key, dense=False)
+            effect = float((gradient * change).sum(dtype=torch.float64))
+            totals[key] += effect if direction == RESTORE else -effect
     attributed = {**effects}
     for i, component in enumerate(components):
         if component.weights:
