@@ -204,15 +204,15 @@ def text_questions(session: Session, segments: Sequence[Segment]) -> list[Questi
     return questions
 
 
-def question_batches(session: Session, questions: Sequence[Question]) -> list[QuestionBatch]:
-    """Cut questions into batches of similar length, within the session's tokens a batch."""
+def question_batches(session: Session, questions: Sequence[Question], smaller: int = 1) -> list[QuestionBatch]:
+    """Cut questions into batches of similar length: the session's tokens a batch, or a part of that many."""
     longest = [max(map(len, question.rows)) for question in questions]
     order = sorted(range(len(questions)), key=lambda i: (longest[i], i))
     groups: list[list[int]] = []
     rows = 0
     for i in order:
         rows += len(questions[i].rows)
-        if not groups or rows * longest[i] > session.batch_tokens:
+        if not groups or rows * longest[i] > session.batch_tokens // smaller:
             groups.append([])
             rows = len(questions[i].rows)
         groups[-1].append(i)

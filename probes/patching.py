@@ -33,6 +33,8 @@ RESTORE: Direction = "restore"
 DAMAGE: Direction = "damage"
 #: Bytes of activations of the run that is put over, kept at a time.
 _KEPT_BYTES = 1 << 30
+#: Batches are so many times smaller where everything on the way to a gradient has to be kept.
+_DIFFERENTIATED = 4
 
 Site = tuple[int, str]
 
@@ -280,7 +282,7 @@ def attribute(
     first, second = (dense, pruned) if direction == RESTORE else (pruned, dense)
     totals: dict[Key, float] = dict.fromkeys(wanted, 0.0)
     effects = {i: np.zeros(len(questions)) for i, component in enumerate(components) if component.places}
-    for group in _groups(session, questions, sites):
+    for group in _groups(session, questions, sites, smaller=_DIFFERENTIATED):
         with _as(damage, direction == DAMAGE):
             kept = [_run(session, batch, first, sites, progress) for batch in group]
         summed: dict[Key, Tensor] = {}
@@ -430,14 +432,14 @@ def _effect(place: Place, run: _Gradients, others: Mapping[Site, Tensor]) -> Ten
 
 
 def _groups(
-    session: Session, questions: Sequence[Question], sites: Mapping[Site, None]
+    session: Session, questions: Sequence[Question], sites: Mapping[Site, None], smaller: int = 1
 ) -> Iterator[list[QuestionBatch]]:
     """Yield runs of batches whose kept activations fit the memory set aside for them."""
     anatomy = session.anatomy
     width = sum(_width(anatomy, *site) for site in sites) + len(anatomy.blocks) * anatomy.hidden_size
     group: list[QuestionBatch] = []
     held = 0
-    for batch in question_batches(session, questions):
+    for batch in question_batches(session, questions, smaller):
         size = batch.batch.ids.numel() * width * anatomy.element_size
         if group and held + size > _KEPT_BYTES:
             yield group
