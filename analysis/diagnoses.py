@@ -21,7 +21,7 @@ from pruning.languages import language_tag, named
 from pruning.remedy import REMEDY_FILE
 
 from . import diagnosis, figures, lape
-from .diagnosis import CONFIRMED, TEXT, Asked, components_of
+from .diagnosis import ALL, CONFIRMED, TEXT, Asked, components_of
 from .frames import read_frame, write_frame
 from .gallery import Shown
 from .progress import WorkProgress
@@ -34,8 +34,6 @@ FOLDER = "diagnoses"
 REQUEST_FILE = "diagnosis.json"
 #: Category that is diagnosed when none is given.
 REASONING = "reasoning"
-#: All items together.
-ALL = "all"
 
 
 class Request(BaseModel):

@@ -45,8 +45,8 @@ from .lsar import LSAR
 
 #: Components that are put over exactly besides the curves.
 CONFIRMED = 20
-#: Category of text, which has no items.
-TEXT = "text"
+#: Category of text, which has no items, and of all items together.
+TEXT, ALL = "text", "all"
 #: Kinds that may be named as causes: each is a small part of the model. What the whole stream, or nearly all of it,
 #: brings back after a block says where damage has come about, not what it is.
 _CAUSES = ("weights", "output", "specific", "neurons", "random_neurons")
@@ -266,7 +266,8 @@ def words(frame: pd.DataFrame) -> list[str]:
         As from :func:`diagnose`: of one variant, language and category.
     """
     first = frame.iloc[0]
-    what = "the text" if first["category"] == TEXT else f"{first['category']}"
+    category = str(first["category"])
+    what = {TEXT: "the text", ALL: "all items"}.get(category, category)
     where = f"{what} in {language_name(str(first['language']))}"
     lost = frame[frame["component"] == _EVERYTHING].set_index("metric")
     sentences = [_lost_in_words(lost, where)]
