@@ -266,8 +266,7 @@ def words(frame: pd.DataFrame) -> list[str]:
         As from :func:`diagnose`: of one variant, language and category.
     """
     first = frame.iloc[0]
-    category = str(first["category"])
-    what = {TEXT: "the text", ALL: "all items"}.get(category, category)
+    what = _called(str(first["category"]))
     where = f"{what} in {language_name(str(first['language']))}"
     lost = frame[frame["component"] == _EVERYTHING].set_index("metric")
     sentences = [_lost_in_words(lost, where)]
@@ -465,4 +464,8 @@ def _label(row: Mapping[Any, Any]) -> str:
 
 def _title(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
-    return f"{first['category']}, {language_name(str(first['language']))}"
+    return f"{_called(str(first['category']))}, {language_name(str(first['language']))}"
+
+
+def _called(category: str) -> str:
+    return {TEXT: "the text", ALL: "all items"}.get(category, category)
