@@ -149,8 +149,12 @@ def noted(anatomy, *arguments, **named):
 analysis.grid.make_plan = noted
 analysis.grid._ROOM = 1 << 20  # streams whatever the cap
 run_study(parse_study(study, "study"), out, Console(quiet=True), memory=(1 << 40) if stream else None, only_prune=True)
-scale = 1 if sys.platform == "darwin" else 1024
-print(plans[0].memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+status = Path("/proc/self/status")
+if status.exists():  # ru_maxrss of a new process begins at that of the one that started it
+    peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(plans[0].memory, peak)
 """
 
 
