@@ -156,15 +156,17 @@ def plot(
     """Draw what each calibration set changed in each language, a table a category."""
     shown = of_recipe(frame, {**recipe, "task": task, "metric": metric})
     shown = shown[shown["language"].notna()]
+    points = 1 if metric.startswith("margin") else 100
     tables = {
-        category: figures.by_calibration(shown[shown["category"] == category]) for category in categories_of(shown)
+        category: points * figures.by_calibration(shown[shown["category"] == category])
+        for category in categories_of(shown)
     }
     return figures.heatmaps(
         tables,
         title=f"{_TITLES[metric]} ({figures.recipe_label(recipe)})",
-        colour_label=_LABELS[metric],
+        colour_label=_LABELS[metric] + (" (points)" if points > 1 else ""),
         diverging=True,
-        digits="{:+.2f}",
+        digits="{:.1f}" if points == 1 else "{:.0f}",
         width=width,
     )
 
