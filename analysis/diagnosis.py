@@ -209,12 +209,11 @@ class _Gaps:
     """What was lost, and shares of it, with intervals over twins."""
 
     def __init__(self, asked: Asked, scores: Patched) -> None:
-        self.scores = scores
-        self.is_text = all(question.choices == 1 for question in asked.questions)
+        is_text = all(question.choices == 1 for question in asked.questions)
         names = list(dict.fromkeys(asked.twins))
         self.cluster = np.array([names.index(twin) for twin in asked.twins])
         self.clusters = len(names)
-        self.metrics = ("loss",) if self.is_text else ("margin", "accuracy", "loss")
+        self.metrics = ("loss",) if is_text else ("margin", "accuracy", "loss")
         self.dense, self.pruned = self._sums(scores.dense), self._sums(scores.pruned)
         self.size = np.bincount(self.cluster, minlength=self.clusters).astype(np.float64)
         self.n = len(asked.questions)

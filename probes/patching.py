@@ -26,7 +26,7 @@ from pruning.variants import DenseCopy, Variant
 
 from .choices import ChoiceScores, Question, QuestionBatch, ScoreTable, final_states, objective, question_batches
 from .readings import Progress
-from .session import Batch, Session
+from .session import Batch, Session, within_memory
 
 Direction = Literal["restore", "damage"]
 RESTORE: Direction = "restore"
@@ -420,15 +420,8 @@ def _effect(place: Place, run: _Gradients, others: Mapping[Site, Tensor]) -> Ten
     site = place.layer, place.site
     if site not in run.gradients:
         return torch.zeros(len(run.values[site]))
-    change = others[site] - run.values[site]
-    gradient = run.gradients[site]
-    if place.columns is not None:
-        change, gradient = place.part(change), place.part(gradient)
-    elif place.basis is not None:
-        basis = place.basis.to(change)
-        inside = ((change @ basis) * (gradient @ basis)).flatten(1).sum(dim=1)
-        return (change * gradient).flatten(1).sum(dim=1) - inside if place.outside else inside
-    return (change * gradient).flatten(1).sum(dim=1)
+    change = place.part(others[site] - run.values[site])
+    return (change * place.part(run.gradients[site])).flatten(1).sum(dim=1)
 
 
 def _groups(
@@ -437,17 +430,9 @@ def _groups(
     """Yield runs of batches whose kept activations fit the memory set aside for them."""
     anatomy = session.anatomy
     width = sum(_width(anatomy, *site) for site in sites) + len(anatomy.blocks) * anatomy.hidden_size
-    group: list[QuestionBatch] = []
-    held = 0
-    for batch in question_batches(session, questions, smaller):
-        size = batch.batch.ids.numel() * width * anatomy.element_size
-        if group and held + size > _KEPT_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(batch)
-        held += size
-    if group:
-        yield group
+    batches = question_batches(session, questions, smaller)
+    sizes = [batch.batch.ids.numel() * width * anatomy.element_size for batch in batches]
+    return within_memory(batches, sizes, _KEPT_BYTES)
 
 
 def _width(anatomy: Anatomy, layer: int, site: str) -> int:

@@ -20,7 +20,7 @@ from pruning.variants import DenseCopy, Variant
 from .hidden_states import PooledStates
 from .loss import TokenLoss
 from .neurons import NeuronFiring
-from .session import Batch, Reader, Session
+from .session import Batch, Reader, Session, within_memory
 from .signal import SIGNAL_SITES, DenseSignal, SignalError
 
 #: The dense model's name among the variants.
@@ -192,17 +192,8 @@ def _grouped(session: Session, batches: list[Batch]) -> Iterator[list[Batch]]:
     element = anatomy.weight(0, "q").element_size()
     width = sum(anatomy.shape(layer, role)[0] for layer, role in anatomy if role in SIGNAL_SITES)
     width += len(anatomy.blocks) * anatomy.hidden_size
-    group: list[Batch] = []
-    held = 0
-    for batch in batches:
-        size = batch.ids.numel() * width * element
-        if group and held + size > _DENSE_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(batch)
-        held += size
-    if group:
-        yield group
+    sizes = [batch.ids.numel() * width * element for batch in batches]
+    return within_memory(batches, sizes, _DENSE_BYTES)
 
 
 def _bytes_read(session: Session, segment: Segment) -> int:

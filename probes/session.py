@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from torch.nn import Parameter
 from pruning.anatomy import Anatomy
 from pruning.errors import ModelError, TextError
 from pruning.text import Segment
+
+_B = TypeVar("_B")
 
 
 @dataclass(frozen=True)
@@ -285,5 +287,19 @@ def _grouped(order: list[int], encoded: list[list[int]], batch_tokens: int) -> I
             yield group
             group = []
         group.append(i)
+    if group:
+        yield group
+
+
+def within_memory(batches: Sequence[_B], sizes: Sequence[int], limit: int) -> Iterator[list[_B]]:
+    """Yield runs of batches whose sizes, in bytes, add up to no more than `limit`; one batch at least."""
+    group: list[_B] = []
+    held = 0
+    for batch, size in zip(batches, sizes, strict=True):
+        if group and held + size > limit:
+            yield group
+            group, held = [], 0
+        group.append(batch)
+        held += size
     if group:
         yield group
