@@ -61,6 +61,10 @@ class MaskSet(Mapping[Key, Tensor]):
         """Iterate over the ``(layer, role)`` of all masks."""
         return iter(self._packed)
 
+    def __contains__(self, key: object) -> bool:
+        """Whether a projection was pruned."""
+        return key in self._inputs
+
     def __len__(self) -> int:
         """Return the number of projections."""
         return len(self._packed)

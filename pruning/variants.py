@@ -119,12 +119,33 @@ class Variant:
 
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
-        mask = self.masks[key].to(dense.device)
-        if key not in self.values:
-            return dense * mask
-        weight = torch.zeros_like(dense)
-        weight[mask] = self.values[key].to(dense.device, dense.dtype)
+        weight = torch.empty_like(dense)
+        self.write(key, dense, weight)
         return weight
+
+    @torch.no_grad()
+    def write(self, key: Key, dense: Tensor, out: Tensor) -> None:
+        """Write this variant's weight of one projection into `out`, given the dense model's.
+
+        Removed weights are positive zeros. A projection that was not pruned is written as it is in the dense model.
+
+        Parameters
+        ----------
+        key
+            The projection.
+        dense
+            Its weight in the dense model, ``[outputs, inputs]``.
+        out
+            Of the same shape, dtype and device; may be a live view of a model's parameter, but no part of `dense`.
+        """
+        if key not in self.masks:
+            out.copy_(dense)
+            return
+        removed = ~self.masks[key].to(dense.device)
+        if key in self.values:
+            out.zero_().masked_scatter_(~removed, self.values[key].to(dense.device, dense.dtype))
+        else:
+            out.copy_(dense).masked_fill_(removed, 0)
 
     def pieces(self, key: Key, dense: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield mask and weight (float32) of one projection, so many rows at a time, given the dense model's weight.
@@ -141,7 +162,7 @@ class Variant:
                 weight[mask] = _stretch(self.values, key, passed, passed + kept).to(weight)
                 passed += kept
             else:
-                weight = weight * mask
+                weight = weight.masked_fill(~mask, 0)
             yield mask, weight
 
     def save(self, folder: Path) -> None:

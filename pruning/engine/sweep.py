@@ -436,7 +436,8 @@ def _pruned(anatomy: Anatomy, layer: int, choice: Choice) -> Iterator[None]:
     dense = {role: anatomy.weight(layer, role).clone() for role in choice.masks}
     try:
         for role, mask in choice.masks.items():
-            anatomy.set_weight(layer, role, choice.weights[role] if role in choice.weights else dense[role] * mask)
+            weight = choice.weights[role] if role in choice.weights else dense[role].masked_fill(~mask, 0)
+            anatomy.set_weight(layer, role, weight)
         yield
     finally:
         for role, weight in dense.items():

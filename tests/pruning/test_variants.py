@@ -35,6 +35,39 @@ def test_dense_model_is_restored_bit_for_bit(model, any_variant):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def negative_zeros(weight: torch.Tensor) -> int:
+    return int(((weight == 0) & weight.signbit()).sum())
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "phi3", "gpt2"])
+def test_a_weight_is_written_where_it_is_wanted_and_its_zeros_are_positive(make_model, tokenizer, kind):
+    model = make_model(kind)
+    anatomy = Anatomy(model)
+    for variant in prune(model, tokenizer, [WANDA, SPARSEGPT], CORPUS, SHORT):
+        for key in anatomy:
+            dense = anatomy.weight(*key)
+            wanted = torch.where(variant.masks[key], dense, torch.zeros(()))
+            if key in variant.values:
+                wanted[variant.masks[key]] = variant.values[key]
+            wide = torch.full((2, *dense.T.shape), 7.0)
+            variant.write(key, dense, wide[1].T)  # a view of transposed storage, such as GPT-2's
+            assert torch.equal(wide[1].T, wanted)
+            assert bool((wide[0] == 7).all())
+            assert torch.equal(variant.weight(key, dense), wanted)
+            assert negative_zeros(wide[1]) == negative_zeros(variant.weight(key, dense)) == 0
+            pieces = [piece for _, piece in variant.pieces(key, dense, rows=5)]
+            assert torch.equal(torch.cat(pieces), wanted.float())
+            assert not any(map(negative_zeros, pieces))
+
+
+def test_a_projection_out_of_scope_is_written_as_it_is(model, tokenizer):
+    (variant,) = prune(model, tokenizer, Recipe(method="magnitude", sparsity=0.5, blocks="1:"))
+    dense = Anatomy(model).weight(0, "q")
+    out = torch.empty_like(dense)
+    variant.write((0, "q"), dense, out)
+    assert torch.equal(out, dense)
+
+
 def test_dense_model_is_restored_when_the_block_fails(model, any_variant):
     before = Anatomy(model).weight(1, "down").clone()
     with pytest.raises(RuntimeError, match="on purpose"), any_variant.applied(model):
