@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from . import contrasts, figures, frames, lape, lsar, mask_overlap, perplexity, signal
+from . import frames
 from .frames import read_frame, write_frame
-from .lsar import LSAR
-from .run import run_study
-from .study import Study, demo_study, load_study
+from .metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal
+from .metrics.lsar import LSAR
+from .plots import style as figures
+from .study.configuration import Study, demo_study, load_study
+from .study.run import run_study
 
 __all__ = [
     "LSAR",
     "Study",
+    "accuracy",
     "contrasts",
     "demo_study",
     "figures",
@@ -21,6 +24,7 @@ __all__ = [
     "mask_overlap",
     "perplexity",
     "read_frame",
+    "recovery",
     "run_study",
     "signal",
     "write_frame",

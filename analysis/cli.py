@@ -11,7 +11,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from pruning.errors import PrunescopeError, StudyError
-from pruning.text import BUNDLED_LANGUAGES
+from pruning.text.sources import BUNDLED_LANGUAGES
 
 app = typer.Typer(
     add_completion=False,
@@ -42,8 +42,8 @@ def run(
     memory: Annotated[str | None, typer.Option(help=_MEMORY)] = None,
 ) -> None:
     """Carry out a study: prune, read, analyze, draw, report. Finished stages are skipped."""
-    from .run import run_study
-    from .study import resolved_study
+    from .study.configuration import resolved_study
+    from .study.run import run_study
 
     report = run_study(resolved_study(study), out or Path("runs") / Path(study).stem, memory=_bytes(memory))
     typer.echo(f"report: {report}")
@@ -59,8 +59,8 @@ def prune(
     memory: Annotated[str | None, typer.Option(help=_MEMORY)] = None,
 ) -> None:
     """Make the pruned variants of a study, and nothing else. The model may be larger than memory."""
-    from .run import run_study
-    from .study import resolved_study
+    from .study.configuration import resolved_study
+    from .study.run import run_study
 
     folder = out or Path("runs") / Path(study).stem
     variants = run_study(resolved_study(study), folder, memory=_bytes(memory), only_prune=True)
@@ -81,8 +81,8 @@ def compare(
     segments: Annotated[int, typer.Option(help="Held-out segments a language, and as many to fit subspaces.")] = 128,
 ) -> None:
     """Measure a model that was pruned elsewhere against its dense parent: all that needs no calibration sets."""
-    from .run import run_study
-    from .study import comparison_study
+    from .study.configuration import comparison_study
+    from .study.run import run_study
 
     tags = [tag.strip() for tag in languages.split(",")]
     study = comparison_study(dense, pruned, languages=tags, text=text, segments=segments)
@@ -106,8 +106,8 @@ def diagnose(
     confirm: Annotated[int, typer.Option(min=1, help="How many causes to confirm by exact patching.")] = 20,
 ) -> None:
     """Find out which part of a pruned model has to be given back for what it lost to come back."""
-    from .diagnoses import Request
-    from .run import STUDY_FILE, diagnose_study
+    from .study.diagnoses import Request
+    from .study.run import STUDY_FILE, diagnose_study
 
     if not (folder / STUDY_FILE).is_file():
         raise StudyError(
@@ -131,8 +131,8 @@ def export(
     from pruning import Variant, load_model
     from pruning.errors import did_you_mean
 
-    from .run import STUDY_FILE
-    from .study import load_study
+    from .study.configuration import load_study
+    from .study.run import STUDY_FILE
 
     resolved = load_study(folder / STUDY_FILE)
     place = folder / "variants" / variant

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from .choices import ChoiceScores, item_questions, score, text_questions
-from .hidden_states import PooledStates
 from .items import Item, ItemSource, first_twins
-from .loss import TokenLoss
-from .neurons import NeuronFiring
 from .patching import Component, DamagedModel, attribute, patch
-from .readings import DENSE, Readings, pooled_states, read_against_dense
+from .readers.firing import NeuronFiring
+from .readers.hidden_states import PooledStates
+from .readers.loss import TokenLoss
+from .readers.signal import DenseSignal, SignalError
+from .reading import DENSE, Readings, pooled_states, read_against_dense
+from .scoring import ChoiceScores, item_questions, score, text_questions
 from .session import Batch, Reader, Session
-from .signal import DenseSignal, SignalError
 
 __all__ = [
     "DENSE",

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.anatomy import ROLES, Anatomy
-from pruning.masks import Key
-from pruning.variants import DenseCopy, Variant
+from pruning.models.anatomy import ROLES, Anatomy
+from pruning.variants.masks import Key
+from pruning.variants.variant import DenseCopy, Variant
 
-from .choices import ChoiceScores, Question, QuestionBatch, ScoreTable, final_states, objective, question_batches
-from .readings import Progress
+from .reading import Progress
+from .scoring import ChoiceScores, Question, QuestionBatch, ScoreTable, final_states, objective, question_batches
 from .session import Batch, Session, within_memory
 
 Direction = Literal["restore", "damage"]
@@ -204,7 +204,7 @@ class Patched:
     exact
         Component's place in the list that was asked for → scores of the changed model with it put over.
     attributed
-        Component's place → the estimated change of the objective (:func:`probes.choices.objective`), float64
+        Component's place → the estimated change of the objective (:func:`probes.scoring.objective`), float64
         ``[questions]``; of weights only the sum over questions is known: a single value.
     """
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pruning.anatomy import Anatomy
 from pruning.errors import ModelError, TextError
-from pruning.text import Segment
+from pruning.models.anatomy import Anatomy
+from pruning.text.sources import Segment
 
 _B = TypeVar("_B")
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from .anatomy import ROLES, Anatomy, supported_architectures
-from .architectures import Experts, Fused, Layout, register_architecture
-from .calibration import CalibrationSet
 from .errors import PrunescopeError
-from .masks import MaskSet
 from .methods import Method, known_methods, register
-from .models import load_model
+from .models.anatomy import ROLES, Anatomy, supported_architectures
+from .models.layouts import Experts, Fused, Layout, register_architecture
+from .models.loading import load_model
 from .patterns import known_patterns
 from .recipes import Recipe
 from .remedy import Remedy
-from .text import Corpus, Segment, text_source
-from .variants import Variant, prune
+from .text.calibration import CalibrationSet
+from .text.sources import Corpus, Segment, text_source
+from .variants.masks import MaskSet
+from .variants.variant import Variant, prune
 
 __all__ = [
     "ROLES",

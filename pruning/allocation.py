@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .errors import RecipeError, did_you_mean
-from .masks import Key
 from .parameters import Parameter
 from .patterns import Pattern, Shape, _kth_lowest
 from .statistics import InputStatistics
+from .variants.masks import Key
 
 Budgets = dict[Key, int]
 

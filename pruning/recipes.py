@@ -10,13 +10,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from .allocation import DIAGNOSIS, UNIFORM, allocation_named
-from .anatomy import ROLES, role_kind
-from .calibration import CalibrationSet
 from .errors import RecipeError, did_you_mean
 from .files import content_sha256
 from .methods import Method, method_named
+from .models.anatomy import ROLES, role_kind
 from .parameters import checked
 from .patterns import MODEL, Pattern, n_of_m, pattern_named
+from .text.calibration import CalibrationSet
 
 #: Calibration column of variants that no text was needed for, and of the dense model.
 UNCALIBRATED = "none"

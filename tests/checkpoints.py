@@ -11,8 +11,8 @@ from conftest import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from pruning import CalibrationSet, Corpus
-from pruning.streaming import INDEX
-from pruning.text import BundledText
+from pruning.models.streaming import INDEX
+from pruning.text.sources import BundledText
 
 CORPUS = Corpus(BundledText(), BundledText(), BundledText())
 #: Two languages, so that statistics are put together of several pieces of text.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from analysis import perplexity
 from analysis.frames import dense_columns
+from analysis.metrics import perplexity
 from probes import DENSE, Session, read_against_dense
 from pruning import Corpus, load_model
-from pruning.text import BUNDLED_LANGUAGES, BundledText
+from pruning.text.sources import BUNDLED_LANGUAGES, BundledText
 
 
 @pytest.fixture(scope="module")

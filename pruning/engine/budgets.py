@@ -21,13 +21,13 @@ from ..allocation import (
     threshold,
     uniform,
 )
-from ..anatomy import Anatomy
-from ..masks import Key
 from ..methods import wanda
+from ..models.anatomy import Anatomy
 from ..patterns import MODEL
 from ..recipes import Recipe
 from ..statistics import POSITIVE, SQUARES, InputStatistics, Statistics
-from .choices import Derivatives, scored, unseen
+from ..variants.masks import Key
+from .choosing import Derivatives, scored, unseen
 from .jobs import Job, covered_shapes, diagnosed_sparsities
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..anatomy import Anatomy
 from ..errors import ModelError
-from .choices import Derivatives
+from ..models.anatomy import Anatomy
+from .choosing import Derivatives
 from .streams import Progress, decoder_labels, encoder_ids
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..allocation import DIAGNOSIS, diagnosed
-from ..anatomy import Anatomy
-from ..calibration import CalibrationSet, CalibrationText, Piece
 from ..errors import RecipeError
-from ..masks import Key
+from ..models.anatomy import Anatomy
 from ..patterns import Shape
 from ..recipes import Recipe
+from ..text.calibration import CalibrationSet, CalibrationText, Piece
+from ..variants.masks import Key
 
 
 @dataclass(frozen=True)

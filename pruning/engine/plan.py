@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from humanize import naturaldelta, naturalsize
 
-from ..anatomy import Anatomy
-from ..architectures import head_of
-from ..calibration import CalibrationText
 from ..errors import RecipeError
-from ..masks import Key
+from ..models.anatomy import Anatomy
+from ..models.layouts import head_of
 from ..patterns import MODEL, Shape
 from ..statistics import CURVATURE, GRAM
+from ..text.calibration import CalibrationText
+from ..variants.masks import Key
 from .jobs import Job, Schedule, covered_shapes
 from .streams import StackStarter, Stream, run_block
 from .sweep import GRADIENT_TOKENS

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, InputGroup, Stack
 from ..errors import ModelError
+from ..models.anatomy import Anatomy, InputGroup, Stack
 from ..statistics import InputStatistics
 
 #: Tensors that are looked through for an equal one.

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..allocation import Budgets
-from ..anatomy import Anatomy, InputGroup, Stack
-from ..calibration import CalibrationSet, CalibrationText, Piece
 from ..errors import RecipeError
-from ..masks import Key, MaskSet
+from ..models.anatomy import Anatomy, InputGroup, Stack
 from ..statistics import CURVATURE, GRADIENT, InputStatistics, together
+from ..text.calibration import CalibrationSet, CalibrationText, Piece
+from ..variants.masks import Key, MaskSet
 from .budgets import Survey, needs_survey, settled, survey_needs
-from .choices import Choice, Derivatives, choose
+from .choosing import Choice, Derivatives, choose
 from .gradients import differentiate
 from .jobs import Job, Schedule, check_fits
 from .streams import Progress, StackStarter, Stream, gather, run_block

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import DiskError
 from ..files import PARTIAL, content_sha256, disk_errors, file_sha256, whole_file, write_json
-from ..masks import Key, pack_bits
-from .choices import Choice
+from ..variants.masks import Key, pack_bits
+from .choosing import Choice
 
 #: Seconds of work that a kill may cost, about.
 CHECKPOINT_SECONDS = 60.0

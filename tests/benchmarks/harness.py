@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pruning import CalibrationSet, text_source
-from pruning.calibration import CalibrationText, Piece
+from pruning.text.calibration import CalibrationText, Piece
 
 # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Clock:
         """Count the parts of the engine's sweeps from now on, until `patch` is undone."""
         engine = import_module("pruning.engine.sweep")  # the package has a function of that name
         streams = import_module("pruning.engine.streams")
-        choices = import_module("pruning.engine.choices")
+        choices = import_module("pruning.engine.choosing")
         workspace = import_module("pruning.engine.workspace")
         sparsegpt = import_module("pruning.methods.sparsegpt")
         statistics_ = import_module("pruning.statistics")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from benchmarks.harness import number, paired_ratios, report, seconds
 
-from analysis.diagnosis import components_of
-from analysis.lsar import LSAR
+from analysis.metrics.lsar import LSAR
+from analysis.metrics.recovery import components_of
 from probes import DamagedModel, ItemSource, Session, attribute, item_questions, patch, score
 from probes.items import first_twins
 from pruning import Recipe, load_model, prune

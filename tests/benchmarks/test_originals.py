@@ -25,8 +25,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pruning import Anatomy, CalibrationSet, Recipe
-from pruning.calibration import CalibrationText, Piece
 from pruning.engine import Job, sweep
+from pruning.text.calibration import CalibrationText, Piece
 
 FOLDER = os.environ.get("PRUNESCOPE_BENCH_ORIGINALS")
 SAMPLES, LENGTH = 128, int(os.environ.get("PRUNESCOPE_BENCH_LENGTH", "256"))

@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from benchmarks.harness import headline, in_turn, number, ratios, report, seconds
 
-from pruning.masks import MaskSet, overlaps
+from pruning.variants.masks import MaskSet, overlaps
 
 SETS = 8
 SHAPES = {

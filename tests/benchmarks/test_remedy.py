@@ -18,14 +18,14 @@ import os
 import numpy as np
 from benchmarks.harness import number
 
-from analysis import tasks
 from analysis.frames import dense_columns
-from analysis.intervals import segment_interval
+from analysis.metrics import accuracy as tasks
+from analysis.stats.bootstrap import segment_interval
 from probes import DENSE, DamagedModel, ItemSource, Session, attribute, item_questions, score, text_questions
 from probes.patching import role_weights
 from pruning import CalibrationSet, Corpus, Recipe, load_model, prune, text_source
-from pruning.text import BUNDLED_LANGUAGES
-from pruning.variants import DenseCopy
+from pruning.text.sources import BUNDLED_LANGUAGES
+from pruning.variants.variant import DenseCopy
 
 SPREAD = float(os.environ.get("PRUNESCOPE_BENCH_SPREAD") or 0.08)
 ASKED = (os.environ.get("PRUNESCOPE_BENCH_ASKED") or " ".join(BUNDLED_LANGUAGES)).split()

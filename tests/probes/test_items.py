@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from probes import ItemSource
 from probes.items import CATEGORIES, Item, first_twins, items_fingerprint
 from pruning.errors import TextError
-from pruning.text import BUNDLED_LANGUAGES
+from pruning.text.sources import BUNDLED_LANGUAGES
 
 BUNDLED = {language: ItemSource().items(language) for language in BUNDLED_LANGUAGES}
 GOOD = {"id": "1a", "category": "reasoning", "prompt": "The sky is", "choices": [" blue", " green"], "answer": 0}

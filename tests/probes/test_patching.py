@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from probes import Session
-from probes.choices import item_questions, score, text_questions
 from probes.items import Item
 from probes.patching import (
     DAMAGE,
@@ -23,6 +22,7 @@ from probes.patching import (
     role_weights,
     stream_part,
 )
+from probes.scoring import item_questions, score, text_questions
 from pruning import Recipe, prune
 
 ITEMS = [
@@ -201,7 +201,7 @@ class Disturbed(DamagedModel):
     """A model whose weights have all changed by a small share, another one for each."""
 
     def __init__(self, model, share):
-        from pruning.anatomy import Anatomy
+        from pruning.models.anatomy import Anatomy
 
         self._anatomy = Anatomy(model)
         self.dense = {key: self._anatomy.weight(*key).clone() for key in self._anatomy}

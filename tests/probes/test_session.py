@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 from probes import NeuronFiring, PooledStates, Session, TokenLoss
 from pruning import Segment
-from pruning.anatomy import ROLES
 from pruning.errors import ModelError, TextError
+from pruning.models.anatomy import ROLES
 
 
 class Recorder:

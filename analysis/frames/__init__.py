@@ -1,0 +1,24 @@
+"""Frames: the tidy schema, building and checking frames, and their files."""
+
+from __future__ import annotations
+
+from .files import read_frame, write_frame
+from .schema import FRAMES, RECIPE_COLUMNS, VARIANT_COLUMNS, FrameSpec, Metric
+from .tables import alike, check, dense_columns, joined, of_recipe, recipes_of, tidy
+
+__all__ = [
+    "FRAMES",
+    "RECIPE_COLUMNS",
+    "VARIANT_COLUMNS",
+    "FrameSpec",
+    "Metric",
+    "alike",
+    "check",
+    "dense_columns",
+    "joined",
+    "of_recipe",
+    "read_frame",
+    "recipes_of",
+    "tidy",
+    "write_frame",
+]

@@ -1,0 +1,66 @@
+"""Frames on disk: one Parquet file each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
+
+from probes import DENSE
+from pruning.errors import StudyError
+from pruning.files import whole_file
+
+from .schema import FRAMES
+from .tables import check
+
+
+def write_frame(folder: Path, name: str, frame: pd.DataFrame | Iterable[pd.DataFrame]) -> Path:
+    """Write ``NAME.parquet`` into `folder`, whole or not at all, and return its path.
+
+    Parameters
+    ----------
+    folder, name
+        Where, and a key of :data:`FRAMES`.
+    frame
+        The frame, or its parts one after the other, if it would not fit into memory.
+    """
+    path = folder / f"{name}.parquet"
+    parts = [frame] if isinstance(frame, pd.DataFrame) else frame
+    schema = FRAMES[name].schema
+    with whole_file(path) as partial, parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for part in parts:
+            check(name, part)
+            writer.write_table(pa.Table.from_pandas(part, schema=schema, preserve_index=False))
+    return path
+
+
+def read_frame(path: Path, recipe: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """Read a frame that :func:`write_frame` wrote.
+
+    Parameters
+    ----------
+    path
+        Of the Parquet file.
+    recipe
+        Read the variants of this recipe and the dense model only; all of them by default.
+
+    Raises
+    ------
+    StudyError
+        If there is none, or it is damaged or not what its name says.
+    """
+    if not path.is_file():
+        raise StudyError(f"there is no frame {path}")
+    wanted = None
+    if recipe is not None:
+        same = [(column, "==", value) for column, value in recipe.items()]
+        wanted = [same, [("method", "==", DENSE)]]
+    try:
+        frame = parquet.read_table(path, filters=wanted).to_pandas()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StudyError(f"{path} is damaged; delete it and run again") from error
+    return check(path.stem, frame, f"{path}: ")

@@ -1,0 +1,287 @@
+"""The tidy schema: every frame, its columns and its metrics with unit and definition, checked on write and read.
+
+Long format, one observation a row. The first columns say which model was measured, the next ones where, the last ones
+what: ``metric, value`` and, where the value is an estimate, ``low, high`` (95 % interval) and ``n``; where two
+calibration sets are compared also
+``seed_margin``, ``p_value`` and ``p_adjusted`` (see :mod:`analysis.metrics.contrasts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+_WORD = pa.dictionary(pa.int32(), pa.string())
+_TYPES: dict[str, pa.DataType] = {
+    "model": _WORD,
+    "method": _WORD,
+    "sparsity": pa.float64(),
+    "pattern": _WORD,
+    "allocation": _WORD,
+    "scope": _WORD,
+    "propagation": _WORD,
+    "calibration": _WORD,
+    "seed": pa.int32(),
+    "language": _WORD,
+    "task": _WORD,
+    "category": _WORD,
+    "item": _WORD,
+    "twin": _WORD,
+    "choice": pa.int32(),
+    "direction": _WORD,
+    "component": _WORD,
+    "layer": pa.int32(),
+    "role": _WORD,
+    "position": pa.int32(),
+    "rank": pa.int32(),
+    "neuron": pa.int32(),
+    "other_calibration": _WORD,
+    "other_seed": pa.int32(),
+    "metric": _WORD,
+    "value": pa.float64(),
+    "low": pa.float64(),
+    "high": pa.float64(),
+    "n": pa.int64(),
+    "seed_margin": pa.float64(),
+    "p_value": pa.float64(),
+    "p_adjusted": pa.float64(),
+}
+#: The columns that say what was done to a model.
+RECIPE_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
+#: The columns that say which model was measured.
+VARIANT_COLUMNS = (*RECIPE_COLUMNS, "calibration", "seed")
+_ESTIMATE = ("low", "high", "n")
+_TEST = ("seed_margin", "p_value", "p_adjusted")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Unit and definition of a metric."""
+
+    unit: str
+    definition: str
+
+
+@dataclass(frozen=True)
+class FrameSpec:
+    """One frame: its key columns beside the variant's, metrics, and whether it holds estimates and tests."""
+
+    keys: tuple[str, ...]
+    metrics: Mapping[str, Metric]
+    estimates: bool = True
+    tests: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns, in order."""
+        measured = ("metric", "value", *(_ESTIMATE if self.estimates else ()), *(_TEST if self.tests else ()))
+        return (*VARIANT_COLUMNS, *self.keys, *measured)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema."""
+        return pa.schema([(name, _TYPES[name]) for name in self.columns])
+
+
+_OVER = "95 % bootstrap interval over held-out segments"
+_OVER_ITEMS = "95 % bootstrap interval over items, twins drawn together"
+_PROBE = (
+    "share of segments whose language a logistic regression tells from the {part} of their mean state, fitted on the "
+    f"other half of the held-out segments; guessing: one over the number of languages; {_OVER}"
+)
+_RETRIEVAL = (
+    "share of segments whose nearest neighbour in another language, by the cosine of {what}, is their translation, "
+    f"mean over the other languages; guessing: 1/n; {_OVER}"
+)
+_PAIRED = "mean over segments, paired, and over seeds that both have; "
+FRAMES: dict[str, FrameSpec] = {
+    "perplexity": FrameSpec(
+        ("language",),
+        {
+            "perplexity": Metric(
+                "", f"exp of the mean negative log-likelihood of a token, given those before it; {_OVER}"
+            ),
+            "bits_per_byte": Metric("bit/byte", f"the same in bits, per byte of UTF-8 text; {_OVER}"),
+        },
+    ),
+    "signal": FrameSpec(
+        ("language", "layer", "role"),
+        {
+            "error": Metric("", f"mean over tokens (special ones left out) of ‖x − x̂‖², x dense and x̂ pruned; {_OVER}"),
+            "snr_db": Metric("dB", f"10·log10(Σ‖x‖² / Σ‖x − x̂‖²) over the same tokens; {_OVER}"),
+        },
+    ),
+    "subspaces": FrameSpec(
+        ("language", "layer", "rank"),
+        {
+            "specific_error": Metric(
+                "",
+                "Σ‖P(h − ĥ)‖² / Σ‖Ph‖²; h, ĥ: a segment's mean state, dense and pruned (special tokens left out); "
+                f"P: on the language-specific subspace; {_OVER}",
+            ),
+            "agnostic_error": Metric("", f"the same for I − P, the language-agnostic part, mean included; {_OVER}"),
+            "specific_error_centred": Metric(
+                "",
+                "Σ‖P(h − ĥ)‖² / Σ‖P(h − m)‖², m: the dense model's mean over languages: relative to how far languages "
+                f"lie apart; {_OVER}",
+            ),
+            "agnostic_error_centred": Metric(
+                "",
+                "the same for I − P: relative to how far segments lie apart around the part common to all; " + _OVER,
+            ),
+            "specific_error_per_dimension": Metric("", f"mean over segments of ‖P(h − ĥ)‖² / rank P; {_OVER}"),
+            "agnostic_error_per_dimension": Metric(
+                "", f"mean over segments of ‖(I − P)(h − ĥ)‖² / rank (I − P); {_OVER}"
+            ),
+            "specific_snr_db": Metric("dB", f"−10·log10 of specific_error; {_OVER}"),
+            "agnostic_snr_db": Metric("dB", f"−10·log10 of agnostic_error; {_OVER}"),
+            "specific_language_accuracy": Metric("", _PROBE.format(part="language-specific part")),
+            "agnostic_language_accuracy": Metric("", _PROBE.format(part="language-agnostic part")),
+            "agnostic_retrieval": Metric(
+                "", _RETRIEVAL.format(what="the language-agnostic part of their mean states, centred over all segments")
+            ),
+            "whole_retrieval": Metric("", _RETRIEVAL.format(what="their whole mean states, centred over all segments")),
+            "explained_share": Metric(
+                "",
+                "share of the fitting text's between-language variance in the subspace if it has this rank "
+                "(dense; no language)",
+            ),
+        },
+    ),
+    "mask_overlap": FrameSpec(
+        ("layer", "role", "other_calibration", "other_seed"),
+        {
+            "iou": Metric(
+                "",
+                "intersection over union of the weights kept by two variants that differ in calibration only",
+            ),
+            "iou_chance": Metric(
+                "",
+                "the same expected of independent masks of the same densities; (1 − s)/(1 + s) at sparsity s",
+            ),
+            "value_cosine": Metric(
+                "", "cosine of the values of the weights that both keep (methods that correct weights)"
+            ),
+            "correction_cosine": Metric(
+                "", "cosine of what the method added to the weights that both keep; 0: unrelated corrections"
+            ),
+        },
+        estimates=False,
+    ),
+    "neurons": FrameSpec(
+        ("language", "layer", "neuron"),
+        {
+            "firing_probability": Metric("", "share of tokens (special ones left out) with a positive gate activation"),
+            "lape": Metric(
+                "nat",
+                "entropy over languages of the normalised firing probabilities (no language); +inf if it never fires",
+            ),
+        },
+        estimates=False,
+    ),
+    "language_neurons": FrameSpec(
+        ("language", "layer"),
+        {
+            "kept": Metric(
+                "neurons",
+                "language-specific (LAPE, selected in each model afresh) in the dense and in this model",
+            ),
+            "lost": Metric("neurons", "language-specific in the dense model only"),
+            "gained": Metric("neurons", "language-specific in this model only"),
+            "still_firing": Metric(
+                "neurons", "of the dense model's, those that still fire above the dense model's threshold"
+            ),
+        },
+        estimates=False,
+    ),
+    "neuron_selection": FrameSpec(
+        ("language",),
+        {
+            "selected": Metric("neurons", "language-specific neurons (LAPE) of this model (no language)"),
+            "threshold": Metric("", "firing probability above which a neuron counts for a language (no language)"),
+            "highest_lape": Metric("nat", "highest entropy among the selected neurons (no language)"),
+            "selected_by_chance": Metric(
+                "neurons",
+                "neurons with an entropy no higher than that if the text is dealt to the languages at random, mean "
+                "over permutations of its eighths (no language)",
+            ),
+            "p_value": Metric(
+                "", "share of these permutations that select as many neurons as the real languages (no language)"
+            ),
+            "specific": Metric("neurons", "neurons specific to this language in this model"),
+            "kept_share": Metric(
+                "", "share of the dense model's neurons of this language that are selected again in this model"
+            ),
+            "kept_by_chance": Metric("", "the same expected of as many neurons drawn at random"),
+            "other_half_share": Metric(
+                "",
+                "share of the neurons of this language selected on one half of the text that are selected again, in "
+                "the same model, on the other half: what the amount of text allows for",
+            ),
+        },
+        estimates=False,
+    ),
+    "contrasts": FrameSpec(
+        ("language", "other_calibration"),
+        {
+            "log_perplexity": Metric(
+                "nat", f"log perplexity of this calibration set minus that of the other; {_PAIRED}{_OVER}"
+            ),
+            "snr_db": Metric(
+                "dB",
+                "SNR of the residual stream after the last block, taken of each segment, likewise subtracted; "
+                f"{_PAIRED}{_OVER}",
+            ),
+            "specific_error_db": Metric(
+                "dB", f"10·log10 of the language-specific part's error, mean over layers, likewise; {_PAIRED}{_OVER}"
+            ),
+            "agnostic_error_db": Metric("dB", f"the same of the language-agnostic part; {_PAIRED}{_OVER}"),
+        },
+        tests=True,
+    ),
+    "items": FrameSpec(
+        ("language", "task", "category", "item", "twin", "choice"),
+        {
+            "log_likelihood": Metric("nat", "log-likelihood of a choice, numbered from 0, as the item's continuation"),
+            "margin": Metric("nat", "that of the right choice minus the highest of the others (no choice)"),
+            "correct": Metric("", "1 if the model is right, else 0 (no choice); by default: if the margin is positive"),
+        },
+        estimates=False,
+    ),
+    "accuracy": FrameSpec(
+        ("language", "task", "category"),
+        {
+            "accuracy": Metric("", f"share of items that the model gets right; {_OVER_ITEMS}"),
+            "accuracy_change": Metric("", f"that minus the dense model's, item by item; {_OVER_ITEMS}"),
+            "twin_accuracy": Metric(
+                "",
+                "share of twins whose two margins have a positive sum: what a model prefers whatever the prompt says "
+                f"cancels; {_OVER_ITEMS}",
+            ),
+            "twin_accuracy_change": Metric("", f"that minus the dense model's, twins by twins; {_OVER_ITEMS}"),
+            "margin": Metric("nat", f"mean margin between the right choice and the best of the others; {_OVER_ITEMS}"),
+            "margin_change": Metric("nat", f"that minus the dense model's, item by item; {_OVER_ITEMS}"),
+        },
+    ),
+    "recovery": FrameSpec(
+        ("language", "task", "category", "direction", "component", "layer", "role", "position"),
+        {
+            "margin_lost": Metric("nat", f"mean margin of the dense model minus that of the pruned one; {_OVER_ITEMS}"),
+            "accuracy_lost": Metric("", f"accuracy of the dense model minus that of the pruned one; {_OVER_ITEMS}"),
+            "loss_added": Metric(
+                "nat",
+                "mean negative log-likelihood of the right choice (of text: of a segment) in the pruned model minus "
+                f"that in the dense one; {_OVER_ITEMS}",
+            ),
+            "margin_recovery": Metric("", "share of margin_lost that a component brings back; " + _OVER_ITEMS),
+            "accuracy_recovery": Metric("", "share of accuracy_lost that it brings back; " + _OVER_ITEMS),
+            "loss_recovery": Metric("", "share of loss_added that it takes back; " + _OVER_ITEMS),
+            "attributed_recovery": Metric(
+                "", "share of margin_lost (of text: loss_added) that it is estimated to bring back, from gradients"
+            ),
+        },
+    ),
+    "sparsity": FrameSpec(("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False),
+}

@@ -1,0 +1,1 @@
+"""Metrics: one analyzer a file, from what was read to a tidy frame."""

@@ -1,0 +1,319 @@
+"""Contrasts: does it make a difference which text a model was calibrated on?
+
+Two calibration sets are compared segment by segment, and over the seeds that both have. A second draw of the same text
+makes a difference too: that is measured on all sets that have several seeds, and only what goes beyond it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from scipy.stats import false_discovery_control, norm, permutation_test
+
+from probes import DENSE, Readings
+from probes.readers.signal import SIGNAL_SITES
+
+from ..frames import RECIPE_COLUMNS, alike, of_recipe, tidy
+from ..plots import style as figures
+from ..stats.bootstrap import segment_interval
+from .lsar import LSAR, part_norms
+
+#: What a set is compared with when it is compared with all other single languages at once.
+OTHERS = "others"
+#: The calibration set of whatever language is evaluated.
+OWN = "own"
+#: Corrected p-value below which a difference is called one.
+SIGNIFICANT = 0.05
+#: Sign flips that a difference is tested by.
+PERMUTATIONS = 4999
+#: Models that must be there for an exact test to say anything.
+_FEWEST = 4
+#: Permutations held in memory at a time.
+_BATCH = 500
+
+#: Score of every segment, so made that differences of means are differences of the metric: ``{metric: [segments]}``.
+Scores = dict[str, Float[np.ndarray, " segments"]]
+
+
+def analyze(
+    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]], subspaces: Sequence[LSAR]
+) -> pd.DataFrame:
+    """Return the frame ``contrasts``: every pair of calibration sets of a recipe, in every language.
+
+    A row compares ``calibration`` with ``other_calibration``: ``value`` is the mean paired difference over segments
+    (and over the seeds that both sets have), ``low`` and ``high`` its bootstrap interval over segments.
+
+    ``seed_margin`` is what 95 % of the differences between two draws of one and the same set stay below: 1.96 times
+    their root mean square over all sets with several seeds and all languages, over the root of the number of seeds
+    that were averaged. ``p_value`` is that of a two-sided permutation test (sign flips of segments) of the part of the
+    difference that goes beyond this margin. Without a second seed there is no margin (nan), and the test is one of
+    these two models, not of two languages. ``p_adjusted`` corrects for all comparisons of a recipe and metric
+    (Benjamini & Hochberg).
+
+    Rows with ``other_calibration`` = ``"others"`` compare the set of the evaluated language itself with all other
+    single-language sets at once. Here whole models are permuted, seeds and all, so no margin is needed; the test is
+    exact, but few models leave it little to choose from: with one seed of each of K sets no p is below 1/K. The row
+    ``calibration`` = ``"own"`` without a language takes all languages together: there it is permuted which set belongs
+    to which language, in K! ways, and ``value`` is the mean over languages.
+
+    Parameters
+    ----------
+    readings
+        ``(variant, language)`` to what was read.
+    columns
+        Variant to the columns that describe it.
+    subspaces
+        One a layer (:func:`analysis.metrics.lsar.fit_layers`).
+    """
+    languages = list(dict.fromkeys(language for _, language in readings))
+    rows: list[dict[str, Any]] = []
+    for variants in alike({name: columns[name] for name, _ in readings if name != DENSE}):
+        sets: dict[str, dict[int, str]] = {}
+        for variant in variants:
+            sets.setdefault(str(columns[variant]["calibration"]), {})[int(columns[variant]["seed"])] = variant
+        if len(sets) < 2:
+            continue
+        ordered = sorted(sets, key=figures.calibration_rank)
+        scores = {
+            (variant, language): _scores(readings[DENSE, language], readings[variant, language], subspaces)
+            for variant in variants
+            for language in languages
+        }
+        shared = {name: columns[variants[0]][name] for name in RECIPE_COLUMNS}
+        for metric in next(iter(scores.values())):
+            values = {place: of[metric] for place, of in scores.items()}
+            compared = [
+                *_corrected(_pairs(values, languages, ordered, sets)),
+                *_all_languages(values, languages, sets),
+                *_corrected(_own_against_others(values, languages, sets)),
+            ]
+            rows += [{**shared, **row, "metric": metric} for row in compared]
+    return tidy("contrasts", rows)
+
+
+def _corrected(family: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with their p-values corrected for all comparisons of the family."""
+    family = list(family)
+    if not family:
+        return []
+    adjusted = false_discovery_control([row["p_value"] for row in family])
+    return [{**row, "p_adjusted": float(p)} for row, p in zip(family, adjusted, strict=True)]
+
+
+def _scores(dense: Readings, pruned: Readings, subspaces: Sequence[LSAR]) -> Scores:
+    tiny = np.finfo(np.float64).tiny
+    residual = SIGNAL_SITES.index("residual")
+    nll, predicted = pruned.nll.numpy(), pruned.predicted.numpy()
+    power, error = (sums[:, -1, residual].numpy() for sums in (pruned.power, pruned.error))
+    before, after = dense.pooled.numpy(), pruned.pooled.numpy()
+    norms = np.stack(
+        [part_norms(s, before[:, i], after[:, i]) for i, s in enumerate(subspaces)]
+    )  # [layers, 6, segments]
+    parts = 10 * np.log10(np.maximum(norms[:, :2], tiny) / np.maximum(norms[:, 4:6].mean(axis=2, keepdims=True), tiny))
+    specific, agnostic = parts.mean(axis=0)
+    return {
+        "log_perplexity": nll * (len(nll) / predicted.sum()),
+        "snr_db": 10 * np.log10(power / np.maximum(error, tiny)),
+        "specific_error_db": specific,
+        "agnostic_error_db": agnostic,
+    }
+
+
+def _pairs(
+    values: Mapping[tuple[str, str], np.ndarray],
+    languages: Sequence[str],
+    ordered: Sequence[str],
+    sets: Mapping[str, Mapping[int, str]],
+) -> Iterator[dict[str, Any]]:
+    spread = _spread_of_seeds(values, languages, sets)
+    chosen = [(a, b, sorted(set(sets[a]) & set(sets[b]))) for a, b in combinations(ordered, 2)]
+    chosen = [(a, b, seeds) for a, b, seeds in chosen if seeds]
+    for language in languages:
+        if not chosen:
+            return
+        differences = np.stack(
+            [
+                np.mean([values[sets[a][s], language] - values[sets[b][s], language] for s in seeds], axis=0)
+                for a, b, seeds in chosen
+            ],
+            axis=1,
+        )
+        margins = np.array([norm.ppf(0.975) * spread / np.sqrt(len(seeds)) for _, _, seeds in chosen])
+        value, low, high = _paired(differences)
+        p_values = _beyond(differences, np.nan_to_num(margins))
+        for i, (a, b, seeds) in enumerate(chosen):
+            yield {
+                "calibration": a,
+                "seed": seeds[0] if len(seeds) == 1 else None,
+                "language": language,
+                "other_calibration": b,
+                "value": value[i],
+                "low": low[i],
+                "high": high[i],
+                "n": len(differences),
+                "seed_margin": margins[i],
+                "p_value": p_values[i],
+            }
+
+
+def _own_against_others(
+    values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
+) -> Iterator[dict[str, Any]]:
+    for language in languages:
+        others = [
+            v for name, members in sets.items() if name in languages and name != language for v in members.values()
+        ]
+        own = list(sets.get(language, {}).values())
+        if not own or len(own) + len(others) < _FEWEST:
+            continue
+        mine, theirs = (np.stack([values[v, language] for v in group], axis=1) for group in (own, others))
+        difference = mine.mean(axis=1) - theirs.mean(axis=1)
+        value, low, high = _paired(difference[:, None])
+        yield {
+            "calibration": language,
+            "language": language,
+            "other_calibration": OTHERS,
+            "value": value[0],
+            "low": low[0],
+            "high": high[0],
+            "n": len(difference),
+            "p_value": _permuted_models(mine.mean(axis=0), theirs.mean(axis=0)),
+        }
+
+
+def _all_languages(
+    values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the row on all languages that have a set of their own: own against others."""
+    chosen = [language for language in languages if language in sets]
+    if len(chosen) < _FEWEST:
+        return
+    scores = {
+        (name, language): np.mean([values[variant, language] for variant in sets[name].values()], axis=0)
+        for name in chosen
+        for language in chosen
+    }
+    means = np.array([[scores[name, language].mean() for language in chosen] for name in chosen])
+
+    def own(order: np.ndarray) -> np.float64:
+        return np.float64(means[order.astype(np.int64), range(len(chosen))].mean())
+
+    test = permutation_test(
+        (np.arange(len(chosen), dtype=np.float64),),
+        own,
+        permutation_type="pairings",
+        n_resamples=PERMUTATIONS,
+        rng=np.random.default_rng(0),
+    )
+    shortest = min(len(scores[language, language]) for language in chosen)
+    differences = np.mean(
+        [
+            (scores[lang, lang] - np.mean([scores[name, lang] for name in chosen if name != lang], axis=0))[:shortest]
+            for lang in chosen
+        ],
+        axis=0,
+    )
+    value, low, high = _paired(differences[:, None])
+    p_value = float(test.pvalue)
+    estimate = {"value": value[0], "low": low[0], "high": high[0], "n": shortest}
+    yield {"calibration": OWN, "other_calibration": OTHERS, **estimate, "p_value": p_value, "p_adjusted": p_value}
+
+
+def _permuted_models(own: np.ndarray, others: np.ndarray) -> float:
+    """Return how often models drawn at random differ as much from the rest as those of the language itself."""
+    pool = np.concatenate([own, others])
+
+    def distance(chosen: np.ndarray, rest: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(chosen.mean(axis=axis) - rest.mean(axis=axis))
+
+    if len(own) == 1:  # scipy wants two of each; with one model every other can take its place
+        leave = [distance(pool[[i]], np.delete(pool, i)) for i in range(len(pool))]
+        return float(np.mean(np.abs(leave) >= abs(leave[0]) * (1 - 1e-12)))
+    test = permutation_test((own, others), distance, n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
+    return float(test.pvalue)
+
+
+def _spread_of_seeds(
+    values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
+) -> float:
+    """Return the root mean square difference between two draws of one set; nan if no set was drawn twice."""
+    found = [
+        float((values[one, language] - values[other, language]).mean())
+        for members in sets.values()
+        for one, other in combinations(members.values(), 2)
+        for language in languages
+    ]
+    return float(np.sqrt(np.mean(np.square(found)))) if found else float("nan")
+
+
+def _paired(differences: Float[np.ndarray, "segments pairs"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return segment_interval(
+        lambda weights: weights @ differences / weights.sum(axis=-1)[..., None], differences.shape[0]
+    )
+
+
+def _beyond(differences: Float[np.ndarray, "segments pairs"], margins: np.ndarray) -> np.ndarray:
+    """Return two-sided p-values of the part of the mean differences that exceeds the margins."""
+    turned = differences * np.sign(differences.mean(axis=0)) - margins
+    test = permutation_test(
+        (turned,),
+        lambda sample, axis: sample.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        batch=_BATCH,
+        alternative="greater",
+        axis=0,
+        rng=np.random.default_rng(0),
+    )
+    return np.asarray(np.minimum(2 * test.pvalue, 1.0))
+
+
+_WORDS = {
+    "log_perplexity": "log perplexity (nat)",
+    "snr_db": "SNR of the residual stream after the last block (dB)",
+    "specific_error_db": "error of the language-specific part (dB)",
+    "agnostic_error_db": "error of the language-agnostic part (dB)",
+}
+
+
+def plot(
+    frame: pd.DataFrame,
+    recipe: Mapping[str, Any],
+    metric: str = "log_perplexity",
+    width: float = figures.PAGE_WIDTH,
+) -> Figure:
+    """Draw how every calibration set differs from the evaluated language's own, a panel a language.
+
+    Languages without a set of their own are compared with the set that comes first.
+    """
+    shown = of_recipe(frame, {**recipe, "metric": metric})
+    shown = shown[shown["other_calibration"] != OTHERS]
+    sets = {*shown["calibration"].astype(str), *shown["other_calibration"].astype(str)}
+    ordered = sorted(sets, key=figures.calibration_rank)
+    panels = {}
+    for language in figures.in_order(shown["language"].unique()):
+        reference = language if language in sets else ordered[0]
+        here = shown[shown["language"] == language]
+        involved = (here["calibration"] == reference) | (here["other_calibration"] == reference)
+        effects = [_effect(row, reference) for row in here[involved].to_dict("records")]
+        effects.sort(key=lambda effect: figures.calibration_rank(effect.label))
+        panels[f"{figures.language_title(language)}, against {reference}"] = effects
+    title = f"What calibrating on another text changes ({figures.recipe_label(recipe)})"
+    return figures.effect_panels(panels, title=title, x_label=f"difference in {_WORDS[metric]}", width=width)
+
+
+def _effect(row: Mapping[Any, Any], reference: str) -> figures.Effect:
+    """Return how the set that is compared with the reference differs from it, whichever of them the row subtracts."""
+    turned = row["calibration"] == reference
+    name = str(row["other_calibration" if turned else "calibration"])
+    value, low, high = (-row["value"], -row["high"], -row["low"]) if turned else (row["value"], row["low"], row["high"])
+    margin = 0.0 if np.isnan(row["seed_margin"]) else row["seed_margin"]
+    found = row["p_adjusted"] < SIGNIFICANT
+    return figures.Effect(name, value, low, high, figures.colour(name), found, margin)

@@ -1,0 +1,366 @@
+"""LSAR: language-specific against language-agnostic subspaces (Xie et al., EMNLP 2022, 2401.05792)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from probes import DENSE, Readings
+
+from ..frames import of_recipe, tidy
+from ..plots import style as figures
+from ..stats.bootstrap import segment_interval
+
+
+class LSAR(TransformerMixin, BaseEstimator):
+    """The subspace in which a layer's language means differ, and the projection that removes it.
+
+    The means are centred over languages; the first `rank` left singular vectors of the thin SVD span the
+    language-specific subspace. This spans the same space as the paper's two-step form.
+
+    Parameters
+    ----------
+    rank
+        Dimensions of the subspace; one less than there are languages by default (the centred means have no more).
+
+    Attributes
+    ----------
+    basis_
+        Orthonormal columns, ``[hidden, rank]``.
+    mean_
+        μ: the part of the mean over languages outside the subspace, common to all, ``[hidden]``.
+    centre_
+        The whole mean over languages, ``[hidden]``.
+    explained_shares_
+        Share of the between-language variance inside the subspace if it had 1, 2, ... dimensions, ``[languages − 1]``.
+
+    Examples
+    --------
+    >>> means = np.eye(3, 5)  # three languages, each with a direction of its own
+    >>> lsar = LSAR().fit(means)
+    >>> lsar.basis_.shape, bool(np.allclose(lsar.transform(means), means.mean(axis=0)))
+    ((5, 2), True)
+    """
+
+    def __init__(self, rank: int | None = None) -> None:
+        self.rank = rank
+
+    def fit(self, X: Float[np.ndarray, "languages hidden"], y: None = None) -> LSAR:
+        """Find the subspace from one mean embedding a language.
+
+        Raises
+        ------
+        ValueError
+            If `rank` is not between 1 and the number of languages less one.
+        """
+        languages = X.shape[0]
+        rank = languages - 1 if self.rank is None else self.rank
+        if not 1 <= rank <= languages - 1:
+            raise ValueError(f"rank {rank} is not between 1 and {languages - 1}, the number of languages less one")
+        means = X.astype(np.float64)
+        mean = means.mean(axis=0)
+        left, singular, _ = np.linalg.svd((means - mean).T, full_matrices=False)
+        self.basis_ = left[:, :rank]
+        self.centre_ = mean
+        self.mean_ = mean - self.basis_ @ (self.basis_.T @ mean)
+        variance = singular**2
+        total = float(variance.sum())
+        self.explained_shares_ = (variance.cumsum() / total if total else np.ones(languages))[: languages - 1]
+        return self
+
+    def specific(self, X: Float[np.ndarray, "segments hidden"]) -> Float[np.ndarray, "segments rank"]:
+        """Return the language-specific part, in coordinates of the basis (lengths are those of the full vectors)."""
+        return X @ self.basis_
+
+    def transform(self, X: Float[np.ndarray, "segments hidden"]) -> Float[np.ndarray, "segments hidden"]:
+        """Return the language-agnostic part: `X` without its projection on the subspace."""
+        return X - (X @ self.basis_) @ self.basis_.T
+
+
+def fit_layers(pooled: Mapping[str, Tensor], rank: int | None = None) -> list[LSAR]:
+    """Fit one subspace a layer on the dense model.
+
+    Parameters
+    ----------
+    pooled
+        Language to the mean hidden states of segments of the fitting text, ``[segments, layers, hidden]``.
+    rank
+        Of the subspaces.
+    """
+    means = np.stack([states.double().mean(dim=0).numpy() for states in pooled.values()])
+    return [LSAR(rank).fit(means[:, layer]) for layer in range(means.shape[1])]
+
+
+_METRICS = (
+    "specific_error",
+    "agnostic_error",
+    "specific_error_centred",
+    "agnostic_error_centred",
+    "specific_error_per_dimension",
+    "agnostic_error_per_dimension",
+    "specific_snr_db",
+    "agnostic_snr_db",
+)
+#: What the two parts should and should not know; see :func:`_knowledge`.
+_LANGUAGE = ("specific_language_accuracy", "agnostic_language_accuracy")
+_RETRIEVAL = ("agnostic_retrieval", "whole_retrieval")
+#: Segments that all languages need to share for sentence retrieval to say anything.
+_ENOUGH = 4
+
+
+def analyze(
+    readings: Mapping[tuple[str, str], Readings],
+    columns: Mapping[str, Mapping[str, Any]],
+    subspaces: list[LSAR],
+    ids: Mapping[str, Sequence[str]] | None = None,
+) -> pd.DataFrame:
+    """Return the frame ``subspaces``: error of the specific and of the agnostic part, and what each part knows.
+
+    Parameters
+    ----------
+    readings
+        ``(variant, language)`` to what was read of the evaluation text.
+    columns
+        Variant to the columns that describe it.
+    subspaces
+        One a layer, fitted on the dense model and on other text (:func:`fit_layers`): fitted on each model anew they
+        would mix rotation with loss.
+    ids
+        Language to the ids of the segments that were read; segments with one id are translations of each other.
+        Without them there is neither a language-identity probe nor sentence retrieval.
+    """
+    layers = np.arange(len(subspaces))
+    rank = subspaces[0].basis_.shape[1]
+    rows: list[dict[str, Any]] = [
+        {
+            **columns[DENSE],
+            "layer": layers,
+            "rank": each,
+            "metric": ["explained_share"] * len(layers),
+            "value": [float(subspace.explained_shares_[each - 1]) for subspace in subspaces],
+        }
+        for each in range(1, len(subspaces[0].explained_shares_) + 1)
+    ]
+    languages = list(dict.fromkeys(language for _, language in readings))
+    for variant in dict.fromkeys(variant for variant, _ in readings):
+        states = {language: readings[variant, language].pooled.numpy() for language in languages}
+        estimates: list[tuple[str, Sequence[str], tuple[np.ndarray, ...], int]] = []
+        if variant != DENSE:
+            for language in languages:
+                dense = readings[DENSE, language].pooled.numpy()
+                interval = _errors(subspaces, dense, states[language])
+                estimates.append((language, _METRICS, interval, len(dense)))
+        if ids is not None:
+            for metrics, right in _knowledge(subspaces, states, ids):
+                for language, correct in right.items():
+                    estimates.append((language, metrics, _share_right(correct), correct.shape[1]))
+        for language, metrics, (value, low, high), n in estimates:
+            place = {"language": language, "layer": np.tile(layers, len(metrics)), "rank": rank}
+            metric = np.repeat(metrics, len(layers)).tolist()
+            rows.append(
+                {**columns[variant], **place, "metric": metric, "value": value, "low": low, "high": high, "n": n}
+            )
+    return tidy("subspaces", rows)
+
+
+def _errors(
+    subspaces: list[LSAR], dense: Float[np.ndarray, "segments layers hidden"], pruned: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Return the errors of :data:`_METRICS` by layer, with intervals."""
+    sums = np.stack([part_norms(s, dense[:, i], pruned[:, i]) for i, s in enumerate(subspaces)], axis=2)
+    rank = np.array([s.basis_.shape[1] for s in subspaces])
+    dimensions = np.stack([rank, dense.shape[2] - rank])
+
+    def of(weights: np.ndarray) -> np.ndarray:
+        total = np.moveaxis(weights @ sums, 0, -2)  # [draws, quantity, layers]
+        error, power, spread = total[..., 0:2, :], total[..., 2:4, :], total[..., 4:6, :]
+        each = error / dimensions / weights.sum(axis=-1)[..., None, None]
+        with np.errstate(divide="ignore"):  # no error at all: an infinite ratio
+            ratio = 10 * np.log10(power / error)
+        return np.concatenate([error / power, error / spread, each, ratio], axis=-2).reshape(*weights.shape[:-1], -1)
+
+    return segment_interval(of, dense.shape[0])
+
+
+def part_norms(
+    subspace: LSAR, dense: Float[np.ndarray, "segments hidden"], pruned: Float[np.ndarray, "segments hidden"]
+) -> Float[np.ndarray, "6 segments"]:
+    """Return, for each segment, squared norms (specific, agnostic) of the error, of the signal and of its spread."""
+    result = []
+    before, after = dense.astype(np.float64), pruned.astype(np.float64)
+    for states in (before - after, before, before - subspace.centre_):
+        inside = (subspace.specific(states) ** 2).sum(axis=1)
+        result += [inside, (subspace.transform(states) ** 2).sum(axis=1)]
+    return np.stack(result)
+
+
+# -- what each part knows ------------------------------------------------------------------------------------------
+
+
+def _knowledge(
+    subspaces: list[LSAR], states: Mapping[str, np.ndarray], ids: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[Sequence[str], dict[str, Float[np.ndarray, "metrics segments layers"]]]]:
+    """Yield metrics and, by language, whether each segment was recognised (1) or not (0), for every layer.
+
+    A probe for the language shows that the specific part holds it and the agnostic part does not; retrieving
+    translations shows that the agnostic part holds what is said. Halves for the probe are halves of the ids, so that it
+    is never tested on a translation of what it was fitted on.
+    """
+    languages = list(states)
+    order = {id: i for i, id in enumerate(dict.fromkeys(id for language in languages for id in ids[language]))}
+    halves = {language: np.array([order[id] % 2 for id in ids[language]]) for language in languages}
+    halved = all(0 < half.sum() < len(half) for half in halves.values())
+    language_right = {language: np.zeros((2, *states[language].shape[:2])) for language in languages}
+    shared = set.intersection(*(set(ids[language]) for language in languages))
+    together = {
+        language: [i for i, id in sorted(enumerate(ids[language]), key=lambda pair: pair[1]) if id in shared]
+        for language in languages
+    }
+    found = {language: np.empty((2, len(shared), len(subspaces))) for language in languages}
+    for layer, subspace in enumerate(subspaces):
+        here = {language: states[language][:, layer].astype(np.float64) for language in languages}
+        agnostic = {language: subspace.transform(values) for language, values in here.items()}
+        specific = {language: subspace.specific(values) for language, values in here.items()}
+        for which, part in enumerate((specific, agnostic) if halved else ()):
+            for language, right in _language_recognised(part, halves).items():
+                language_right[language][which, :, layer] = right
+        if len(shared) >= _ENOUGH:
+            for which, part in enumerate((agnostic, here)):
+                chosen = {language: part[language][together[language]] for language in languages}
+                for language, right in _translations_found(chosen).items():
+                    found[language][which, :, layer] = right
+    if halved:
+        yield _LANGUAGE, language_right
+    if len(shared) >= _ENOUGH:
+        yield _RETRIEVAL, found
+
+
+def _language_recognised(
+    part: Mapping[str, Float[np.ndarray, "segments width"]], halves: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return which segments' language is recognised by a logistic regression fitted on the other half."""
+    languages = list(part)
+    x = np.concatenate(list(part.values())).astype(np.float32)
+    y = np.repeat(np.arange(len(languages)), [len(values) for values in part.values()])
+    half = np.concatenate([halves[language] for language in languages])
+    right = np.zeros(len(x))
+    for fitted in (0, 1):
+        # A handful of iterations more would move no prediction worth speaking of: hence the loose tolerance.
+        probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-2, max_iter=200))
+        probe.fit(x[half == fitted], y[half == fitted])
+        right[half != fitted] = probe.predict(x[half != fitted]) == y[half != fitted]
+    return dict(zip(languages, np.split(right, np.cumsum(np.bincount(y))[:-1]), strict=True))
+
+
+def _translations_found(part: Mapping[str, Float[np.ndarray, "segments width"]]) -> dict[str, np.ndarray]:
+    """Return in what share of the other languages each segment's nearest neighbour is its translation."""
+    centre = np.mean([values.mean(axis=0) for values in part.values()], axis=0)
+    directions = {
+        language: (values - centre) / np.maximum(np.linalg.norm(values - centre, axis=1, keepdims=True), 1e-30)
+        for language, values in part.items()
+    }
+    right = {}
+    for language, queries in directions.items():
+        hits = [
+            (queries @ others.T).argmax(axis=1) == np.arange(len(queries))
+            for other, others in directions.items()
+            if other != language
+        ]
+        right[language] = np.mean(hits, axis=0)
+    return right
+
+
+def _share_right(correct: Float[np.ndarray, "metrics segments layers"]) -> tuple[np.ndarray, ...]:
+    sums = np.concatenate(list(correct), axis=1)  # [segments, metrics · layers]
+    return segment_interval(lambda weights: weights @ sums / weights.sum(axis=-1)[..., None], correct.shape[1])
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+_PARTS = {"specific": "language-specific", "agnostic": "language-agnostic"}
+
+
+def plot(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw the error of both parts by layer, relative to their spread; a panel a language."""
+    shown = of_recipe(frame, recipe)
+    panels = []
+    for language in figures.in_order(shown["language"].dropna().unique()):
+        lines = []
+        for part, colour in zip(_PARTS, figures.TWO_COLOURS, strict=True):
+            rows = shown[(shown["metric"] == f"{part}_error_centred") & (shown["language"] == language)]
+            lines.append(figures.range_line(rows, "layer", _PARTS[part], colour))
+        panels.append(figures.Panel(figures.language_title(language), lines))
+    return figures.line_panels(
+        panels,
+        title=f"Error of the language-specific and -agnostic part ({figures.recipe_label(recipe)})",
+        x_label="layer",
+        y_label="error relative to the spread",
+        log_y=True,
+        width=width,
+    )
+
+
+def plot_matrix(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw the error of both parts, median over layers, by calibration set and evaluation language."""
+    shown = of_recipe(frame, recipe)
+    tables = {}
+    for part, name in _PARTS.items():
+        rows = shown[shown["metric"] == f"{part}_error_centred"]
+        tables[f"{name} part"] = figures.by_calibration(rows, "median")
+    return figures.heatmaps(
+        tables,
+        title=f"Error relative to the spread, median over layers ({figures.recipe_label(recipe)})",
+        colour_label="error relative to the spread",
+        digits="{:.2g}",
+        width=width,
+    )
+
+
+def plot_knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw what each part knows, in the dense and in the pruned models, and how much of the languages a rank takes in.
+
+    Means over languages; bands: lowest to highest over calibration sets.
+    """
+    pruned, dense = of_recipe(frame, recipe), frame[frame["method"] == DENSE]
+    languages = max(frame["language"].nunique(), 1)
+    blue, orange = figures.TWO_COLOURS
+    named = {
+        "specific_language_accuracy": ("language-specific part", blue),
+        "agnostic_language_accuracy": ("language-agnostic part", orange),
+        "agnostic_retrieval": ("language-agnostic part", orange),
+        "whole_retrieval": ("whole state", figures.GREY),
+    }
+    panels = []
+    retrieval = dense[dense["metric"].isin(_RETRIEVAL)]
+    guess = {_LANGUAGE: 1 / languages, _RETRIEVAL: 1 / float(retrieval["n"].max()) if len(retrieval) else None}
+    for metrics, title in ((_LANGUAGE, "language recognised"), (_RETRIEVAL, "translation found")):
+        lines = []
+        for metric in metrics:
+            label, colour = named[metric]
+            for rows, style, model in ((dense, "-", "dense"), (pruned, "--", "pruned")):
+                keys = ["calibration", "seed", "layer"]
+                means = rows[rows["metric"] == metric].groupby(keys, observed=True)["value"].mean().reset_index()
+                lines.append(figures.range_line(means, "layer", f"{label}, {model}", colour, style))
+        level = guess[metrics]
+        panels.append(figures.Panel(title, lines, {} if level is None else {"guessing": level}))
+    shares = dense[dense["metric"] == "explained_share"]
+    lines = [figures.range_line(shares, "rank", "between-language variance (band: layers)", figures.GREEN)]
+    panels.append(figures.Panel("explained by rank", lines, x_label="rank of the subspace"))
+    return figures.line_panels(
+        [panel for panel in panels if any(len(line.x) for line in panel.lines)],
+        title=f"What the two parts know ({figures.recipe_label(recipe)})",
+        x_label="layer",
+        y_label="share",
+        width=width,
+        share=False,
+    )

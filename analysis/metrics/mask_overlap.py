@@ -1,0 +1,203 @@
+"""Mask overlap: do different calibration texts keep the same weights?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from pruning import ROLES, Anatomy, MaskSet, Variant
+from pruning.models.anatomy import role_kind
+from pruning.variants.masks import Key, intersection_over_union, overlaps
+
+from ..frames import alike, of_recipe, tidy
+from ..plots import style as figures
+
+#: Weights of all variants together that are compared at a time: whole matrices of a large model would take gigabytes,
+#: and longer, since these fit into a processor's cache.
+_AT_A_TIME = 1 << 20
+
+
+def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the frame ``mask_overlap`` for every pair of variants that differ in calibration set or seed only.
+
+    Parameters
+    ----------
+    masks
+        Variant to its masks.
+    columns
+        Variant to the columns that describe it.
+    """
+    rows = []
+    for group in alike({name: columns[name] for name in masks}):
+        members = [masks[name] for name in group]
+        both = overlaps(members)
+        iou = {key: intersection_over_union(shared) for key, shared in both.items()}
+        density = {key: np.diagonal(shared) / np.prod(members[0].shape(key)) for key, shared in both.items()}
+        for i, j in combinations(range(len(group)), 2):
+            a, b = columns[group[i]], columns[group[j]]
+            of_pair = [float(matrix[i, j]) for matrix in iou.values()]
+            chance = [_chance(float(shares[i]), float(shares[j])) for shares in density.values()]
+            rows.append(
+                {
+                    **a,
+                    "layer": [layer for layer, _ in both] * 2,
+                    "role": [role for _, role in both] * 2,
+                    "other_calibration": b["calibration"],
+                    "other_seed": b["seed"],
+                    "metric": ["iou"] * len(both) + ["iou_chance"] * len(both),
+                    "value": [*of_pair, *chance],
+                }
+            )
+    return tidy("mask_overlap", rows)
+
+
+def sparsity(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the frame ``sparsity``: the share of weights that each variant removed of each projection."""
+    rows = [
+        {
+            **columns[variant],
+            "layer": [layer for layer, _ in kept],
+            "role": [role for _, role in kept],
+            "metric": ["sparsity"] * len(kept),
+            "value": [kept.sparsity(key) for key in kept],
+        }
+        for variant, kept in masks.items()
+    ]
+    return tidy("sparsity", rows)
+
+
+def _chance(one: float, other: float) -> float:
+    """Return the IoU expected of independent random masks that keep these shares."""
+    return one * other / (one + other - one * other) if one or other else 1.0
+
+
+def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
+    """Return the rows of ``mask_overlap`` on how alike the values are that corrected weights came to.
+
+    Parameters
+    ----------
+    variants
+        Pairs that differ in calibration set or seed only, and have corrected weights, are compared.
+    dense
+        The dense model: a correction is the difference from it.
+    """
+    rows = []
+    for group in alike({variant.id: variant.columns() for variant in variants if variant.values}):
+        members = [variant for variant in variants if variant.id in group]
+        cosines: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
+        for key in members[0].masks:
+            cosines[key] = _cosines(members, key, dense.weight(*key))
+        for i, j in combinations(range(len(members)), 2):
+            other = members[j].columns()
+            for which, metric in enumerate(("value_cosine", "correction_cosine")):
+                rows.append(
+                    {
+                        **members[i].columns(),
+                        "layer": [layer for layer, _ in cosines],
+                        "role": [role for _, role in cosines],
+                        "other_calibration": other["calibration"],
+                        "other_seed": other["seed"],
+                        "metric": [metric] * len(cosines),
+                        "value": [float(pair[which][i, j]) for pair in cosines.values()],
+                    }
+                )
+    return tidy("mask_overlap", rows)
+
+
+def _cosines(
+    variants: Sequence[Variant], key: Key, dense: Float[Tensor, "outputs inputs"]
+) -> tuple[Float[np.ndarray, "variants variants"], Float[np.ndarray, "variants variants"]]:
+    """Return the cosines of every pair's values, and of their corrections, over the weights that both keep."""
+    count = len(variants)
+    dots, squares = torch.zeros(2, 2, count, count, dtype=torch.float64, device=dense.device)
+    rows = max(_AT_A_TIME // (count * dense.shape[1]), 1)
+    for before, *pieces in zip(
+        dense.split(rows), *(variant.pieces(key, dense, rows) for variant in variants), strict=True
+    ):
+        kept = torch.stack([mask.flatten() for mask, _ in pieces]).float()
+        values = torch.stack([weight.flatten() for _, weight in pieces])
+        for which, those in enumerate((values, (values - before.float().flatten()) * kept)):
+            dots[which] += those @ those.T
+            squares[which] += those.square() @ kept.T  # [i, j]: of i's values, where j keeps too
+    cosines = dots / (squares * squares.mT).sqrt().clamp(min=1e-30)
+    return cosines[0].cpu().numpy(), cosines[1].cpu().numpy()
+
+
+def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:
+    """Return the mean of a metric over layers and roles, for every pair of the calibration sets of one recipe.
+
+    Symmetric, with an empty diagonal; rows and columns are called as figures call sets.
+    """
+    shown = frame[frame["metric"] == metric]
+    one, other = ["calibration", "seed"], ["other_calibration", "other_seed"]
+    mean = shown.groupby([*one, *other], observed=True)["value"].mean()
+    sets = figures.sets_of(pd.concat([shown[one], shown[other].set_axis(one, axis=1)]))
+    labels = [figures.set_label(*pair) for pair in sets]
+    matrix = pd.DataFrame(np.nan, index=labels, columns=labels)
+    for (a, sa, b, sb), value in mean.items():
+        first, second = figures.set_label(a, sa), figures.set_label(b, sb)
+        matrix.loc[first, second] = matrix.loc[second, first] = value
+    return matrix
+
+
+def cluster(matrix: pd.DataFrame) -> NDArray[np.float64]:
+    """Cluster calibration sets by mask distance, 1 − mean IoU: scipy's average linkage.
+
+    Parameters
+    ----------
+    matrix
+        As from :func:`mean_matrix`.
+    """
+    distance = 1 - matrix.to_numpy(copy=True)
+    np.fill_diagonal(distance, 0)
+    tree: NDArray[np.float64] = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
+    return tree
+
+
+def plot(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw the mean IoU of every pair of calibration sets, clustered by it."""
+    shown = of_recipe(frame, recipe)
+    chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
+    matrix = mean_matrix(shown)
+    title = f"Overlap of the kept weights (chance {chance:.3f}; {figures.recipe_label(recipe)})"
+    return figures.clusters(matrix, cluster(matrix), title=title, width=width)
+
+
+def plot_roles(
+    frame: pd.DataFrame, recipe: Mapping[str, Any], metric: str = "iou", width: float = figures.PAGE_WIDTH
+) -> Figure:
+    """Draw IoU, or the cosine of the values, by layer for every role, with chance level and ceiling."""
+    shown = of_recipe(frame, recipe)
+    chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
+    shown = shown[shown["metric"] == metric].copy()
+    shown["role"] = shown["role"].astype(str).map(role_kind)  # one panel for all experts
+    same = (shown["calibration"].astype(str) == shown["other_calibration"].astype(str)).to_numpy()
+    blue, red = figures.TWO_COLOURS
+    panels = []
+    for role in (role for role in ROLES if role in set(shown["role"])):
+        here = (shown["role"] == role).to_numpy()
+        lines = [figures.range_line(shown[here & ~same], "layer", "other calibration set (band: all pairs)", blue)]
+        if same.any():
+            ceiling = shown[here & same]
+            lines.append(figures.range_line(ceiling, "layer", "same language, other seed (ceiling)", red))
+        levels = {"independent masks (chance)": chance} if metric == "iou" else {"unrelated": 0.0}
+        panels.append(figures.Panel(role, lines, levels))
+    names = {
+        "iou": ("IoU", "Overlap of the kept weights by layer and role"),
+        "value_cosine": ("cosine", "Agreement of the values of the weights that both keep"),
+        "correction_cosine": ("cosine", "Agreement of the corrections to the weights that both keep"),
+    }
+    label, title = names[metric]
+    title = f"{title} ({figures.recipe_label(recipe)})"
+    return figures.line_panels(panels, title=title, x_label="layer", y_label=label, width=width)

@@ -1,0 +1,470 @@
+"""Diagnosis: which part of a pruned model has to be given back for what was lost to come back.
+
+Gradients rank all components in one pass, the first ones are then put over exactly (:mod:`probes.patching`). What comes
+back is stated as a share of what was lost, with an interval over items; where no loss can be told from nothing, there
+is nothing to explain, and no causes are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from probes import Session
+from probes.patching import (
+    DAMAGE,
+    RESTORE,
+    Component,
+    DamagedModel,
+    Direction,
+    Patched,
+    attribute,
+    neurons,
+    patch,
+    residual,
+    role_output,
+    role_weights,
+    stream_part,
+)
+from probes.reading import Progress
+from probes.scoring import ChoiceScores, Question
+from pruning.models.anatomy import ROLES, Anatomy, role_kind
+from pruning.text.languages import language_name
+
+from ..frames import tidy
+from ..plots import style as figures
+from ..stats.bootstrap import segment_interval
+from .lsar import LSAR
+
+#: Components that are put over exactly besides the curves.
+CONFIRMED = 20
+#: Category of text, which has no items, and of all items together.
+TEXT, ALL = "text", "all"
+#: Kinds that may be named as causes: each is a small part of the model. What the whole stream, or nearly all of it,
+#: brings back after a block says where damage has come about, not what it is.
+_CAUSES = ("weights", "output", "specific", "neurons", "random_neurons")
+#: Kinds that are drawn as curves over the blocks.
+_CURVES = ("residual", "agnostic", "specific", "random")
+_EVERYTHING = "everything"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is scored, and which questions are drawn together.
+
+    Attributes
+    ----------
+    task, category, language
+        What frames say of it.
+    questions
+        Items, or segments of text.
+    twins
+        Of each question: those with the same word are drawn together.
+    """
+
+    task: str
+    category: str
+    language: str
+    questions: Sequence[Question]
+    twins: Sequence[str]
+
+
+def components_of(
+    anatomy: Anatomy,
+    projections: Sequence[tuple[int, str]],
+    subspaces: Sequence[LSAR],
+    language_neurons: Mapping[int, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> list[Component]:
+    """Return everything that a diagnosis looks at.
+
+    Parameters
+    ----------
+    anatomy
+        Of the model.
+    projections
+        Those that were pruned.
+    subspaces
+        The language-specific subspace after each block (:func:`analysis.metrics.lsar.fit_layers`); beside each its
+        complement, and as a control a random subspace of the same rank inside that complement.
+    language_neurons
+        Neurons that are specific to the language (LAPE), by block; beside them as many random ones of the same blocks.
+    seed
+        Of the random subspaces and neurons.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Component] = [role_weights(*key) for key in projections]
+    found += [role_output(layer, role) for layer, role in anatomy if role in anatomy.sites(layer)]
+    for layer, subspace in enumerate(subspaces):
+        basis = torch.from_numpy(subspace.basis_).float()
+        drawn = torch.randn(basis.shape, generator=generator)
+        control = torch.linalg.qr(drawn - basis @ (basis.T @ drawn))[0]
+        found.append(residual(layer))
+        found.append(stream_part("specific", layer, basis))
+        found.append(stream_part("agnostic", layer, basis, outside=True))
+        found.append(stream_part("random", layer, control))
+    chosen = {layer: torch.tensor(sorted(own)) for layer, own in (language_neurons or {}).items() if len(own)}
+    if chosen:
+        width = anatomy.n_neurons
+        others = {}
+        for layer, own in chosen.items():
+            rest = torch.tensor(sorted(set(range(width)) - set(own.tolist())))
+            others[layer] = rest[torch.randperm(len(rest), generator=generator)[: len(own)]].sort().values
+        found.append(neurons("neurons", anatomy, chosen))
+        found.append(neurons("random_neurons", anatomy, others))
+    return found
+
+
+def diagnose(
+    session: Session,
+    damage: DamagedModel,
+    asked: Asked,
+    components: Sequence[Component],
+    columns: Mapping[str, Any],
+    *,
+    confirm: int = CONFIRMED,
+    progress: Progress = lambda tokens: None,
+) -> pd.DataFrame:
+    """Return the frame ``recovery``: what was lost, and what each component brings back of it.
+
+    All components are estimated by attribution. The curves over the blocks, the groups of neurons and the `confirm`
+    likeliest causes are then put over exactly, and the other way round too (direction ``damage``: the pruned model's
+    into the dense one, as a share of the same loss). Causes have a ``position``, 1 for the one that brings back most.
+
+    Parameters
+    ----------
+    session
+        Of the dense model.
+    damage
+        The pruned model.
+    asked
+        What is scored.
+    components
+        As from :func:`components_of`.
+    columns
+        That describe the pruned model.
+    confirm
+        How many causes are confirmed exactly.
+    progress
+        Told of the tokens as they are read.
+    """
+    estimate = attribute(session, asked.questions, damage, components, progress=progress)
+    gaps = _Gaps(asked, estimate)
+    place = {**columns, "language": asked.language, "task": asked.task, "category": asked.category}
+    rows: list[dict[str, Any]] = [{**place, "component": _EVERYTHING, **gaps.lost()}]
+    if not gaps.something:
+        return tidy("recovery", rows)
+    shares = {i: effect.sum() / gaps.total for i, effect in estimate.attributed.items()}
+    causes = [i for i, component in enumerate(components) if component.kind in _CAUSES]
+    causes.sort(key=lambda i: -shares[i])
+    likeliest = _likeliest(components, causes, confirm)
+    curves = {i for i, c in enumerate(components) if c.kind in _CURVES or "neurons" in c.kind}
+    for direction, chosen in ((RESTORE, sorted(likeliest | curves)), (DAMAGE, sorted(likeliest))):
+        found = patch(
+            session, asked.questions, damage, [components[i] for i in chosen], direction=direction, progress=progress
+        )
+        exact = {i: gaps.recovered(found.exact[k], direction) for k, i in enumerate(chosen)}
+        positions = _positions(components, exact) if direction == RESTORE else {}
+        for i, component in enumerate(components):
+            own = {**place, "direction": direction, **_where(component), "position": positions.get(i)}
+            if i in exact:
+                rows.append({**own, **exact[i]})
+            if direction == RESTORE:
+                rows.append({**own, "metric": "attributed_recovery", "value": float(shares[i])})
+    return tidy("recovery", rows)
+
+
+def _likeliest(components: Sequence[Component], causes: Sequence[int], confirm: int) -> set[int]:
+    """Choose half of them among the masks: which of these did it, and where it shows, are two questions."""
+    masks = [i for i in causes if components[i].kind == "weights"][: confirm // 2]
+    others = [i for i in causes if components[i].kind != "weights"][: confirm - len(masks)]
+    return {*masks, *others}
+
+
+def _where(component: Component) -> dict[str, Any]:
+    return {"component": component.kind, "layer": component.layer, "role": component.role}
+
+
+def _positions(components: Sequence[Component], exact: Mapping[int, Mapping[str, Any]]) -> dict[int, int]:
+    """Rank the causes by what they bring back; of those that bring back the same, the smaller and earlier is first."""
+    causes = [i for i in exact if components[i].kind in _CAUSES]
+    causes.sort(
+        key=lambda i: (
+            -round(float(exact[i]["value"][0]), 4),
+            _CAUSES.index(components[i].kind),
+            components[i].layer if components[i].layer is not None else -1,
+        )
+    )
+    return {i: position for position, i in enumerate(causes, start=1)}
+
+
+class _Gaps:
+    """What was lost, and shares of it, with intervals over twins."""
+
+    def __init__(self, asked: Asked, scores: Patched) -> None:
+        is_text = all(question.choices == 1 for question in asked.questions)
+        names = list(dict.fromkeys(asked.twins))
+        self.cluster = np.array([names.index(twin) for twin in asked.twins])
+        self.clusters = len(names)
+        self.metrics = ("loss",) if is_text else ("margin", "accuracy", "loss")
+        self.dense, self.pruned = self._sums(scores.dense), self._sums(scores.pruned)
+        self.size = np.bincount(self.cluster, minlength=self.clusters).astype(np.float64)
+        self.n = len(asked.questions)
+        change = self.dense - self.pruned
+        self.total = float(change[:, 0].sum())
+        _, low, _ = segment_interval(lambda weights: weights @ change, self.clusters)
+        #: Whether what was lost is more than the choice of items explains.
+        self.something = bool(self.total > 0 and low[0] > 0)
+
+    def _sums(self, scores: ChoiceScores) -> np.ndarray:
+        """Return the sums of every metric, higher is better, by cluster: ``[clusters, metrics]``."""
+        of = {"margin": scores.margin, "accuracy": scores.correct, "loss": scores.right}
+        return np.stack([np.bincount(self.cluster, of[m], self.clusters) for m in self.metrics], axis=1)
+
+    def lost(self) -> dict[str, Any]:
+        change = self.dense - self.pruned
+        value, low, high = segment_interval(lambda w: (w @ change) / (w @ self.size)[..., None], self.clusters)
+        names = {"margin": "margin_lost", "accuracy": "accuracy_lost", "loss": "loss_added"}
+        return {"metric": [names[m] for m in self.metrics], "value": value, "low": low, "high": high, "n": self.n}
+
+    def recovered(self, scores: ChoiceScores, direction: Direction) -> dict[str, Any]:
+        """Return the share of every metric's loss that is taken back (or, in the other direction, brought about)."""
+        lost = self.dense - self.pruned
+        got = self._sums(scores)
+        change = got - self.pruned if direction == RESTORE else self.dense - got
+        there = np.abs(lost.sum(axis=0)) > 1e-12
+        metrics = [f"{m}_recovery" for m, kept in zip(self.metrics, there, strict=True) if kept]
+        lost, change = lost[:, there], change[:, there]
+        estimate = change.sum(axis=0) / lost.sum(axis=0)
+
+        def share(weights: np.ndarray) -> np.ndarray:
+            total = weights @ lost
+            nothing = np.abs(total) < 1e-12  # such a draw says nothing, and counts as the estimate itself
+            return np.where(nothing, estimate, (weights @ change) / np.where(nothing, 1.0, total))
+
+        value, low, high = segment_interval(share, self.clusters)
+        return {"metric": metrics, "value": value, "low": low, "high": high, "n": self.n}
+
+
+# -- in words -------------------------------------------------------------------------------------------------------
+
+
+def words(frame: pd.DataFrame) -> list[str]:
+    """Say in plain sentences what a diagnosis found.
+
+    Parameters
+    ----------
+    frame
+        As from :func:`diagnose`: of one variant, language and category.
+    """
+    first = frame.iloc[0]
+    what = _called(str(first["category"]))
+    where = f"{what} in {language_name(str(first['language']))}"
+    lost = frame[frame["component"] == _EVERYTHING].set_index("metric")
+    sentences = [_lost_in_words(lost, where)]
+    exact = frame[(frame["direction"] == RESTORE) & frame["low"].notna()]
+    main = exact[exact["metric"] == _main_metric(exact)] if len(exact) else exact
+    if not len(main):
+        sentences.append("So there is nothing to explain, and no causes are named.")
+        return sentences
+    stream = main[main["component"] == "residual"].set_index("layer")
+    if len(stream):
+        sentences += _stream_in_words(main, stream, where)
+    causes = main[main["position"].notna()].sort_values("position").head(3)
+    listed = "; ".join(f"{describe(row)} {_share(row)}" for row in causes.to_dict("records"))
+    sentences.append(f"Of single components these bring back most: {listed}.")
+    groups = main[main["component"].isin(["neurons", "random_neurons"])].set_index("component")
+    if len(groups) == 2:
+        sentences.append(
+            f"The neurons that are specific to the language bring back {_share(groups.loc['neurons'])}, as many "
+            f"random ones of the same blocks {_share(groups.loc['random_neurons'])}."
+        )
+    sentences.append(_agreement_in_words(frame))
+    return sentences
+
+
+def _main_metric(frame: pd.DataFrame) -> str:
+    return "margin_recovery" if (frame["metric"] == "margin_recovery").any() else "loss_recovery"
+
+
+def _lost_in_words(lost: pd.DataFrame, where: str) -> str:
+    metric = "margin_lost" if "margin_lost" in lost.index else "loss_added"
+    row = lost.loc[metric]
+    name = "the margin of the right choice" if metric == "margin_lost" else "the log-likelihood of a segment"
+    interval = f"{row['value']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}]"
+    if not (row["low"] > 0):
+        return (
+            f"Pruning changed {name} ({where}, n = {row['n']:.0f}) by {0 - row['value']:+.2f} nats "
+            f"[{0 - row['high']:+.2f}, {0 - row['low']:+.2f}]: no loss that could be told from nothing."
+        )
+    accuracy = ""
+    if "accuracy_lost" in lost.index:
+        change = lost.loc["accuracy_lost"]
+        accuracy = f", and {change['value']:.1%} [{change['low']:.1%}, {change['high']:.1%}] of accuracy"
+    return f"Pruning took {interval} of {name} ({where}, n = {row['n']:.0f}){accuracy}."
+
+
+def _stream_in_words(main: pd.DataFrame, stream: pd.DataFrame, where: str) -> Iterator[str]:
+    reached = stream[stream["value"] >= 0.5]
+    layer = int(reached.index.min()) if len(reached) else int(stream["value"].idxmax())
+    here = main[main["layer"] == layer].set_index("component")
+    yield (
+        f"Restoring the whole residual stream brings back half of it from block {layer} on "
+        f"({_share(stream.loc[layer])} after that block): so much was lost by then. Blocks count from 0."
+    )
+    yield (
+        f"{_share(here.loc['agnostic'])} of what was lost in {where} comes back when the language-agnostic part after "
+        f"block {layer} is restored; the language-specific part brings back {_share(here.loc['specific'])}, a random "
+        f"subspace of the same size {_share(here.loc['random'])}."
+    )
+
+
+def _agreement_in_words(frame: pd.DataFrame) -> str:
+    rho, top, number = agreement(frame)
+    return (
+        f"Of the {number} components measured exactly, attribution and exact patching rank alike with Spearman's "
+        f"ρ = {rho:.2f}; {top} of the ten that attribution puts first are among the first ten exactly."
+    )
+
+
+def agreement(frame: pd.DataFrame) -> tuple[float, int, int]:
+    """Return how attribution and exact patching agree: Spearman's ρ, how many of ten are shared, and of how many."""
+    restored = frame[frame["direction"] == RESTORE].copy()
+    keys = ["component", "layer", "role"]
+    restored[keys] = restored[keys].astype(object).where(restored[keys].notna(), "")
+    both = restored.pivot_table(index=keys, columns="metric", values="value", observed=True, aggfunc="first")
+    both = both[[_main_metric(frame), "attributed_recovery"]].dropna()
+    exact, estimate = both.iloc[:, 0], both.iloc[:, 1]
+    rho = float(spearmanr(exact, estimate).statistic) if len(both) > 2 else float("nan")
+    shared = set(exact.nlargest(10).index) & set(estimate.nlargest(10).index)
+    return rho, len(shared), len(both)
+
+
+def describe(row: Mapping[Any, Any]) -> str:
+    """Return a component in words."""
+    layer = "" if pd.isna(row["layer"]) else f" in block {int(row['layer'])}"
+    return {
+        "weights": f"undoing the mask of {row['role']}{layer}",
+        "output": f"the output of {row['role']}{layer}",
+        "specific": f"the language-specific part{layer.replace('in', 'after')}",
+        "neurons": "the neurons specific to the language",
+        "random_neurons": "random neurons",
+    }.get(str(row["component"]), f"{row['component']}{layer}")
+
+
+def _share(row: Any) -> str:
+    value, low, high = (round(100 * float(row[name])) for name in ("value", "low", "high"))
+    return f"{value} % [{low}, {high}]"
+
+
+def importance(frame: pd.DataFrame) -> dict[str, float]:
+    """Return what undoing the mask of each matrix is estimated to bring back, by ``BLOCK.ROLE``."""
+    rows = frame[(frame["component"] == "weights") & (frame["metric"] == "attributed_recovery")]
+    return {f"{row['layer']:.0f}.{row['role']}": float(row["value"]) for row in rows.to_dict("records")}
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def plot_map(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw what every matrix's mask and every output is estimated to bring back, by role and block."""
+    shown = frame[(frame["metric"] == "attributed_recovery") & frame["role"].notna()].copy()
+    shown["role"] = shown["role"].astype(str).map(role_kind)
+    names = {"weights": "its mask undone", "output": "its output restored"}
+    tables = {}
+    for kind, name in names.items():
+        rows = shown[shown["component"] == kind]
+        rows = rows.assign(layer=rows["layer"].astype(int))
+        table = rows.pivot_table(index="layer", columns="role", values="value", aggfunc="sum", observed=True)
+        tables[name] = (100 * table[[role for role in ROLES if role in table.columns]]).round() + 0.0
+    return figures.heatmaps(
+        {name: table for name, table in tables.items() if table.size},
+        title=f"Share of the loss that one role of one block brings back, estimated ({_title(frame)})",
+        colour_label="share of the loss (%)",
+        digits="{:.0f}",
+        diverging=True,
+        x_label="role",
+        y_label="block",
+        height=0.17,
+        width=width,
+    )
+
+
+def plot_curves(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw what the residual stream and its parts bring back after each block."""
+    exact = frame[(frame["direction"] == RESTORE) & frame["low"].notna()]
+    titles = {"margin_recovery": "margin", "accuracy_recovery": "accuracy", "loss_recovery": "loss"}
+    names = {
+        "residual": ("whole stream", figures.GREY, "-"),
+        "agnostic": ("language-agnostic part", figures.TWO_COLOURS[1], "-"),
+        "specific": ("language-specific part", figures.TWO_COLOURS[0], "-"),
+        "random": ("random subspace of that size", figures.TWO_COLOURS[0], ":"),
+    }
+    drawn = exact[exact["component"].isin(names) & exact["metric"].isin(titles)]["value"]
+    shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1))  # bands may go beyond
+    panels = []
+    for metric, title in titles.items():
+        lines = []
+        for kind, (label, colour, style) in names.items():
+            rows = exact[(exact["metric"] == metric) & (exact["component"] == kind)].sort_values("layer")
+            low, high = rows["low"].tolist(), rows["high"].tolist()
+            if kind == "residual":
+                low = high = None
+            lines.append(figures.Line(label, rows["layer"].tolist(), rows["value"].tolist(), colour, style, low, high))
+        if any(len(line.x) for line in lines):
+            panels.append(figures.Panel(title, lines, {"all that was lost": 1.0}, y_range=shown_range))
+    return figures.line_panels(
+        panels,
+        title=f"What restoring the residual stream brings back ({_title(frame)})",
+        x_label="after block",
+        y_label="share of the loss",
+        width=width,
+    )
+
+
+def plot_causes(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
+    """Draw the confirmed causes, restored in the pruned model, and what they do to the dense one."""
+    exact = frame[frame["low"].notna() & (frame["metric"] == _main_metric(frame))]
+    keys = ["component", "layer", "role"]
+    exact = exact.assign(label=[_label(row) for row in exact[keys].to_dict("records")])
+    back = exact[exact["direction"] == DAMAGE].set_index("label")
+    ranked = exact[exact["position"].notna() & exact["label"].isin(back.index)].sort_values("position")
+    panels: dict[str, list[figures.Effect]] = {"restored in the pruned model": [], "pruned in the dense model": []}
+    for row in ranked.to_dict("records"):
+        colour = figures.TWO_COLOURS[0 if row["component"] == "weights" else 1]
+        for effects, one in zip(panels.values(), (row, back.loc[row["label"]]), strict=True):
+            found = bool(one["low"] > 0 or one["high"] < 0)
+            value, low, high = (float(one[name]) for name in ("value", "low", "high"))
+            effects.append(figures.Effect(row["label"], value, low, high, colour, found))
+    values = [effect.value for effects in panels.values() for effect in effects]
+    lowest, highest = min(values), max(values)  # intervals may go beyond
+    return figures.effect_panels(
+        panels,
+        title=f"Single components ({_title(frame)})",
+        x_label="share of the loss",
+        found="interval without zero (blue: masks; orange: values)",
+        x_range=(min(-0.25, lowest - 0.1), max(1.0, highest + 0.1)),
+        width=width,
+    )
+
+
+def _label(row: Mapping[Any, Any]) -> str:
+    layer = [] if pd.isna(row["layer"]) else [str(int(row["layer"]))]
+    place = ".".join([*layer, *([] if pd.isna(row["role"]) else [str(row["role"])])])
+    return f"{row['component'].replace('_', ' ')} {place}".strip()
+
+
+def _title(frame: pd.DataFrame) -> str:
+    first = frame.iloc[0]
+    return f"{_called(str(first['category']))}, {language_name(str(first['language']))}"
+
+
+def _called(category: str) -> str:
+    return {TEXT: "the text", ALL: "all items"}.get(category, category)

@@ -1,0 +1,1 @@
+"""Plots: from a tidy frame to a figure."""

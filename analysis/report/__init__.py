@@ -1,0 +1,1 @@
+"""The report: every figure with its caption, and the page."""

@@ -1,0 +1,1 @@
+"""Studies: the study file, its stages, and the run."""

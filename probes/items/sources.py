@@ -1,0 +1,179 @@
+"""Items: a prompt and choices, one of them right; the text that tells whether a model still knows and reasons.
+
+A source of items is named, as text is,
+
+- ``"bundled"``: the set that comes with prunescope;
+- ``"file:PATH"``: one ``.jsonl`` file a language, ``{lang}`` standing for its tag, an item a line:
+  ``{"id": "1a", "category": "reasoning", "prompt": "...", "choices": [" yes", " no"], "answer": 0}``, with
+  ``"twin": "1"`` if it has a twin: an item with the same choices and another right one.
+
+Items of different languages with one id say the same, except where they test the language itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pruning.errors import TextError
+from pruning.files import content_sha256
+from pruning.text.languages import named
+from pruning.text.sources import BUNDLED_LANGUAGES
+
+BUNDLED_ITEMS = "bundled"
+#: What the bundled items are about, from what needs least to what needs most.
+CATEGORIES = ("fluency", "knowledge", "commonsense", "reasoning")
+
+
+class Item(BaseModel):
+    """A prompt with choices, of which one is right.
+
+    Attributes
+    ----------
+    id
+        Unique in its language.
+    category
+        What it tests, such as ``reasoning``.
+    prompt
+        What the model reads. It ends where the choices begin, and these begin with the space, if there is one.
+    choices
+        The continuations that are scored, at least two.
+    answer
+        Number of the right one, from 0.
+    twin
+        The same for two items with the same choices and different answers: a model that leaves the prompt aside gets
+        one of them right, whatever it prefers. Its own id for an item that has no twin.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str
+    category: str = Field(default="all", min_length=1)
+    prompt: str = Field(min_length=1)
+    choices: tuple[str, ...] = Field(min_length=2)
+    answer: int = Field(ge=0)
+    twin: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_as_id(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return given | {name: str(given[name]) for name in ("id", "twin") if isinstance(given.get(name), int)}
+
+    @model_validator(mode="after")
+    def _answerable(self) -> Item:
+        if self.answer >= len(self.choices):
+            raise ValueError(
+                f'no choice is correct: "answer" is {self.answer}, and there are {len(self.choices)} choices, '
+                "counted from 0"
+            )
+        if len(set(self.choices)) < len(self.choices) or not all(choice.strip() for choice in self.choices):
+            raise ValueError("two choices are the same, or one is empty")
+        if not self.twin:
+            object.__setattr__(self, "twin", self.id)
+        return self
+
+
+@dataclass(frozen=True)
+class ItemSource:
+    """Where items come from; ``spec`` as in the module's first lines.
+
+    Raises
+    ------
+    TextError
+        If `spec` names no source.
+    """
+
+    spec: str = BUNDLED_ITEMS
+
+    def __post_init__(self) -> None:
+        kind, _, path = self.spec.partition(":")
+        if self.spec != BUNDLED_ITEMS and not (kind == "file" and path.endswith(".jsonl") and "{lang}" in path):
+            raise TextError(f'unknown source of items "{self.spec}"; use "bundled" or "file:FOLDER/{{lang}}.jsonl"')
+
+    @property
+    def task(self) -> str:
+        """What frames call the task: ``bundled``, or the folder's name."""
+        if self.spec == BUNDLED_ITEMS:
+            return self.spec
+        names = [part for part in Path(self.spec.partition(":")[2]).parent.parts if "{lang}" not in part]
+        return names[-1].strip("/") or "items" if names else "items"
+
+    def items(self, language: str) -> list[Item]:
+        """Return the items of one language, in the order of the file.
+
+        Raises
+        ------
+        TextError
+            If there are none, or one of them cannot be scored.
+        """
+        if self.spec == BUNDLED_ITEMS:
+            if language not in BUNDLED_LANGUAGES:
+                raise TextError(
+                    f"no items for {named(language)}: the bundled set has {', '.join(BUNDLED_LANGUAGES)}; "
+                    'give your own with items = "file:FOLDER/{lang}.jsonl"'
+                )
+            path = Path(str(package_files("probes.items"))) / "bundled" / f"{language}.jsonl"
+        else:
+            path = Path(self.spec.partition(":")[2].replace("{lang}", language))
+            if not path.is_file():
+                raise TextError(f"no items for {named(language)}: there is no file {path}")
+        items = list(_read(path))
+        if not items:
+            raise TextError(f"no items for {named(language)}: {path} is empty")
+        seen: set[str] = set()
+        for item in items:
+            if item.id in seen:
+                raise TextError(f'{path}: two items are called "{item.id}"; give each an id of its own')
+            seen.add(item.id)
+        return items
+
+
+def first_twins(items: Sequence[Item], count: int | None) -> list[Item]:
+    """Return about the first `count` items of every category, twins never apart; all of them if `count` is None."""
+    if count is None:
+        return list(items)
+    twins: dict[str, dict[str, list[Item]]] = {}
+    for item in items:
+        twins.setdefault(item.category, {}).setdefault(item.twin, []).append(item)
+    chosen: set[str] = set()
+    for groups in twins.values():
+        taken = 0
+        for group in groups.values():
+            if taken >= count:
+                break
+            chosen.update(item.id for item in group)
+            taken += len(group)
+    return [item for item in items if item.id in chosen]
+
+
+def items_fingerprint(items: Sequence[Item]) -> str:
+    """Return the SHA-256 of items, in hexadecimal."""
+    return content_sha256([item.model_dump(mode="json") for item in items])
+
+
+def _read(path: Path) -> Iterator[Item]:
+    try:
+        # not splitlines(), which also cuts at separators that JSON has inside its strings
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8; save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Item.model_validate(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise TextError(f"{path}, line {number}: not JSON ({error.msg}); one item a line is expected") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise TextError(f"{path}, line {number}: {place + ': ' if place else ''}{message}") from error

@@ -1,0 +1,1 @@
+"""Readers: what is taken from a model on the way, one file each."""

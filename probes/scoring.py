@@ -1,0 +1,309 @@
+"""How likely a model finds each choice of an item, or a text.
+
+A *question* is what is scored: an item with its choices, or a segment of text, which is a question with one choice.
+Whatever choices share is read once: a choice that is another one's beginning needs no row of its own, and no last token
+is ever fed to the model, so that choices of one token each cost one row together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pruning.errors import StudyError, TextError
+from pruning.files import whole_file
+from pruning.models.anatomy import Anatomy
+from pruning.text.sources import Segment
+
+from .items import Item
+from .readers.loss import log_likelihood
+from .reading import Progress
+from .session import Batch, Edit, Reader, Session
+
+
+@dataclass(frozen=True)
+class Question:
+    """Token ids to read, and the tokens to score.
+
+    Attributes
+    ----------
+    rows
+        Token ids of each row; none is the beginning of another.
+    targets
+        ``(row, position, token, choice)``: the token's log-probability after that position counts for that choice.
+    choices, answer
+        Number of choices, and which one is right.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    targets: tuple[tuple[int, int, int, int], ...]
+    choices: int
+    answer: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to read."""
+        return sum(map(len, self.rows))
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """Rows of some questions, padded to one length, and what to score; every question is whole.
+
+    Attributes
+    ----------
+    batch
+        The rows; ``batch.segments`` says which question each belongs to.
+    questions
+        Which questions these are, in order.
+    state
+        Row and position of every final state that something is scored after, int64 ``[states, 2]``.
+    index, token
+        For each target, after which of these states, and which token, int64 ``[targets]``.
+    cell
+        For each target, the place of its choice in a flat ``[questions, choices]``, int64 ``[targets]``.
+    there
+        Which choices there are, bool ``[questions, choices]``.
+    answers
+        Number of the right choice, int64 ``[questions]``.
+    """
+
+    batch: Batch
+    questions: tuple[int, ...]
+    state: Tensor
+    index: Tensor
+    token: Tensor
+    cell: Tensor
+    there: Tensor
+    answers: Tensor
+
+    def scores(self, anatomy: Anatomy, final: Tensor) -> Tensor:
+        """Return the log-likelihood of every choice, given the final states ``[rows, tokens, hidden]``.
+
+        In nats, ``[questions, choices]``, −inf where a question has no such choice. It can be differentiated.
+        """
+        hidden = final[self.state[:, 0], self.state[:, 1]]
+        found = log_likelihood(anatomy, hidden, self.index, self.token)
+        sums = torch.zeros(self.there.numel(), dtype=found.dtype, device=final.device).index_add(0, self.cell, found)
+        return sums.view(self.there.shape).masked_fill(~self.there, -torch.inf)
+
+
+def objective(scores: Tensor, answers: Tensor) -> Tensor:
+    """Return what damage is measured by, ``[questions]``: the right choice's margin, or a text's log-likelihood."""
+    right = scores.gather(1, answers[:, None])[:, 0]
+    if scores.shape[1] == 1:
+        return right
+    return right - scores.scatter(1, answers[:, None], -torch.inf).amax(dim=1)
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """The log-likelihood of every choice of some questions.
+
+    Attributes
+    ----------
+    values
+        In nats, float64 ``[questions, choices]``, −inf where a question has no such choice.
+    answers
+        Number of the right choice, int64 ``[questions]``.
+    """
+
+    values: Float[np.ndarray, "questions choices"]
+    answers: Int[np.ndarray, " questions"]
+
+    @property
+    def right(self) -> Float[np.ndarray, " questions"]:
+        """Log-likelihood of the right choice, or of the text."""
+        found: np.ndarray = np.take_along_axis(self.values, self.answers[:, None], axis=1)[:, 0]
+        return found
+
+    @property
+    def margin(self) -> Float[np.ndarray, " questions"]:
+        """That of the right choice minus the highest of the others; the log-likelihood itself for a text."""
+        return objective(torch.from_numpy(self.values), torch.from_numpy(self.answers)).numpy()
+
+    @property
+    def correct(self) -> Float[np.ndarray, " questions"]:
+        """1 where the right choice is the likeliest, else 0."""
+        return (self.margin > 0).astype(np.float64)
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        with whole_file(path) as partial:
+            save_file({"values": torch.from_numpy(self.values), "answers": torch.from_numpy(self.answers)}, partial)
+
+    @classmethod
+    def open(cls, path: Path) -> ChoiceScores:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        StudyError
+            If the file is damaged.
+        """
+        try:
+            return cls(**{name: value.numpy() for name, value in load_file(path).items()})
+        except (SafetensorError, OSError, TypeError) as error:
+            raise StudyError(f"{path} is damaged; delete it and run again") from error
+
+
+def item_questions(session: Session, items: Sequence[Item]) -> list[Question]:
+    """Return items as questions.
+
+    A choice counts from the first token in which it, or any other choice, departs from the prompt's own tokens: where a
+    tokenizer merges across that border, all choices are scored from the same place.
+
+    Raises
+    ------
+    TextError
+        If an item has nothing before its choices, is too long for the model, or two choices are the same to the
+        tokenizer.
+    """
+    return [_item_question(session, item) for item in items]
+
+
+def _item_question(session: Session, item: Item) -> Question:
+    def encoded(text: str) -> tuple[int, ...]:
+        return tuple(session.tokenizer(text)["input_ids"])
+
+    wholes = [encoded(item.prompt + choice) for choice in item.choices]
+    start = _common_start([encoded(item.prompt), *wholes])
+    limit = getattr(session.anatomy.config, "max_position_embeddings", None) or max(map(len, wholes))
+    if start == 0:
+        raise TextError(f'item "{item.id}" has no token before its choices; give it a longer prompt')
+    if max(map(len, wholes)) > limit:
+        raise TextError(f'item "{item.id}" has more than the {limit} tokens that the model takes; shorten it')
+    if any(len(whole) <= start for whole in wholes) or len(set(wholes)) < len(wholes):
+        raise TextError(f'item "{item.id}": the tokenizer tells its choices from each other or the prompt nowhere')
+    rows = _without_beginnings([whole[:-1] for whole in wholes])
+    targets = []
+    for choice, whole in enumerate(wholes):
+        row = next(i for i, row in enumerate(rows) if row[: len(whole) - 1] == whole[:-1])
+        targets += [(row, position - 1, whole[position], choice) for position in range(start, len(whole))]
+    return Question(tuple(rows), tuple(targets), len(wholes), item.answer)
+
+
+def text_questions(session: Session, segments: Sequence[Segment]) -> list[Question]:
+    """Return segments of text as questions with one choice each: every token but the first, given those before it."""
+    questions = []
+    for segment in segments:
+        ids = session.tokenizer(segment.text, truncation=True, max_length=session.max_length)["input_ids"]
+        if len(ids) < 2:
+            raise TextError(f'segment "{segment.id}" has no token to predict: {segment.text!r}; leave it out')
+        targets = tuple((0, position - 1, ids[position], 0) for position in range(1, len(ids)))
+        questions.append(Question((tuple(ids[:-1]),), targets, 1, 0))
+    return questions
+
+
+def question_batches(session: Session, questions: Sequence[Question], smaller: int = 1) -> list[QuestionBatch]:
+    """Cut questions into batches of similar length: the session's tokens a batch, or a part of that many."""
+    longest = [max(map(len, question.rows)) for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: (longest[i], i))
+    groups: list[list[int]] = []
+    rows = 0
+    for i in order:
+        rows += len(questions[i].rows)
+        if not groups or rows * longest[i] > session.batch_tokens // smaller:
+            groups.append([])
+            rows = len(questions[i].rows)
+        groups[-1].append(i)
+    return [_question_batch(session, group, questions) for group in groups]
+
+
+def score(session: Session, questions: Sequence[Question], progress: Progress = lambda tokens: None) -> ChoiceScores:
+    """Score every choice of questions with the model as it is."""
+    values = ScoreTable(questions)
+    for group in question_batches(session, questions):
+        values.take(group, group.scores(session.anatomy, final_states(session, group.batch)))
+        progress(int(group.batch.real.sum()))
+    return values.scores
+
+
+class _FinalStates:
+    """Keeps the final states of one batch."""
+
+    sites = frozenset({"final"})
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+    def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
+        self.states.append(value)
+
+
+def final_states(
+    session: Session, batch: Batch, readers: Sequence[Reader] = (), edits: Sequence[Edit] = (), **run: Any
+) -> Tensor:
+    """Run the model on a batch and return its normed final states, ``[rows, tokens, hidden]``.
+
+    Arguments are those of :meth:`probes.Session.read`.
+    """
+    reader = _FinalStates()
+    session.read(batch, [*readers, reader], edits, **run)
+    return reader.states[0]
+
+
+class ScoreTable:
+    """Scores of questions, as batches of them come in."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        values = np.full((len(questions), max(question.choices for question in questions)), -np.inf)
+        self.scores = ChoiceScores(values, np.array([question.answer for question in questions]))
+
+    def take(self, group: QuestionBatch, scores: Tensor) -> None:
+        """Take in the scores of one batch, as :meth:`QuestionBatch.scores` gives them."""
+        self.scores.values[list(group.questions), : scores.shape[1]] = scores.detach().double().cpu().numpy()
+
+
+def _question_batch(session: Session, group: Sequence[int], questions: Sequence[Question]) -> QuestionBatch:
+    width = max(questions[i].choices for i in group)
+    encoded: list[tuple[int, ...]] = []
+    owners: list[int] = []
+    places: dict[tuple[int, int], int] = {}
+    index, token, cell = [], [], []
+    for number, i in enumerate(group):
+        first = len(encoded)
+        encoded += questions[i].rows
+        owners += [i] * len(questions[i].rows)
+        for row, position, wanted, choice in questions[i].targets:
+            index.append(places.setdefault((first + row, position), len(places)))
+            token.append(wanted)
+            cell.append(number * width + choice)
+    batch = session.batch(owners, encoded)
+    device = batch.ids.device
+    lengths = torch.tensor([len(row) for row in encoded])
+    shift = batch.ids.shape[1] - lengths if session.padding == "left" else torch.zeros_like(lengths)
+    state = torch.tensor([(row, position + int(shift[row])) for row, position in places])
+    there = torch.tensor([[c < questions[i].choices for c in range(width)] for i in group])
+    answers = torch.tensor([questions[i].answer for i in group])
+    return QuestionBatch(
+        batch=batch,
+        questions=tuple(group),
+        state=state.to(device),
+        index=torch.tensor(index).to(device),
+        token=torch.tensor(token).to(device),
+        cell=torch.tensor(cell).to(device),
+        there=there.to(device),
+        answers=answers.to(device),
+    )
+
+
+def _common_start(sequences: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all sequences begin with together."""
+    shortest = min(map(len, sequences))
+    return next((i for i in range(shortest) if len({s[i] for s in sequences}) > 1), shortest)
+
+
+def _without_beginnings(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the rows that are not another one's beginning, each once."""
+    distinct = list(dict.fromkeys(rows))
+    return [r for r in distinct if not any(len(o) > len(r) and o[: len(r)] == r for o in distinct)]

@@ -1,0 +1,506 @@
+"""The parts of a loaded model by their canonical names, whatever its architecture.
+
+Everything else in prunescope speaks of *roles* (the projections, :data:`ROLES`) and *sites* (the roles, the MLP
+``activation``, the ``residual`` stream after a block and the ``final`` normed state); only this file and the table in
+:mod:`pruning.models.layouts` know the attribute paths and the storage behind them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..errors import ModelError
+from .layouts import (
+    ROLES,
+    SHARED_INPUTS,
+    Experts,
+    Fused,
+    head_logits,
+    head_of,
+    layout_of,
+    path_of,
+    role_kind,
+    supported_architectures,
+)
+from .streaming import Streamed, residence_of
+
+__all__ = ["ROLES", "Anatomy", "InputGroup", "Stack", "role_kind", "supported_architectures"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after the other; a decoder-only model has one stack, an encoder-decoder two.
+
+    Attributes
+    ----------
+    path
+        Attribute path, from the model's root, of the module that runs the stack.
+    blocks, norm
+        Paths below it of the blocks and of the last normalisation.
+    first, stop
+        Its blocks are the model's from `first` up to and without `stop`.
+    """
+
+    path: str
+    blocks: str
+    norm: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Projections of a block that read the same input.
+
+    Attributes
+    ----------
+    roles
+        In the order in which they run.
+    module
+        Path below the block of a module whose first argument is that input.
+    expert
+        Number of the expert that they belong to. It reads only those tokens of the input that are sent to it.
+    inner
+        Whether the input is inside `module`, out of reach of hooks: :meth:`Anatomy.expert_inner` computes it.
+    """
+
+    roles: tuple[str, ...]
+    module: str
+    expert: int | None = None
+    inner: bool = False
+
+    @property
+    def leader(self) -> str:
+        """The role that runs first."""
+        return self.roles[0]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block: its path from the root, and what its layout says of it."""
+
+    module: nn.Module
+    path: str
+    sites: dict[str, str | Fused]
+    experts: Experts | None
+    n_experts: int
+    transposed: bool
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        plain = [site for site in self.sites if site in ROLES]
+        return (*plain, *(f"{kind}.{e}" for e in range(self.n_experts) for kind in ("gate", "up", "down")))
+
+    def place(self, role: str) -> str | Fused:
+        """Return where a role is; an expert's is in the module of all experts."""
+        if self.experts is None or role in self.sites:
+            return self.sites[role]
+        kind = role_kind(role)
+        return self.experts.path if kind == "down" else Fused(self.experts.path, ("gate", "up").index(kind))
+
+    def parameter(self, role: str) -> str:
+        """Return the path of the parameter that a role is in, below the block."""
+        path = path_of(self.place(role))
+        if self.experts is None or role in self.sites:
+            return f"{path}.weight"
+        return f"{path}.{self.experts.down if role_kind(role) == 'down' else self.experts.gate_up}"
+
+
+class Anatomy:
+    """The parts of one loaded model, by their canonical names.
+
+    Parameters
+    ----------
+    model
+        A language model with its head, as ``transformers`` loads it. Its parameters may be on the meta device; then
+        only what does not need their values works.
+
+    Attributes
+    ----------
+    model, config, kind
+        The model, its (text) configuration and its ``model_type``.
+    blocks
+        The blocks of all stacks, in the order in which they run.
+    stacks
+        Where they are.
+
+    Raises
+    ------
+    ModelError
+        If the architecture is unknown and cannot be made out, or the model lacks a part that it should have.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        self.model = model
+        self.kind = str(config.model_type)
+        self.config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self._blocks: list[_Block] = []
+        stacks = []
+        for layout in layout_of(model).stacks:
+            first, path = len(self._blocks), f"{layout.body}.{layout.blocks}"
+            for number, module in enumerate(model.get_submodule(path).children()):
+                count = self._count_experts(layout.experts_of(module), layout.experts)
+                sites = layout.sites_of(module)
+                self._blocks.append(_Block(module, f"{path}.{number}", sites, layout.experts, count, layout.transposed))
+            stacks.append(Stack(layout.body, layout.blocks, layout.norm, first, len(self._blocks)))
+        self.stacks = tuple(stacks)
+        self.blocks: list[nn.Module] = [block.module for block in self._blocks]
+        self._roles = [block.roles for block in self._blocks]
+        for layer in range(len(self.blocks)):
+            self._check_shapes(layer)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        """Yield the ``(layer, role)`` of every prunable projection, in the order in which they run."""
+        for layer, roles in enumerate(self._roles):
+            for role in roles:
+                yield layer, role
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether an encoder runs before the decoder."""
+        return len(self.stacks) > 1
+
+    def stack_of(self, layer: int) -> Stack:
+        """Return the stack that a block belongs to."""
+        return next(stack for stack in self.stacks if layer < stack.stop)
+
+    def stack_module(self, stack: Stack) -> nn.Module:
+        """Return the module that runs a stack."""
+        return self.model.get_submodule(stack.path)
+
+    def encoded(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
+        """Turn the hidden states after an encoder's last block into what the decoder reads: its last norm."""
+        norm = self.model.get_submodule(f"{self.stacks[0].path}.{self.stacks[0].norm}")
+        output: Tensor = norm(hidden.to(self.device))
+        return output
+
+    def module(self, layer: int, path: str) -> nn.Module:
+        """Return the module at a path below a block."""
+        return self.blocks[layer].get_submodule(path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        residence = residence_of(self.model)
+        return residence.device if isinstance(residence, Streamed) else next(self.model.parameters()).device
+
+    @property
+    def streamed(self) -> bool:
+        """Whether parameters stay on disk but inside :meth:`loaded` and :meth:`loaded_for_start`."""
+        return residence_of(self.model).streamed
+
+    def loaded(self, layer: int, *, to_read: bool = False) -> AbstractContextManager[None]:
+        """Have one block's parameters in memory inside a ``with`` block; `to_read` if they will not be written to."""
+        return residence_of(self.model).present(self.parameter_names(layer), to_read=to_read)
+
+    def loaded_for_start(self) -> AbstractContextManager[None]:
+        """Have in memory, inside a ``with`` block, what is neither a block's nor the head's: embeddings and norms."""
+        return residence_of(self.model).present(self._names_for_start(), to_read=True)
+
+    def parameter_names(self, layer: int) -> list[str]:
+        """Return the paths, from the model's root, of all parameters of a block, pruned or not."""
+        return [f"{self._blocks[layer].path}.{name}" for name, _ in self.blocks[layer].named_parameters()]
+
+    def other_names(self) -> list[str]:
+        """Return the paths of all parameters that are no block's."""
+        inside = {name for layer in range(len(self.blocks)) for name in self.parameter_names(layer)}
+        return [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in inside]
+
+    @property
+    def other_numel(self) -> int:
+        """Number of values in the parameters that are no block's; tied ones count once."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or ()
+        return sum(self.model.get_parameter(name).numel() for name in self.other_names() if name not in tied)
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of one value of a block's parameters."""
+        return next(self.blocks[0].parameters()).element_size()
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def n_neurons(self) -> int:
+        """MLP neurons of a block.
+
+        Raises
+        ------
+        ModelError
+            If its blocks have no one number of neurons: in a mixture of experts, or where blocks differ.
+        """
+        if any(block.n_experts for block in self._blocks):
+            raise ModelError(f'"{self.kind}" is a mixture of experts: its neurons belong to experts, not to blocks')
+        counts = {self.shape(layer, "up")[0] for layer in range(len(self.blocks))}
+        if len(counts) > 1:
+            raise ModelError(f'the blocks of this "{self.kind}" model have different numbers of neurons')
+        return counts.pop()
+
+    def roles(self, layer: int) -> tuple[str, ...]:
+        """Return the roles of one block, in the order in which they run."""
+        return self._roles[layer]
+
+    def role_kinds(self) -> tuple[str, ...]:
+        """Return the kinds of all roles of the model, as :data:`ROLES` orders them."""
+        kinds = {role_kind(role) for roles in self._roles for role in roles}
+        return tuple(kind for kind in ROLES if kind in kinds)
+
+    def has_gate(self, layer: int) -> bool:
+        """Whether the MLP of a block (or its experts) has gates: ``act(gate(x)) * up(x)`` and not ``act(up(x))``."""
+        return any(role_kind(role) == "gate" for role in self._roles[layer])
+
+    def groups(self, layer: int) -> tuple[InputGroup, ...]:
+        """Return the projections of one block by the input that they read, in the order in which they run."""
+        block = self._blocks[layer]
+        groups = []
+        for kinds in SHARED_INPUTS:
+            roles = tuple(role for role in block.sites if role in kinds)
+            if roles:
+                groups.append(InputGroup(roles, path_of(block.sites[roles[0]])))
+        order = list(block.sites)
+        groups.sort(key=lambda group: order.index(group.leader))
+        for e in range(block.n_experts):
+            module = path_of(block.place(f"gate.{e}"))
+            groups.append(InputGroup((f"gate.{e}", f"up.{e}"), module, expert=e))
+            groups.append(InputGroup((f"down.{e}",), module, expert=e, inner=True))
+        return tuple(groups)
+
+    def shape(self, layer: int, role: str) -> tuple[int, int]:
+        """Return the outputs and inputs of one projection."""
+        *outputs, inputs = self._view(layer, role).shape
+        return math.prod(outputs), inputs
+
+    def weight(self, layer: int, role: str) -> Float[Tensor, "outputs inputs"]:
+        """Return the weight of one projection.
+
+        It is a live view of the model's parameter (writing to it changes the model), except where the rows of several
+        roles are interleaved (GPT-NeoX, BLOOM): there it is a copy. :meth:`set_weight` writes to every storage.
+        """
+        return self._view(layer, role).flatten(0, -2)
+
+    @torch.no_grad()
+    def set_weight(self, layer: int, role: str, value: Float[Tensor, "outputs inputs"]) -> None:
+        """Write the weight of one projection into the model's parameter, in place, whatever its storage."""
+        view = self._view(layer, role)
+        view.copy_(value.unflatten(0, view.shape[:-1]))
+
+    def block_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that hold the projections, by their paths from the model's root.
+
+        One parameter may hold several projections, or those of all experts.
+        """
+        names = dict.fromkeys(self._parameter(layer, role) for layer, role in self)
+        return {name: self.model.get_parameter(name) for name in names}
+
+    def by_projection(self, values: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:
+        """Cut values of the shapes of :meth:`block_parameters` (gradients, say) into those of each projection.
+
+        Parameters
+        ----------
+        values
+            By the parameters' paths; those that are absent are left out.
+
+        Returns
+        -------
+        dict
+            ``(layer, role)`` to ``[outputs, inputs]``.
+        """
+        names = {(layer, role): self._parameter(layer, role) for layer, role in self}
+        return {key: self._part(*key, values[name]).flatten(0, -2) for key, name in names.items() if name in values}
+
+    def experts(self, layer: int) -> nn.Module | None:
+        """Return the module that holds the experts of a block, if it has any."""
+        block = self._blocks[layer]
+        return self.module(layer, block.experts.path) if block.experts is not None and block.n_experts else None
+
+    def expert_inner(
+        self, layer: int, expert: int, x: Float[Tensor, "tokens inputs"]
+    ) -> Float[Tensor, "tokens neurons"]:
+        """Return ``act(gate(x)) * up(x)`` of one expert with its present weights: the input of its ``down``."""
+        experts: Any = self.experts(layer)
+        both = linear(x, self._stored(layer, f"gate.{expert}")[expert])
+        if hasattr(experts, "_apply_gate"):
+            inner: Tensor = experts._apply_gate(both)
+            return inner
+        gate, up = both.chunk(2, dim=-1)
+        return experts.act_fn(gate) * up
+
+    def sites(self, layer: int) -> tuple[str, ...]:
+        """Return what can be read of one block, in the order in which it runs.
+
+        That is its roles, the MLP's ``activation`` and the ``residual`` stream after it. What is inside experts is not
+        among them.
+        """
+        return (*self._blocks[layer].sites, "residual")
+
+    def path(self, layer: int, site: str) -> str:
+        """Return the attribute path, from the model's root, of the module in whose output `site` is."""
+        block = self._blocks[layer]
+        return block.path if site == "residual" else f"{block.path}.{path_of(block.sites[site])}"
+
+    def site(self, layer: int, site: str, value: Any, shape: Sequence[int] | None = None) -> Tensor:
+        """Return one site's values, ``[batch, tokens, width]``, out of the output of the module at its path.
+
+        Parameters
+        ----------
+        layer, site
+            What is wanted.
+        value
+            The module's output: a tensor, or a tuple that starts with it.
+        shape
+            Batch and tokens. Some architectures flatten these two on the way through an MLP (OPT, shared experts);
+            given the shape, their values come back in it.
+        """
+        output: Tensor = value[0] if isinstance(value, tuple) else value
+        if shape is not None and output.ndim == 2:
+            output = output.unflatten(0, tuple(shape))
+        place = self._blocks[layer].sites.get(site)
+        return self._cut(layer, site, place, output).flatten(output.ndim - 1) if isinstance(place, Fused) else output
+
+    def with_site(self, layer: int, site: str, output: Any, value: Tensor) -> Any:
+        """Return what the module at a site's path would put out if the site had other values.
+
+        Parameters
+        ----------
+        layer, site
+            What is to have other values.
+        output
+            What the module did put out; left as it is.
+        value
+            The other values, in the shape in which :meth:`site` gives them.
+        """
+        whole: Tensor = output[0] if isinstance(output, tuple) else output
+        place = self._blocks[layer].sites.get(site)
+        if isinstance(place, Fused):
+            columns = self._cut(layer, site, place, torch.arange(whole.shape[-1], device=whole.device)).flatten()
+            changed = whole.index_copy(-1, columns, value.reshape(*whole.shape[:-1], -1).to(whole.dtype))
+        else:
+            changed = value.reshape(whole.shape).to(whole.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    @property
+    def final_norm_path(self) -> str:
+        """Attribute path of the last normalisation, whose output the head reads."""
+        return f"{self.stacks[-1].path}.{self.stacks[-1].norm}"
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the head scores."""
+        return int(head_of(self.model).weight.shape[0])
+
+    def logits(
+        self, hidden: Float[Tensor, "*batch hidden"], vocabulary: slice = slice(None)
+    ) -> Float[Tensor, "*batch vocabulary"]:
+        """Turn normed final hidden states into logits exactly as the model's own forward does.
+
+        Parameters
+        ----------
+        hidden
+            Output of the last normalisation.
+        vocabulary
+            The tokens whose logits are wanted; all by default.
+        """
+        return head_logits(self.model, hidden, vocabulary)
+
+    def fingerprint(self) -> str:
+        """Identify the model by shape and sampled values of every prunable weight (SHA-256, hexadecimal).
+
+        A fine-tuned sibling or another size differs; loading the same checkpoint in another folder does not.
+        At most 512 evenly spaced values a projection are read, so that it takes milliseconds; it tells models
+        apart and is not a proof of integrity.
+        """
+        digest = hashlib.sha256(str(self.config.model_type).encode())
+        for layer, roles in enumerate(self._roles):
+            with self.loaded(layer, to_read=True):
+                for role in roles:
+                    weight = self.weight(layer, role)
+                    sample = weight.flatten()[:: max(1, weight.numel() // 512)][:512]
+                    digest.update(f"{layer}.{role}.{tuple(weight.shape)}".encode())
+                    digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _names_for_start(self) -> list[str]:
+        head = {name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()}  # type: ignore[operator]
+        return [name for name in self.other_names() if name.rpartition(".")[0] not in head]
+
+    def _parameter(self, layer: int, role: str) -> str:
+        """Return the path, from the model's root, of the parameter that holds a projection."""
+        return f"{self._blocks[layer].path}.{self._blocks[layer].parameter(role)}"
+
+    def _stored(self, layer: int, role: str) -> Tensor:
+        return self.blocks[layer].get_parameter(self._blocks[layer].parameter(role)).data
+
+    def _view(self, layer: int, role: str) -> Tensor:
+        """Return a live view of a projection's weight, as :meth:`_part` does."""
+        return self._part(layer, role, self._stored(layer, role))
+
+    def _part(self, layer: int, role: str, stored: Tensor) -> Tensor:
+        """Return a view of one projection's part of a parameter.
+
+        It is ``[outputs, inputs]``, or ``[heads, outputs of a head, inputs]`` where heads are interleaved.
+        """
+        block = self._blocks[layer]
+        if role not in block.sites:
+            stored = stored[int(role.partition(".")[2])]
+        outputs_last = stored if block.transposed else stored.T
+        place = block.place(role)
+        if isinstance(place, Fused):
+            outputs_last = self._cut(layer, role, place, outputs_last)
+        return outputs_last.movedim(0, -1)
+
+    def _cut(self, layer: int, role: str, place: Fused, value: Tensor) -> Tensor:
+        """Return a view of one part of a fused projection's outputs, which are the last dimension."""
+        if place.split == "heads":
+            return value.unflatten(-1, (int(self.config.num_attention_heads), 3, -1)).select(-2, place.part)
+        width = value.shape[-1]
+        sizes = [width // 2, width // 2]
+        if role in ("q", "k", "v"):
+            queries = self.shape(layer, "o")[1]
+            sizes = [queries, (width - queries) // 2, (width - queries) // 2]
+        return value.split(sizes, dim=-1)[place.part]
+
+    def _count_experts(self, module: nn.Module | None, experts: Experts | None) -> int:
+        if module is None or experts is None:
+            return 0
+        stored = [parameter for name, parameter in module.named_parameters() if name in (experts.gate_up, experts.down)]
+        odd = getattr(module, "has_bias", False) or not getattr(module, "is_concatenated", True)
+        if odd or [parameter.ndim for parameter in stored] != [3, 3]:
+            raise ModelError(
+                f'the experts of this "{self.kind}" model are not stored as "{experts.gate_up}" and "{experts.down}", '
+                "of all experts at once, gate before up and without biases"
+            )
+        return len(stored[0])
+
+    def _check_shapes(self, layer: int) -> None:
+        """Raise ``ModelError`` unless the projections of a block fit together."""
+        roles = [role for role in self._roles[layer] if role in ROLES or role.endswith(".0")]
+        try:
+            shapes = {role_kind(role): self.shape(layer, role) for role in roles}
+        except RuntimeError as error:
+            raise ModelError(f'block {layer} of this "{self.kind}" model cannot be cut into roles: {error}') from error
+        for role, (outputs, inputs) in shapes.items():
+            kind = role.rpartition("_")[2]
+            neurons = shapes[role.replace(kind, "up")][0] if kind in ("gate", "down") else 0
+            fits = {
+                "o": outputs == self.hidden_size,
+                "gate": (outputs, inputs) == (neurons, self.hidden_size),
+                "down": (outputs, inputs) == (self.hidden_size, neurons),
+            }.get(kind, inputs == self.hidden_size)
+            if not fits:
+                raise ModelError(
+                    f'{role} of block {layer} of this "{self.kind}" model has {outputs} outputs and {inputs} inputs, '
+                    f"which does not fit its other parts (hidden size {self.hidden_size})"
+                )

@@ -1,0 +1,518 @@
+"""Where each architecture keeps its blocks, projections and MLP activation: a table of attribute paths.
+
+Every projection has a canonical *role*, whatever its name and however it is stored. An architecture that is not in the
+table is made out from its structure where that leaves no doubt, and refused otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..errors import ModelError
+
+#: Every kind of prunable projection. A role is a kind, or one expert's, as in ``"gate.3"``.
+ROLES = (
+    "q",
+    "k",
+    "v",
+    "o",
+    "cross_q",
+    "cross_k",
+    "cross_v",
+    "cross_o",
+    "gate",
+    "up",
+    "down",
+    "shared_gate",
+    "shared_up",
+    "shared_down",
+)
+#: Kinds that read the same input where a block has them.
+SHARED_INPUTS = (
+    ("q", "k", "v"),
+    ("o",),
+    ("cross_q",),
+    ("cross_k", "cross_v"),
+    ("cross_o",),
+    ("gate", "up"),
+    ("down",),
+    ("shared_gate", "shared_up"),
+    ("shared_down",),
+)
+
+
+def role_kind(role: str) -> str:
+    """Return the kind of a role: for an expert's role the part before its number.
+
+    >>> role_kind("gate.3"), role_kind("q")
+    ('gate', 'q')
+    """
+    return role.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One part of a module that is several projections in one.
+
+    Attributes
+    ----------
+    path
+        The module, below a block.
+    part
+        Which of its parts, from 0: q, k, v or gate, up, unless the architecture has another order.
+    split
+        ``rows``: each part is a run of output rows (q has as many as ``o`` has inputs, k and v share the rest; gate
+        and up have half each). ``heads``: one head after the other, each with its own q, k and v rows.
+    """
+
+    path: str
+    part: int
+    split: Literal["rows", "heads"] = "rows"
+
+
+def path_of(place: str | Fused) -> str:
+    """Return the path of the module that holds a role, below a block."""
+    return place if isinstance(place, str) else place.path
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A module that holds all experts of a block in two parameters.
+
+    Attributes
+    ----------
+    path
+        The module, below a block. Blocks without it have an ordinary MLP.
+    gate_up, down
+        Its parameters, ``[experts, 2 * neurons, hidden]`` (gate, then up) and ``[experts, hidden, neurons]``.
+    """
+
+    path: str
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attribute paths of one family of architectures.
+
+    Attributes
+    ----------
+    body
+        The module that turns token ids into normed hidden states (everything but the head).
+    blocks, norm
+        Its blocks and its last normalisation, whose output the head reads: paths below the body.
+    sites
+        Every role, and the MLP's ``activation`` (its sign says whether a neuron fires), in the order in which they run:
+        the path of a module below a block, or a part of a fused module. An MLP without ``gate`` has only ``up`` and
+        ``down``. Roles ``shared_*`` are there in blocks with experts, ``gate``, ``up``, ``down`` in those without.
+    experts
+        Where a mixture of experts keeps them. They run last in their block.
+    transposed
+        Whether weights are stored ``[inputs, outputs]``, as GPT-2's ``Conv1D`` does.
+    encoder
+        Of an encoder-decoder: the stack that runs first.
+    """
+
+    sites: Mapping[str, str | Fused]
+    body: str = "model"
+    blocks: str = "layers"
+    norm: str = "norm"
+    experts: Experts | None = None
+    transposed: bool = False
+    encoder: Layout | None = None
+
+    @property
+    def stacks(self) -> tuple[Layout, ...]:
+        """The layouts of all stacks, in the order in which they run."""
+        return (self,) if self.encoder is None else (*self.encoder.stacks, self)
+
+    def sites_of(self, block: nn.Module) -> dict[str, str | Fused]:
+        """Return those of the sites that this block has."""
+        sparse = self.experts_of(block) is not None
+        absent = {"gate", "activation", "up", "down"} if sparse else {"shared_gate", "shared_up", "shared_down"}
+        return {site: place for site, place in self.sites.items() if site not in absent}
+
+    def experts_of(self, block: nn.Module) -> nn.Module | None:
+        """Return the module that holds the experts of this block, if it has any."""
+        return None if self.experts is None else _child(block, self.experts.path)
+
+
+_ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
+_GATED = {"gate": "mlp.gate_proj", "activation": "mlp.act_fn", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+_SHARED = {
+    "shared_gate": "mlp.shared_expert.gate_proj",
+    "shared_up": "mlp.shared_expert.up_proj",
+    "shared_down": "mlp.shared_expert.down_proj",
+}
+_LLAMA = Layout(_ATTENTION | _GATED)
+_PHI3 = Layout(
+    {
+        "q": Fused("self_attn.qkv_proj", 0),
+        "k": Fused("self_attn.qkv_proj", 1),
+        "v": Fused("self_attn.qkv_proj", 2),
+        "o": "self_attn.o_proj",
+        "gate": Fused("mlp.gate_up_proj", 0),
+        "up": Fused("mlp.gate_up_proj", 1),
+        "activation": "mlp.activation_fn",
+        "down": "mlp.down_proj",
+    }
+)
+_GPT_NEOX = Layout(
+    {
+        "q": Fused("attention.query_key_value", 0, "heads"),
+        "k": Fused("attention.query_key_value", 1, "heads"),
+        "v": Fused("attention.query_key_value", 2, "heads"),
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "activation": "mlp.act",
+        "down": "mlp.dense_4h_to_h",
+    },
+    body="gpt_neox",
+    norm="final_layer_norm",
+)
+_BLOOM = Layout(
+    {
+        "q": Fused("self_attention.query_key_value", 0, "heads"),
+        "k": Fused("self_attention.query_key_value", 1, "heads"),
+        "v": Fused("self_attention.query_key_value", 2, "heads"),
+        "o": "self_attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "activation": "mlp.gelu_impl",
+        "down": "mlp.dense_4h_to_h",
+    },
+    body="transformer",
+    blocks="h",
+    norm="ln_f",
+)
+_OPT = Layout(
+    _ATTENTION | {"o": "self_attn.out_proj", "up": "fc1", "activation": "activation_fn", "down": "fc2"},
+    body="model.decoder",
+    norm="final_layer_norm",
+)
+_GPT2 = Layout(
+    {
+        "q": Fused("attn.c_attn", 0),
+        "k": Fused("attn.c_attn", 1),
+        "v": Fused("attn.c_attn", 2),
+        "o": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "activation": "mlp.act",
+        "down": "mlp.c_proj",
+    },
+    body="transformer",
+    blocks="h",
+    norm="ln_f",
+    transposed=True,
+)
+_EXPERTS = Experts("mlp.experts")
+
+
+def _t5(*, gated: bool) -> Layout:
+    """Return the layout of T5 and its relatives."""
+
+    def stack(body: str, mlp: str, cross: dict[str, str], encoder: Layout | None) -> Layout:
+        up = {"gate": f"{mlp}.wi_0", "activation": f"{mlp}.act", "up": f"{mlp}.wi_1"}
+        if not gated:
+            up = {"up": f"{mlp}.wi", "activation": f"{mlp}.act"}
+        attention = {role: f"layer.0.SelfAttention.{role}" for role in ("q", "k", "v", "o")}
+        sites = attention | cross | up | {"down": f"{mlp}.wo"}
+        return Layout(sites, body, blocks="block", norm="final_layer_norm", encoder=encoder)
+
+    encoder = stack("encoder", "layer.1.DenseReluDense", {}, None)
+    cross = {f"cross_{role}": f"layer.1.EncDecAttention.{role}" for role in ("q", "k", "v", "o")}
+    return stack("decoder", "layer.2.DenseReluDense", cross, encoder)
+
+
+_T5 = (_t5(gated=True), _t5(gated=False))
+#: Of several layouts a model has the first whose parts are all there.
+_LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "llama": (_LLAMA,),
+    "mistral": (_LLAMA,),
+    "qwen2": (_LLAMA,),
+    "qwen3": (_LLAMA,),
+    "gemma": (_LLAMA,),
+    "gemma2": (_LLAMA,),
+    "gemma3_text": (_LLAMA,),
+    "gemma3": (replace(_LLAMA, body="model.language_model"),),
+    "cohere": (_LLAMA,),
+    "cohere2": (_LLAMA,),
+    "phi3": (_PHI3,),
+    "gpt_neox": (_GPT_NEOX,),
+    "bloom": (_BLOOM,),
+    "opt": (replace(_OPT, norm="project_out"), _OPT),  # OPT-350M's head reads a projection, without a norm
+    "gpt2": (_GPT2,),
+    "mixtral": (Layout(_ATTENTION, experts=_EXPERTS),),
+    "qwen2_moe": (Layout(_ATTENTION | _SHARED | _GATED, experts=_EXPERTS),),
+    "qwen3_moe": (Layout(_ATTENTION | _GATED, experts=_EXPERTS),),
+    "mt5": _T5,
+    "t5": _T5,
+    "umt5": _T5,
+}
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """Return the ``model_type`` of every architecture in the table; others may be made out from their structure."""
+    return tuple(sorted(_LAYOUTS))
+
+
+def register_architecture(kind: str, *layouts: Layout) -> None:
+    """Add an architecture to the table, or replace one.
+
+    Parameters
+    ----------
+    kind
+        Its ``model_type``.
+    layouts
+        Where its parts are; of several, a model has the first whose parts are all there. Its head must be linear, with
+        no more around it than :func:`head_logits` knows.
+    """
+    _LAYOUTS[kind] = layouts
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Return where a model has its parts: from the table, else from its structure.
+
+    Raises
+    ------
+    ModelError
+        If a part is missing, or the architecture is unknown and leaves a doubt.
+    """
+    kind = _kind(model)
+    if kind in _LAYOUTS:
+        missing = [next(_missing(model, layout), None) for layout in _LAYOUTS[kind]]
+        if None in missing:
+            return _LAYOUTS[kind][missing.index(None)]
+        raise ModelError(
+            f'this "{kind}" model has no part "{missing[-1]}"; load it with its language modelling head '
+            "(AutoModelForCausalLM, or AutoModelForSeq2SeqLM for T5 and its relatives), unmodified"
+        )
+    if model not in _DISCOVERED:
+        layout = _discovered(model)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return layout  # by its names only, so not to be remembered
+        _DISCOVERED[model] = _verified(model, layout)
+    return _DISCOVERED[model]
+
+
+def head_of(model: nn.Module) -> Any:
+    """Return the linear module that turns final hidden states into logits."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise ModelError(f'this "{_kind(model)}" model has no language modelling head; load it with one')
+    return head
+
+
+def head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = slice(None)) -> Tensor:
+    """Turn normed final hidden states into logits exactly as the model's own forward does.
+
+    Covers the logit scales of Cohere and Granite, the soft cap of Gemma 2 and the scaled states of T5.
+    """
+    config = _text_config(model)
+    head = head_of(model)
+    if getattr(config, "scale_decoder_outputs", config.model_type == "umt5" and config.tie_word_embeddings):
+        hidden = hidden * config.d_model**-0.5
+    bias = None if head.bias is None else head.bias[vocabulary]
+    logits = linear(hidden, head.weight[vocabulary], bias)
+    if getattr(config, "logit_scale", None) is not None:
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None) is not None:
+        logits = logits / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _kind(model: nn.Module) -> str:
+    return str(model.config.model_type)  # type: ignore[union-attr]
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _missing(model: nn.Module, layout: Layout) -> Iterator[str]:
+    """Yield the paths that a layout has and a model has not."""
+    for stack in layout.stacks:
+        blocks = _child(model, f"{stack.body}.{stack.blocks}")
+        for below in (stack.blocks, stack.norm):
+            if _child(model, f"{stack.body}.{below}") is None:
+                yield f"{stack.body}.{below}"
+        for layer, block in enumerate(blocks.children() if blocks is not None else ()):
+            sites = stack.sites_of(block)
+            paths = [path_of(place) for place in sites.values()]
+            if stack.experts is not None and "up" not in sites:
+                paths.append(stack.experts.path)
+            for path in paths:
+                if _child(block, path) is None:
+                    yield f"{stack.body}.{stack.blocks}.{layer}.{path}"
+
+
+# An architecture that is not in the table.
+
+_ATTENTION_NAMES = {
+    "q": ("q_proj", "query", "q", "wq", "q_lin"),
+    "k": ("k_proj", "key", "k", "wk", "k_lin"),
+    "v": ("v_proj", "value", "v", "wv", "v_lin"),
+    "o": ("o_proj", "out_proj", "dense", "o", "wo", "c_proj", "out_lin"),
+}
+_MLP_NAMES = {
+    "gate": ("gate_proj", "w1", "wi_0"),
+    "up": ("up_proj", "fc1", "fc_in", "c_fc", "w3", "wi_1", "dense_h_to_4h", "lin1"),
+    "down": ("down_proj", "fc2", "fc_out", "c_proj", "w2", "wo", "dense_4h_to_h", "lin2"),
+}
+_FUSED_NAMES = ("query_key_value", "qkv_proj", "qkv", "wqkv", "c_attn", "kv_proj", "gate_up_proj", "up_gate_proj")
+_ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn", "gelu_impl")
+
+_DISCOVERABLE = (*_ATTENTION_NAMES, *_MLP_NAMES)
+
+_DISCOVERED: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+
+
+def _refusal(model: nn.Module, reason: str) -> ModelError:
+    return ModelError(
+        f'unknown model architecture "{_kind(model)}": {reason}; describe it with pruning.register_architecture'
+    )
+
+
+def _discovered(model: nn.Module) -> Layout:
+    """Return the layout that the names in an unknown architecture suggest."""
+    lists = list(_block_lists(model))
+    if len(lists) != 1:
+        found = "no list of like blocks" if not lists else f"several lists of blocks ({', '.join(lists)})"
+        raise _refusal(model, f"it has {found}")
+    body, _, blocks = lists[0].rpartition(".")
+    first, *others = model.get_submodule(lists[0]).children()
+    for layer, block in enumerate(others, start=1):
+        if _matrices(block).keys() != _matrices(first).keys():
+            raise _refusal(model, f"block {layer} has other parts than block 0")
+    norms = [
+        name
+        for name, module in model.get_submodule(body).named_children()
+        if ("norm" in name or name.startswith("ln")) and all(p.ndim == 1 for p in module.parameters())
+    ]
+    if len(norms) != 1:
+        raise _refusal(model, f'"{body}" has not one normalisation after its blocks but {len(norms)}')
+    return Layout(_placed(model, first), body, blocks, norms[0])
+
+
+def _block_lists(model: nn.Module, path: str = "") -> Iterator[str]:
+    """Yield the paths of the outermost lists of modules of one class that hold weights."""
+    for name, module in model.named_children():
+        below = f"{path}{name}"
+        like = len({type(block) for block in module.children()}) == 1
+        if isinstance(module, nn.ModuleList) and like and _matrices(module):
+            yield below
+        else:
+            yield from _block_lists(module, f"{below}.")
+
+
+def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.ndim > 1}
+
+
+def _placed(model: nn.Module, block: nn.Module) -> dict[str, str | Fused]:
+    """Give every weight of a block its role, by its name."""
+    found: dict[str, str] = {}
+    if not any("att" in name.lower() for name in _matrices(block)):
+        raise _refusal(model, "its blocks have no attention, and only transformers can be pruned here")
+    for name in _matrices(block):
+        path, _, parameter = name.rpartition(".")
+        *parents, leaf = path.lower().split(".")
+        if leaf in _FUSED_NAMES:
+            raise _refusal(
+                model, f'"{path}" in its blocks is several projections in one, in an order that is not visible'
+            )
+        names = _ATTENTION_NAMES if any("att" in parent for parent in parents) else _MLP_NAMES
+        role = next((role for role, known in names.items() if leaf in known), None)
+        if role is None or parameter != "weight" or not isinstance(block.get_submodule(path), nn.Linear):
+            kind = type(block.get_submodule(path)).__name__
+            raise _refusal(model, f'"{name}" in its blocks (of a {kind}) is none of {" ".join(_DISCOVERABLE)}')
+        if role in found:
+            raise _refusal(model, f'both "{found[role]}" and "{path}" in its blocks could be {role}')
+        found[role] = path
+    absent = [role for role in _DISCOVERABLE if role not in found and role != "gate"]
+    if absent:
+        raise _refusal(model, f"nothing in its blocks could be {' or '.join(absent)}")
+    activations = [
+        path
+        for path, module in block.named_modules()
+        if path.rpartition(".")[2] in _ACTIVATION_NAMES and not _matrices(module) and "att" not in path
+    ]
+    if len(activations) == 1:
+        found["activation"] = activations[0]
+    order = ("q", "k", "v", "o", "gate", "activation", "up", "down")
+    return {site: found[site] for site in order if site in found}
+
+
+@torch.no_grad()
+def _verified(model: nn.Module, layout: Layout) -> Layout:
+    """Watch two tokens pass through the model: return the layout with its sites in the order in which they run.
+
+    Raises
+    ------
+    ModelError
+        If anything runs otherwise than its name says.
+    """
+    inputs: dict[tuple[int, str], Tensor] = {}
+    outputs: dict[tuple[int, str], Tensor] = {}
+    handles = []
+
+    def watch(module: nn.Module, layer: int, site: str) -> None:
+        def observe(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            inputs[layer, site], outputs[layer, site] = arguments[0], output
+
+        handles.append(module.register_forward_hook(observe))
+
+    blocks = list(model.get_submodule(f"{layout.body}.{layout.blocks}").children())
+    for layer, block in enumerate(blocks):
+        for site, path in layout.sites.items():
+            watch(block.get_submodule(str(path)), layer, site)
+    watch(model.get_submodule(f"{layout.body}.{layout.norm}"), len(blocks), "final")
+    try:
+        table = model.get_input_embeddings().weight  # type: ignore[operator]
+        logits = model(input_ids=torch.tensor([[len(table) // 2, len(table) // 3]], device=table.device)).logits
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _refusal(model, f"two tokens did not pass through it ({reason})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    wanted = {(layer, site) for layer in range(len(blocks)) for site in layout.sites} | {(len(blocks), "final")}
+    for layer, site in sorted(wanted - inputs.keys()):
+        raise _refusal(model, f"{site} of block {layer} did not run when two tokens passed through")
+    for layer in range(len(blocks)):
+        for group in SHARED_INPUTS:
+            leader, *others = [role for role in group if role in layout.sites] or [""]
+            for role in others:
+                if not _same(inputs[layer, leader], inputs[layer, role]):
+                    raise _refusal(model, f"{leader} and {role} of block {layer} do not read the same input")
+        source = "gate" if "gate" in layout.sites else "up"
+        if "activation" in layout.sites and not _same(inputs[layer, "activation"], outputs[layer, source]):
+            raise _refusal(model, f"the activation of block {layer} does not read the output of {source}")
+    final = outputs[len(blocks), "final"]
+    if not torch.allclose(head_logits(model, final), logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise _refusal(model, f'its logits are not its head times the output of "{layout.body}.{layout.norm}"')
+    running = [site for layer, site in outputs if layer == 0]
+    return replace(layout, sites={site: layout.sites[site] for site in running})
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())

@@ -1,0 +1,1 @@
+"""Text: sources, the bundled corpus, calibration sets and languages."""

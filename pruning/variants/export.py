@@ -1,0 +1,100 @@
+"""Ordinary checkpoints of pruned variants, with a model card that states the recipe."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from importlib.metadata import version
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+from safetensors.torch import save_file
+
+from ..files import write_json, write_text
+from ..models.anatomy import Anatomy, role_kind
+from ..models.loading import no_progress_bars
+from ..models.streaming import INDEX, Streamed, residence_of
+from ..text.languages import named
+
+if TYPE_CHECKING:
+    from .variant import Variant
+
+CARD_FILE = "README.md"
+#: What a hub accepts as the base of another model; the path of a folder is none.
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_checkpoint(variant: Variant, anatomy: Anatomy, tokenizer: Any, folder: Path) -> None:
+    """Write a variant as a checkpoint into a folder that is there."""
+    model: Any = anatomy.model
+    residence = residence_of(model)
+    if isinstance(residence, Streamed):
+        _copy_the_rest(residence.shards.folder, folder)
+        model.config.save_pretrained(folder)  # and not as it was: the dtype may be another
+        _write_shards(variant, anatomy, residence, folder)
+    else:
+        with variant.applied(model), no_progress_bars():
+            model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_text(folder / CARD_FILE, model_card(variant))
+
+
+def model_card(variant: Variant) -> str:
+    """Return a model card in Markdown with the metadata that a hub reads."""
+    record, masks = variant.record, variant.masks
+    kinds: dict[str, list[int]] = {}
+    for key in masks:
+        outputs, inputs = masks.shape(key)
+        counts = kinds.setdefault(role_kind(key[1]), [0, 0])
+        counts[0] += outputs * inputs - masks.kept(key)
+        counts[1] += outputs * inputs
+    calibration = record.calibration
+    template = (package_files("pruning.variants") / "model_card.md.j2").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    return environment.from_string(template).render(
+        record=record,
+        hub_id=_HUB_ID.fullmatch(record.model) is not None and not Path(record.model).exists(),
+        recipe=record.recipe,
+        calibration=calibration,
+        languages=[named(tag) for tag in calibration.languages] if calibration else [],
+        sparsity=masks.sparsity(),
+        removed={kind: removed / total for kind, (removed, total) in kinds.items()},
+        corrected=bool(variant.values),
+        version=version("prunescope"),
+    )
+
+
+def _write_shards(variant: Variant, anatomy: Anatomy, residence: Streamed, folder: Path) -> None:
+    """Write a shard for each block and one for everything else, under the names that the checkpoint had."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model: Any = anatomy.model
+    layers = len(anatomy.blocks)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    left = [name for name in model.state_dict() if residence.is_stored(name) or name not in parameters]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for layer in range(layers + 1):
+        block = f"{anatomy.path(layer, 'residual')}." if layer < layers else ""
+        names = [name for name in left if name.startswith(block)]
+        left = [name for name in left if name not in names]
+        with residence.present([name for name in names if name in parameters]):
+            for role in anatomy.roles(layer) if layer < layers else ():
+                if (layer, role) in variant.masks:
+                    anatomy.set_weight(layer, role, variant.weight((layer, role), anatomy.weight(layer, role)))
+            state = model.state_dict()
+            tensors = revert_weight_conversion(model, {name: state[name] for name in names})
+        shard = f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _copy_the_rest(source: Path, folder: Path) -> None:
+    """Copy configuration and the like, but no weights and no code."""
+    for path in source.iterdir():
+        if path.suffix == ".json" and path.is_file() and not path.name.endswith((".index.json", "recipe.json")):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,123 @@
+"""Planted differences between calibration sets, and differences that are none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.metrics import contrasts
+from analysis.metrics.contrasts import OTHERS, OWN, SIGNIFICANT
+from analysis.metrics.lsar import LSAR
+from probes import DENSE, Readings
+from probes.readers.signal import SIGNAL_SITES
+
+LANGUAGES = ("ar", "de", "en", "zh")
+SEGMENTS = 80
+HIDDEN = 10
+
+
+def columns(calibration: str, seed: int) -> dict[str, object]:
+    recipe = {"method": "wanda", "sparsity": 0.5, "pattern": "row", "allocation": "uniform", "scope": "all"}
+    return {"model": "m", **recipe, "propagation": "pruned", "calibration": calibration, "seed": seed}
+
+
+def study(effect: float, seeds: int, spread: float = 0.02, seed: int = 0):
+    """Models calibrated on every language, whose own language costs `effect` nats less; each draw shifts by `spread`."""
+    rng = np.random.default_rng(seed)
+    hard = {language: rng.gamma(20, 0.15, SEGMENTS) for language in LANGUAGES}  # what a segment costs in any model
+    states = {language: rng.normal(size=(SEGMENTS, 1, HIDDEN)).astype(np.float32) for language in LANGUAGES}
+    readings: dict[tuple[str, str], Readings] = {}
+    described = {DENSE: columns("none", 0) | {"method": DENSE}}
+
+    def reading(language: str, loss: np.ndarray, error: float) -> Readings:
+        predicted = torch.full((SEGMENTS,), 30)
+        power = torch.full((SEGMENTS, 1, len(SIGNAL_SITES)), 100.0, dtype=torch.float64)
+        noise = rng.normal(size=(SEGMENTS, 1, HIDDEN)) * np.sqrt(error / HIDDEN)
+        return Readings(
+            pooled=torch.from_numpy((states[language] + noise).astype(np.float32)),
+            fired=torch.zeros(8, 1, 4, dtype=torch.int32),
+            tokens=predicted,
+            nll=torch.from_numpy(loss * 30),
+            predicted=predicted,
+            utf8_bytes=predicted,
+            power=power,
+            error=power * error if error else power * 0,
+        )
+
+    for language in LANGUAGES:
+        readings[DENSE, language] = reading(language, hard[language], 0)
+    for calibration in LANGUAGES:
+        for draw in range(seeds):
+            name = f"{calibration}-{draw}"
+            described[name] = columns(calibration, draw)
+            for language in LANGUAGES:
+                shift = spread * rng.normal() - effect * (calibration == language)
+                loss = hard[language] + 0.5 + shift + 0.05 * rng.normal(size=SEGMENTS)
+                readings[name, language] = reading(language, loss, 0.1)
+    subspace = LSAR().fit(rng.normal(size=(len(LANGUAGES), HIDDEN)))
+    return contrasts.analyze(readings, described, [subspace])
+
+
+def perplexity(frame):
+    return frame[frame["metric"] == "log_perplexity"]
+
+
+def test_planted_differences_are_found_with_their_size():
+    frame = perplexity(study(effect=0.3, seeds=3))
+    pairs = frame[frame["other_calibration"] != OTHERS]
+    assert len(pairs) == len(LANGUAGES) * 6
+    involved = (pairs["calibration"].astype(str) == pairs["language"].astype(str)) | (
+        pairs["other_calibration"].astype(str) == pairs["language"].astype(str)
+    )
+    assert (pairs[involved]["p_adjusted"] < SIGNIFICANT).all()
+    assert (pairs[~involved]["p_adjusted"] > SIGNIFICANT).all()
+    assert pairs[involved]["value"].abs().mean() == pytest.approx(0.3, abs=0.03)
+    assert (pairs["low"] <= pairs["value"]).all()
+    assert (pairs["value"] <= pairs["high"]).all()
+    own = frame[(frame["other_calibration"] == OTHERS) & (frame["calibration"] != OWN)]
+    assert (own["p_adjusted"] < SIGNIFICANT).all()
+    assert (own["value"] < -0.2).all()
+    (together,) = frame[frame["calibration"] == OWN].to_dict("records")
+    assert together["value"] == pytest.approx(own["value"].mean())
+    assert together["low"] < together["value"] < together["high"] < -0.2
+    assert together["p_value"] == pytest.approx(2 / 24)  # 4 sets can be dealt to 4 languages in 24 ways; two-sided
+
+
+def test_draws_of_one_text_do_not_come_out_as_different():
+    """No set differs from any other but for the draw: over ten studies hardly a comparison may say otherwise."""
+    p_values = []
+    for seed in range(10):
+        frame = perplexity(study(effect=0, seeds=2, seed=seed))
+        p_values += frame[frame["other_calibration"] != OTHERS]["p_adjusted"].tolist()
+    assert len(p_values) == 240
+    assert np.mean(np.less(p_values, SIGNIFICANT)) < 0.05
+
+
+def test_without_the_margin_they_would():
+    """The sentences alone say that almost any two models differ: that is why the margin is there."""
+    frame = perplexity(study(effect=0, seeds=1, spread=0.05))
+    pairs = frame[frame["other_calibration"] != OTHERS]
+    assert pairs["seed_margin"].isna().all()
+    assert (pairs["p_adjusted"] < SIGNIFICANT).mean() > 0.5
+
+
+def test_own_language_against_others_is_exact():
+    frame = perplexity(study(effect=1, seeds=2))
+    own = frame[(frame["other_calibration"] == OTHERS) & (frame["calibration"] != OWN)].set_index("language")["p_value"]
+    # 2 of 8 models: 28 ways to choose them; none differs as much, and the test is two-sided
+    assert own.to_numpy() == pytest.approx(np.full(4, 2 / 28))
+
+
+def test_one_seed_each_gives_one_in_as_many_as_there_are_sets():
+    frame = perplexity(study(effect=1, seeds=1))
+    own = frame[(frame["other_calibration"] == OTHERS) & (frame["calibration"] != OWN)]["p_value"]
+    assert own.to_numpy() == pytest.approx(np.full(4, 1 / 4))
+
+
+def test_all_metrics_are_compared_and_errors_alike_do_not_differ():
+    frame = study(effect=0.3, seeds=2)
+    assert set(frame["metric"]) == {"log_perplexity", "snr_db", "specific_error_db", "agnostic_error_db"}
+    errors = frame[frame["metric"].isin(["specific_error_db", "agnostic_error_db"])]
+    pairs = errors[errors["other_calibration"] != OTHERS]
+    assert (pairs["p_adjusted"] > SIGNIFICANT).mean() > 0.9

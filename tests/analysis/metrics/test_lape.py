@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from analysis.metrics import lape
+from probes import DENSE, Readings
+from probes.readers.firing import FOLDS
+
+
+def naive_select(p: np.ndarray, quantile: float, share: float) -> set[tuple[int, int, int]]:
+    """The published rule, neuron by neuron."""
+    layers, neurons, languages = p.shape
+    threshold = sorted(p.ravel())[max(round(quantile * p.size), 1) - 1]
+    ranked = []
+    for layer in range(layers):
+        for neuron in range(neurons):
+            row = p[layer, neuron]
+            if not any(value > threshold for value in row):
+                continue
+            shares = [value / sum(row) for value in row if value > 0]
+            ranked.append((max(-sum(s * np.log(s) for s in shares), 0.0), layer, neuron))
+    # Rounded, so that sums in another order do not break ties the other way.
+    ranked.sort(key=lambda entry: (round(entry[0], 9), entry[1], entry[2]))
+    chosen = ranked[: round(share * layers * neurons)]
+    return {(i, j, k) for _, i, j in chosen for k in range(languages) if p[i, j, k] > threshold}
+
+
+probabilities = arrays(np.float64, (3, 20, 4), elements=st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(probabilities, st.sampled_from([0.5, 0.8, 0.95]), st.sampled_from([0.01, 0.1, 0.5]))
+def test_selection_equals_a_naive_version_of_the_published_rule(p, quantile, share):
+    found = lape.select(p, threshold_quantile=quantile, selected_share=share).members
+    assert set(map(tuple, np.argwhere(found).tolist())) == naive_select(p, quantile, share)
+
+
+@pytest.mark.parametrize(
+    ("layers", "neurons", "published"),
+    [(32, 11008, 3523), (40, 13824, 5530), (80, 28672, 22938), (30, 16384, 4915), (32, 14336, 4588)],
+)
+def test_set_sizes_are_those_published(layers, neurons, published):
+    assert lape.selection_size(layers * neurons) == published
+
+
+def test_planted_neurons_are_found_and_never_active_ones_are_not():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.2, 0.3, size=(4, 100, 5))
+    p[:, 90:] = 0  # never fires
+    planted = {(0, 3, 1), (1, 50, 4), (2, 7, 0), (3, 89, 2)}
+    for layer, neuron, language in planted:
+        p[layer, neuron] = 0.001
+        p[layer, neuron, language] = 0.9
+    found = lape.select(p)
+    assert set(map(tuple, np.argwhere(found.members).tolist())) == planted
+
+
+def test_a_model_that_never_fires_has_no_language_neurons():
+    assert not lape.select(np.zeros((2, 50, 3))).members.any()
+
+
+def test_entropy_is_highest_for_neurons_that_fire_alike_everywhere():
+    assert lape.entropy(np.full((1, 1, 8), 0.4))[0, 0] == pytest.approx(np.log(8))
+
+
+COLUMNS = {
+    "model": "m",
+    "method": DENSE,
+    "sparsity": 0.5,
+    "pattern": "row",
+    "allocation": "uniform",
+    "scope": "all",
+    "propagation": "pruned",
+    "calibration": "none",
+    "seed": 0,
+}
+
+
+def reading(rates: np.ndarray, seed: int, segments: int = 16, tokens: int = 200) -> Readings:
+    """What is read of neurons that fire with these rates, ``[layers, neurons]``."""
+    rng = np.random.default_rng(seed)
+    fired = rng.binomial(segments // FOLDS * tokens, rates, size=(FOLDS, *rates.shape))
+    each = torch.full((segments,), tokens)
+    none = torch.zeros(segments, 1, 8, dtype=torch.float64)
+    return Readings(
+        torch.zeros(segments, 1, 2), torch.from_numpy(fired).int(), each, each.double(), each, each, none, none
+    )
+
+
+def selection(rates: dict[str, np.ndarray], pruned: dict[str, np.ndarray] | None = None):
+    names = {DENSE: rates, "v": pruned or rates}
+    readings = {
+        (name, language): reading(of[language], 100 * i + j)
+        for i, (name, of) in enumerate(names.items())
+        for j, language in enumerate(of)
+    }
+    columns = {DENSE: COLUMNS, "v": COLUMNS | {"method": "wanda", "calibration": "en"}}
+    checks = lape.analyze(readings, columns)[1]
+    own = checks[checks["method"] == "wanda"]
+    return own.groupby("metric", observed=True)["value"].mean()
+
+
+def planted_rates(seed: int = 0, languages: str = "abcd") -> dict[str, np.ndarray]:
+    """1 % of 2000 neurons fire in one language each; all others alike in all, but for a few percent."""
+    rng = np.random.default_rng(seed)
+    common = rng.uniform(0.05, 0.3, size=(2, 1000))
+    rates = {language: common.copy() for language in languages}
+    for k in range(20):
+        layer, neuron = k % 2, k
+        for i, language in enumerate(languages):
+            rates[language][layer, neuron] = 0.6 if i == k % len(languages) else 0.005
+    return rates
+
+
+def test_a_selection_of_real_language_neurons_is_told_from_chance():
+    found = selection(planted_rates())
+    assert found["selected"] == 20
+    assert found["selected_by_chance"] < 2
+    assert found["p_value"] == pytest.approx(1 / (lape.PERMUTATIONS + 1))
+    assert found["other_half_share"] == 1
+    assert found["kept_share"] == 1
+    assert found["kept_by_chance"] == pytest.approx(5 / 2000)
+
+
+def test_a_selection_of_noise_is_told_from_language_neurons():
+    rates = np.random.default_rng(0).uniform(0.05, 0.3, size=(2, 1000))
+    found = selection(dict.fromkeys("abcd", rates))
+    assert found["selected"] == 20  # the rule always selects as many
+    assert found["p_value"] > 0.05
+    assert found["selected_by_chance"] > 5
+    assert found["other_half_share"] < 0.5
+
+
+def test_neurons_that_pruning_moved_to_others_are_not_kept():
+    before = planted_rates()
+    moved = {language: rates[:, ::-1].copy() for language, rates in before.items()}
+    found = selection(before, moved)
+    assert found["kept_share"] == 0
+    assert found["selected"] == 20
+
+
+def test_folds_add_up_to_the_whole():
+    rates = planted_rates()
+    readings = {(DENSE, language): reading(rates[language], i) for i, language in enumerate("abcd")}
+    counts = lape.FiringCounts.of(readings, DENSE)
+    assert counts.languages == tuple("abcd")
+    whole = counts.probabilities()
+    halves = [counts.probabilities(range(i, FOLDS, 2)) for i in (0, 1)]
+    np.testing.assert_allclose(whole, (halves[0] + halves[1]) / 2)
+    np.testing.assert_allclose(
+        whole[..., 1], readings[DENSE, "b"].fired.sum(0).numpy() / readings[DENSE, "b"].tokens.sum().item()
+    )

@@ -1,0 +1,309 @@
+"""`prunescope diagnose` on a finished study of a tiny model, with items that its variant is known to lose."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from checkpoints import saved
+from command_line import expect_one_line, prunescope
+from conftest import tiny_model
+
+from analysis import load_study, read_frame
+from analysis.metrics import recovery as diagnosis
+from analysis.metrics.recovery import importance, words
+from analysis.study import run
+from probes import Session, item_questions, score
+from probes.items import Item
+from pruning import Recipe, Remedy, load_model, prune
+
+VARIANT = "magnitude-0.7-matrix"
+STUDY = """
+model = "model"
+languages = ["en", "sw"]
+[calibration]
+sets = []
+[[recipes]]
+method = "magnitude"
+sparsity = 0.7
+[evaluation]
+segments = 4
+fit_segments = 4
+max_length = 40
+[tasks]
+items = "file:riddles/{lang}.jsonl"
+"""
+TITLE = f"Diagnosis: {VARIANT}, reasoning in Swahili"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_other_figures():
+    """The figures of the study itself are drawn elsewhere, and take most of the time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "gallery", lambda *_: iter(()))
+        yield
+
+
+def riddles(folder):
+    """Items by language: reasoning, which the variant loses; fluency, which it gains; and two items that are few."""
+    model, tokenizer = load_model(str(folder / "model"), device="cpu")
+    (variant,) = prune(model, tokenizer, Recipe(method="magnitude", sparsity=0.7))
+    session = Session(model, tokenizer)
+    rng = np.random.default_rng(3)
+
+    def text(length):
+        return "".join(rng.choice(list("abcdefghijklmnop"), length))
+
+    written = {}
+    for language in ("en", "sw"):
+        items = [
+            Item(id=f"{i}", twin=f"{i // 2}", prompt=text(8), choices=(text(2), text(2)), answer=0) for i in range(26)
+        ]
+        questions = item_questions(session, items)
+        dense = score(session, questions).values
+        with variant.applied(model):
+            lost = dense - score(session, questions).values
+        categories = ["reasoning"] * 12 + ["fluency"] * 12 + ["few"] * 2
+        written[language] = [
+            item.model_copy(
+                update={"category": category, "answer": int(own.argmin() if category == "fluency" else own.argmax())}
+            )
+            for item, category, own in zip(items, categories, lost, strict=True)
+        ]
+    return written
+
+
+def write_riddles(folder, items):
+    (folder / "riddles").mkdir(exist_ok=True)
+    for language, own in items.items():
+        lines = "".join(item.model_dump_json() + "\n" for item in own)
+        (folder / "riddles" / f"{language}.jsonl").write_text(lines, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    saved(tiny_model(), folder / "model")
+    write_riddles(folder, riddles(folder))
+    (folder / "study.toml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    result = prunescope("run", place / "study.toml", "--out", place / "out")
+    assert result.returncode == 0, result.stderr
+    return place / "out"
+
+
+def diagnose(folder, *words, category="reasoning", variant=VARIANT, language="sw"):
+    options = ["--variant", variant, "--language", language, "--category", category, "--confirm", 2]
+    return prunescope("diagnose", folder, *options, *words)
+
+
+@pytest.fixture(scope="module")
+def diagnosed(finished):
+    result = diagnose(finished)
+    assert result.returncode == 0, result.stderr
+    return finished, result
+
+
+def page_of(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_diagnosis_is_printed_and_kept(diagnosed):
+    folder, result = diagnosed
+    place = folder / "diagnoses" / f"{VARIANT}-sw-reasoning"
+    assert sorted(path.name for path in place.iterdir()) == ["diagnosis.json", "recovery.parquet", "remedy.json"]
+    frame = read_frame(place / "recovery.parquet")
+    assert set(frame["n"].dropna()) == {12}
+    assert set(frame["task"]) == {"riddles"}
+    *said, last = result.stdout.strip().splitlines()
+    assert said == [f"- {sentence}" for sentence in words(frame)]
+    assert said[0].startswith("- Pruning took ")
+    assert last == f"report: {folder / 'report.html'}"
+
+
+def test_the_report_has_a_section_with_sentences_and_figures(diagnosed):
+    folder, result = diagnosed
+    page = page_of(folder)
+    names = [f"diagnosis-{kind}-{VARIANT}-sw-reasoning" for kind in ("curves", "map", "causes")]
+    for name in names:
+        assert {path.suffix for path in (folder / "figures").glob(f"{name}.*")} == {".pdf", ".png"}
+    assert re.search(rf"<h[23][^>]*>\s*{re.escape(TITLE)}", page)
+    assert page.count("<img") == page.count("data:image/png;base64,") == 3
+    for sentence in result.stdout.splitlines()[:2]:
+        assert sentence.removeprefix("- ") in page
+    captions = re.findall(r"<figcaption>(.*?)<small>", page, re.DOTALL)
+    assert len(captions) == 3
+    assert all("reasoning in Swahili" in caption and "n = 12" in caption for caption in captions)
+    assert not re.search(r"\bnan\b", page)
+
+
+def test_the_remedy_is_what_a_recipe_follows(diagnosed, tmp_path):
+    folder, _ = diagnosed
+    place = folder / "diagnoses" / f"{VARIANT}-sw-reasoning"
+    remedy = Remedy.open(place / "remedy.json")
+    assert (remedy.variant, remedy.language, remedy.category) == (VARIANT, "sw", "reasoning")
+    assert remedy.importance == importance(read_frame(place / "recovery.parquet"))
+    assert len(remedy.importance) == 3 * 7
+    assert remedy.fitted_on.startswith("12 reasoning questions")
+    follows = STUDY.replace(
+        "sparsity = 0.7", f'sparsity = 0.5\nallocation = "diagnosis"\ndiagnosis = "{place}/remedy.json"'
+    )
+    (tmp_path / "study.toml").write_text(follows.replace('"model"', f'"{folder.parent / "model"}"'))
+    (recipe,) = load_study(tmp_path / "study.toml").all_recipes()
+    assert dict(recipe.importance) == remedy.importance
+    made = prunescope("prune", tmp_path / "study.toml", "--out", tmp_path / "out")
+    assert made.returncode == 0, made.stderr
+
+
+def test_a_second_diagnosis_does_nothing_anew(diagnosed):
+    folder, first = diagnosed
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    again = diagnose(folder)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert "diagnosing" not in again.stderr
+    touched = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert touched <= {"provenance.json", "study.toml", ".lock"}
+    assert prunescope("run", folder.parent / "study.toml", "--out", folder).returncode == 0
+    assert TITLE in page_of(folder)
+
+
+@pytest.fixture
+def copied(diagnosed, tmp_path):
+    folder, _ = diagnosed
+    shutil.copytree(folder, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("category", ["reasoning", "text"])
+def test_the_two_halves_share_no_question(copied, monkeypatch, category):
+    asked = {}
+    real = diagnosis.diagnose
+
+    def watched(session, damage, questions, *rest, **settings):
+        asked[half] = questions
+        return real(session, damage, questions, *rest, **settings)
+
+    monkeypatch.setattr(diagnosis, "diagnose", watched)
+    for half in ("first", "second"):
+        result = diagnose(copied, "--half", half, category=category)
+        assert result.returncode == 0, result.stderr
+        assert f"{half} half of the questions" in page_of(copied)
+    first, second = (asked[half].twins for half in ("first", "second"))
+    assert not set(first) & set(second)
+    assert len(first) == len(second) == (6 if category == "reasoning" else 2)
+    if category == "reasoning":
+        assert {*first, *second} == {str(i) for i in range(6)}
+        assert sorted(first) == ["0", "0", "2", "2", "4", "4"]  # twins stay together
+    assert TITLE in page_of(copied)
+
+
+def test_where_nothing_was_lost_nothing_is_blamed(copied):
+    result = diagnose(copied, category="fluency")
+    assert result.returncode == 0, result.stderr
+    assert "no loss that could be told from nothing" in result.stdout
+    assert "no causes are named" in result.stdout
+    names = [path.name for path in (copied / "diagnoses" / f"{VARIANT}-sw-fluency").iterdir()]
+    assert sorted(names) == ["diagnosis.json", "recovery.parquet"]
+    page = page_of(copied)
+    assert "fluency in Swahili" in page
+    assert "no causes are named" in page
+    assert page.count("<img") == 3  # those of the other diagnosis
+
+
+def test_a_changed_study_drops_diagnoses_that_are_stale(place, copied, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    items = riddles(place)
+    turned = {"reasoning": "fluency", "fluency": "reasoning", "few": "few"}
+    items["sw"] = [item.model_copy(update={"category": turned[item.category]}) for item in items["sw"]]
+    write_riddles(tmp_path, items)
+    (tmp_path / "study.toml").write_text(STUDY)
+    assert TITLE in page_of(copied)
+    result = prunescope("run", tmp_path / "study.toml", "--out", copied)
+    assert result.returncode == 0, result.stderr
+    assert "Diagnosis:" not in page_of(copied)
+    # diagnosed again, what was called reasoning has gained, and the remedy of old is no more
+    result = diagnose(copied)
+    assert result.returncode == 0, result.stderr
+    assert "no causes are named" in result.stdout
+    assert TITLE in page_of(copied)
+    assert not (copied / "diagnoses" / f"{VARIANT}-sw-reasoning" / "remedy.json").exists()
+
+
+def test_a_diagnosis_that_was_damaged_by_hand_does_not_stop_the_study(place, copied):
+    path = copied / "diagnoses" / f"{VARIANT}-sw-reasoning" / "diagnosis.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"language": "klingonish"}))
+    result = prunescope("run", place / "study.toml", "--out", copied)
+    assert result.returncode == 0, result.stderr
+    assert "Diagnosis:" not in page_of(copied)
+
+
+# -- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"variant": "magnitude-0.7-row"}, ['no variant "magnitude-0.7-row"', "did you mean", VARIANT]),
+        ({"variant": "dense"}, ['no variant "dense"', VARIANT]),
+        ({"language": "ru"}, ["Russian", "not in this study; it has en, sw"]),
+        ({"language": "swahili"}, ["unknown language tag", "did you mean"]),
+        ({"category": "commonsense"}, ['no items of the category "commonsense" in Swahili', "reasoning", "text"]),
+        ({"category": "few"}, ['too few questions of the category "few" in Swahili', "two items"]),
+    ],
+)
+def test_mistakes_are_one_line_and_status_two(finished, change, words):
+    before = sorted(finished.rglob("*"))
+    expect_one_line(diagnose(finished, **change), *words)
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_half_of_too_little_is_refused(finished):
+    result = diagnose(finished, "--half", "second", category="few")
+    expect_one_line(result, 'too few questions of the category "few"', "in the second half")
+
+
+def test_a_folder_without_a_study_is_refused(place, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere", place / "study.toml"):
+        expect_one_line(diagnose(folder), f"there is no study in {folder}", "prunescope run STUDY.toml --out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('items = "file:riddles/{lang}.jsonl"', 'itmes = "none"', ('unknown key "itmes" in [tasks]', '"items"')),
+        ('items = "file:riddles/{lang}.jsonl"', 'items = "bundeld"', ("tasks.items", "unknown source of items")),
+        ("[tasks]", "[tasks]\nper_category = 1", ("tasks.per_category", "greater than or equal to 2")),
+        ("[tasks]", '[tasks]\nharness = ["belebele_xyz"]', ("belebele_xyz",)),
+        ("riddles/{lang}", "nowhere/{lang}", ("no items for English", "nowhere/en.jsonl")),
+        ("riddles/{lang}", "wrong/{lang}", ("wrong/en.jsonl, line 2", "no choice is correct")),
+    ],
+)
+def test_mistakes_in_the_tasks_of_a_study_are_one_line(place, tmp_path, old, new, words):
+    (place / "wrong").mkdir(exist_ok=True)
+    for language in ("en", "sw"):
+        lines = (place / "riddles" / f"{language}.jsonl").read_text().splitlines()
+        lines[1] = json.dumps(json.loads(lines[1]) | {"answer": 2})
+        (place / "wrong" / f"{language}.jsonl").write_text("\n".join(lines))
+    (place / "wrong.toml").write_text(STUDY.replace(old, new))
+    expect_one_line(prunescope("run", place / "wrong.toml", "--out", tmp_path / "out"), *words)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_study_without_items_can_only_have_its_text_diagnosed(place, tmp_path):
+    (place / "none.toml").write_text(STUDY.replace("file:riddles/{lang}.jsonl", "none"))
+    result = prunescope("run", place / "none.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert len(read_frame(tmp_path / "out" / "frames" / "items.parquet")) == 0
+    assert len(read_frame(tmp_path / "out" / "frames" / "accuracy.parquet")) == 0
+    expect_one_line(diagnose(tmp_path / "out"), "no items in Swahili", 'items = "file:', "--category text")
+    result = diagnose(tmp_path / "out", category="text")
+    assert result.returncode == 0, result.stderr
+    assert "the text in Swahili, n = 4" in result.stdout

@@ -1,0 +1,517 @@
+"""A whole study of a tiny random model on the bundled text."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from checkpoints import CORPUS, checkpoint, saved
+from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from analysis import read_frame
+from analysis.frames import FRAMES, recipes_of
+from analysis.metrics import contrasts, lape, lsar, mask_overlap, perplexity
+from analysis.metrics import signal as signals
+from analysis.plots import style as figures
+from pruning import CalibrationSet, Recipe, load_model, prune
+from pruning.files import PARTIAL
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
+#: Looks at the page from outside and leaves what it finds in the title.
+LOOK = """
+const page = document.querySelector("iframe").contentDocument;
+const table = [...page.querySelectorAll("table.sortable")].find(t => t.textContent.includes("× dense"));
+const column = () => [...table.rows].slice(1).map(row => Number(row.cells[2].dataset.value));
+const before = column();
+table.rows[0].cells[2].click();
+const rising = column();
+table.rows[0].cells[2].click();
+const falling = column();
+document.title = "found" + JSON.stringify({
+  before, rising, falling,
+  sorted: table.rows[0].cells[2].getAttribute("aria-sort"),
+  images: page.images.length,
+  whole: [...page.images].filter(image => image.complete && image.naturalWidth > 0).length,
+  missing: [...page.querySelectorAll("nav a")].filter(a => !page.querySelector(a.getAttribute("href"))).length,
+  wide: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+});
+"""
+
+STUDY = """
+model = "model"
+languages = ["en", "sw", "zh"]
+[calibration]
+sets = ["en", "sw", "all"]
+samples = 6
+length = 32
+extra = [["sw", 1]]
+[[recipes]]
+method = "wanda"
+sparsity = 0.5
+[[recipes]]
+method = "magnitude"
+sparsity = 0.3
+[evaluation]
+segments = 6
+fit_segments = 6
+max_length = 40
+[tasks]
+per_category = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    from conftest import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("study")
+    # the longest bundled items take more than 128 bytes, which are this tokenizer's tokens
+    tiny_model(max_position_embeddings=512).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "study.toml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    result = prunescope("run", place / "study.toml", "--out", place / "out")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"report: {place / 'out' / 'report.html'}"
+    return place / "out"
+
+
+def contents(folder: Path, *parts: str) -> dict[str, bytes]:
+    files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+RESULTS = ("variants", "readings", "frames", "figures")
+#: Those that a study writes; a diagnosis has a folder of its own.
+WRITTEN = [name for name in FRAMES if name != "recovery"]
+
+
+def test_study_folder_holds_what_the_readme_lists(finished):
+    names = sorted(path.name for path in finished.iterdir() if path.name != ".lock")
+    assert names == [
+        "figures",
+        "frames",
+        "provenance.json",
+        "readings",
+        "report.html",
+        "study.toml",
+        "variants",
+    ]
+    assert sorted(path.stem for path in (finished / "frames").iterdir()) == sorted(WRITTEN)
+    assert not list(finished.rglob("*" + PARTIAL))
+
+
+def test_frames_have_a_row_for_everything_that_was_asked(finished):
+    frames = {name: read_frame(finished / "frames" / f"{name}.parquet") for name in WRITTEN}
+    variants, languages, layers, neurons = 4 + 1, 3, 3, 48
+    assert len(frames["perplexity"]) == 2 * (variants + 1) * languages
+    assert len(frames["signal"]) == 2 * variants * languages * layers * 8
+    assert len(frames["neurons"]) == (variants + 1) * layers * neurons * (languages + 1)
+    assert len(frames["mask_overlap"]) == 2 * (4 * 3 // 2) * layers * 7
+    assert len(frames["sparsity"]) == variants * layers * 7
+    assert len(frames["language_neurons"]) == 4 * (variants + 1) * languages * layers
+    categories, items = 4, 2
+    assert len(frames["items"]) == (variants + 1) * languages * categories * items * (2 + 2)
+    assert len(frames["accuracy"]) == (3 + 6 * variants) * (languages + 1) * categories
+    # 4 metrics of a comparison, 6 pairs of sets with one seed or two, no other single language for one of the three
+    contrasts = frames["contrasts"]
+    assert len(contrasts[contrasts["other_calibration"] != "others"]) == 4 * 3 * languages
+    assert contrasts["p_adjusted"].between(0, 1).all()
+    assert (contrasts["p_adjusted"] >= contrasts["p_value"] - 1e-12).all()
+    knowledge = frames["subspaces"]["metric"].isin(["agnostic_retrieval", "specific_language_accuracy"])
+    assert frames["subspaces"][knowledge]["value"].between(0, 1).all()
+    assert knowledge.sum() == 2 * (variants + 1) * languages * layers
+    sparsity = frames["sparsity"].groupby("method", observed=True)["value"].mean()
+    assert sparsity["wanda"] == 0.5
+    assert (frames["perplexity"]["low"] <= frames["perplexity"]["high"]).all()
+
+
+def test_report_stands_alone(finished):
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    figures = list((finished / "figures").glob("*.png"))
+    assert page.count("<img") == page.count("data:image/png;base64,") == len(figures) == 1 + 16 + 7 + 3
+    assert "http" not in page.replace("http-equiv", "")
+    assert not re.search(r"\bnan\b", page)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome on this machine")
+def test_report_works_in_a_browser_at_the_width_of_a_phone(finished, tmp_path):
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    frame = f'<iframe style="width: 375px; height: 800px" srcdoc="{html.escape(page)}"></iframe>'
+    outside = tmp_path / "outside.html"
+    script = f"<script>addEventListener('load', () => {{ {LOOK} }})</script>"
+    outside.write_text(f"<!doctype html><meta charset=utf-8><title></title>{frame}{script}", encoding="utf-8")
+    done = subprocess.run(
+        [
+            str(BROWSER),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=10000",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            outside.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not said
+    found = json.loads(html.unescape(re.search(r"<title>found(.*?)</title>", done.stdout, re.DOTALL)[1]))
+    assert found["images"] == found["whole"] == len(list((finished / "figures").glob("*.png")))
+    assert found["missing"] == 0
+    assert found["wide"] <= 0
+    assert found["rising"] == sorted(found["before"])
+    assert found["falling"] == found["rising"][::-1]
+    assert found["sorted"] == "descending"
+
+
+def test_every_figure_has_a_caption_that_says_what_was_measured(finished):
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    captions = re.findall(r"<figcaption>(.*?)<small>", page, re.DOTALL)
+    assert len(captions) == page.count("<img")
+    assert min(map(len, captions)) > 60
+
+
+def test_figures_are_there_as_pdf_and_png(finished):
+    names = sorted(path.name for path in (finished / "figures").iterdir())
+    assert {Path(name).suffix for name in names} == {".pdf", ".png"}
+    assert len({Path(name).stem for name in names}) == len(names) / 2
+
+
+PLOTS = {
+    "perplexity": [perplexity.plot_matrix],
+    "signal": [signals.plot, signals.plot_matrix, signals.plot_roles],
+    "subspaces": [lsar.plot, lsar.plot_matrix, lsar.plot_knowledge],
+    "mask_overlap": [mask_overlap.plot, mask_overlap.plot_roles],
+    "contrasts": [contrasts.plot],
+    "language_neurons": [lape.plot],
+    "neurons": [lape.plot_entropy, lape.plot_shift],
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_figures_fit_a_column_too(finished, tmp_path, name):
+    frame = read_frame(finished / "frames" / f"{name}.parquet")
+    recipe = next(recipe for recipe in recipes_of(frame) if recipe["method"] == "wanda")
+    for plot in PLOTS[name]:
+        figure = plot(frame, recipe, width=figures.COLUMN_WIDTH)
+        assert figure.get_size_inches()[0] == figures.COLUMN_WIDTH
+        files = figures.save(figure, tmp_path, plot.__name__)
+        assert min(file.stat().st_size for file in files) > 2000
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        for text in figure.texts:  # the title, and labels of the whole figure
+            box = text.get_window_extent(renderer)
+            assert box.x0 > -1, text.get_text()
+            assert box.x1 < figure.bbox.x1 + 1, text.get_text()
+
+
+def test_second_run_repeats_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = prunescope("run", finished.parent / "study.toml", "--out", finished)
+    assert result.returncode == 0
+    assert "pruning" not in result.stderr
+    assert "reading" not in result.stderr
+    before.pop(finished / ".lock", None)
+    touched = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert touched <= {"provenance.json", "study.toml"}
+
+
+@pytest.mark.parametrize("stages", [1, 4, 8])
+def test_killed_run_goes_on_and_ends_with_the_same_bytes(place, finished, stages, tmp_path):
+    out = tmp_path / "killed"
+    command = [*COMMAND, "run", str(place / "study.toml"), "--out", str(out)]
+    seen = 0
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            seen += line.startswith("[")
+            if seen == stages:
+                time.sleep(0.05)
+                break
+        os.kill(running.pid, signal.SIGKILL)
+    recorded = json.loads((out / "provenance.json").read_text())["stages"] if (out / "provenance.json").exists() else {}
+    assert len(recorded) < len(json.loads((finished / "provenance.json").read_text())["stages"])
+    kept = {name: (out / name).stat().st_mtime_ns for record in recorded.values() for name in record["files"]}
+    result = prunescope("run", place / "study.toml", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert contents(out, *RESULTS) == contents(finished, *RESULTS)
+    assert not list(out.rglob("*" + PARTIAL))
+    dense = {name for name in kept if "readings/dense" in name}  # read again along with what was missing
+    assert all((out / name).stat().st_mtime_ns == t for name, t in kept.items() if name not in dense)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {'sets = ["en", "sw", "all"]': 'sets = ["sw"]'},
+        {'sets = ["en", "sw", "all"]': 'sets = ["en"]', 'extra = [["sw", 1]]': ""},
+        {'method = "wanda"': 'method = "magnitude"\npattern = "row"'},
+        {'method = "wanda"': 'method = "wanda"\npropagation = ["pruned", "dense"]'},
+    ],
+    ids=["one language, two seeds", "one calibration set", "no calibration", "grid of propagations"],
+)
+def test_studies_of_other_shapes_run_too(place, tmp_path, change):
+    text = STUDY
+    for old, new in change.items():
+        text = text.replace(old, new)
+    (place / "other.toml").write_text(text)
+    result = prunescope("run", place / "other.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert not re.search(r"\bnan\b", (tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+
+
+def small(place, tmp_path, model, *lines):
+    """Run a small study of another model; return its folder."""
+    text = STUDY.replace('"en", "sw", "zh"]', '"en", "sw"]').replace(
+        'sets = ["en", "sw", "all"]', 'sets = ["en", "sw"]'
+    )
+    text = text.replace('extra = [["sw", 1]]\n', "").replace('model = "model"', f'model = "{model}"')
+    (tmp_path / "study.toml").write_text(text + "\n".join(lines))
+    result = prunescope("run", tmp_path / "study.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"\b(nan|None)\b", page)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles"),
+    [
+        ("gpt2", {"q", "k", "v", "o", "up", "down"}),
+        ("mixtral", {"q", "k", "v", "o"}),
+        ("qwen2_moe", {"q", "k", "v", "o", "gate", "up", "down"}),  # its first block has no experts
+    ],
+)
+def test_models_without_gates_or_with_experts_are_read_as_far_as_they_can_be(place, tmp_path, kind, roles):
+    out = small(place, tmp_path, checkpoint(tmp_path / "model", kind))
+    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in WRITTEN}
+    assert set(frames["signal"]["role"]) == roles | {"residual"}
+    assert (len(frames["language_neurons"]) > 0) == (kind == "gpt2")
+    kinds = {role.partition(".")[0] for role in frames["mask_overlap"]["role"]}
+    assert kinds >= roles
+    assert ("gate.3" in set(frames["sparsity"]["role"])) == (kind != "gpt2")
+
+
+def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_path):
+    model, tokenizer = load_model(str(place / "model"), device="cpu")
+    text = CalibrationSet.named("sw", samples=4, length=32)
+    ours, theirs = prune(model, tokenizer, [Recipe(method=m, sparsity=0.25) for m in ("ria", "wanda")], CORPUS, text)
+    ours.export(model, tokenizer, tmp_path / "ours")
+    theirs.apply(model)
+    saved(model, tmp_path / "theirs")
+    lines = ["[imported]", 'mine = "ours"', '"llm-toolbox" = "theirs"']
+    out = small(place, tmp_path, place / "model", *lines)
+    frame = read_frame(out / "frames" / "perplexity.parquet")
+    by_method = frame.drop_duplicates("method").set_index("method")
+    assert by_method.loc["ria", ["sparsity", "pattern", "calibration"]].tolist() == [0.25, "matrix", "sw"]
+    assert by_method.loc["llm-toolbox", ["sparsity", "pattern", "calibration"]].tolist() == [0.25, "unknown", "none"]
+    assert (by_method["model"] == str(place / "model")).all()
+    assert {"llm-toolbox", "mine"} <= {path.name for path in (out / "variants").iterdir()}
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "Llm-toolbox, sparsity 0.25, pruned elsewhere" in html
+
+
+@pytest.fixture(scope="module")
+def pruned_by_somebody(place):
+    model, tokenizer = load_model(str(place / "model"), dtype="float32", device="cpu")
+    (variant,) = prune(model, tokenizer, [Recipe(method="magnitude", sparsity=0.3)])
+    variant.apply(model)
+    return saved(model, place / "pruned by somebody")
+
+
+def test_two_checkpoints_are_compared_without_a_study_file(place, pruned_by_somebody, tmp_path):
+    out = tmp_path / "out"
+    words = ["--out", out, "--languages", "en, sw, zh", "--segments", 6]
+    result = prunescope("compare", place / "model", pruned_by_somebody, *words)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"report: {out / 'report.html'}"
+    frame = read_frame(out / "frames" / "perplexity.parquet")
+    assert set(frame["method"]) == {"dense", "pruned_by_somebody"}
+    assert set(frame["language"]) == {"en", "sw", "zh"}
+    assert len(read_frame(out / "frames" / "contrasts.parquet")) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"\b(nan|None)\b", page)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model", "nowhere"], ["nowhere"]),
+        (["model", "model"], ["zero nowhere"]),
+        (["model", "nowhere", "--languages", "en"], ["languages"]),
+        (["model", "nowhere", "--languages", "en,klingonish"], ["klingonish"]),
+        (["model", "nowhere", "--text", "file:none/{lang}.jsonl"], ["none"]),
+        (["model", "pruned by somebody", "--segments", "1000"], ["1000 heldout segments", "there are 160"]),
+        (["pruned by somebody", "model", "--segments", "6"], ["were the dense and the pruned model swapped?"]),
+    ],
+)
+def test_mistakes_in_a_comparison_are_one_line(place, pruned_by_somebody, tmp_path, arguments, words):
+    places = [str(place / word) if word in ("model", pruned_by_somebody.name) else word for word in arguments]
+    expect_one_line(prunescope("compare", *places, "--out", tmp_path / "out"), *words)
+    assert nothing_was_made(tmp_path / "out")
+
+
+def test_a_comparison_does_not_write_over_a_file(place, pruned_by_somebody, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    result = prunescope("compare", place / "model", pruned_by_somebody, "--out", tmp_path / "mine")
+    expect_one_line(result, "mine is a file", "--out")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "changed"
+    shutil.copytree(finished, out)
+    (place / "more.toml").write_text(STUDY.replace('sets = ["en",', 'sets = ["zh", "en",'))
+    before = {path: path.stat().st_mtime_ns for path in (out / "variants").rglob("*") if path.is_file()}
+    result = prunescope("run", place / "more.toml", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("] pruning") == 1
+    assert "pruning 1 variant: wanda; zh (seed 0)" in result.stderr
+    assert all(path.stat().st_mtime_ns == t for path, t in before.items())
+    frame = read_frame(out / "frames" / "perplexity.parquet")
+    assert "zh" in set(frame["calibration"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "frames/signal.parquet",
+        "variants/magnitude-0.3-matrix/masks.safetensors",
+        "readings/dense/en.safetensors",
+    ],
+)
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_damaged_file_in_a_study_folder_is_noticed(finished, tmp_path, name, damage):
+    import shutil
+
+    out = tmp_path / "damaged"
+    shutil.copytree(finished, out)
+    whole = (out / name).read_bytes()
+    (out / name).write_bytes(whole[: len(whole) // 2] if damage == "truncated" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    expect_one_line(prunescope("run", finished.parent / "study.toml", "--out", out), name, "delete it")
+    (out / name).unlink()
+    assert prunescope("run", finished.parent / "study.toml", "--out", out).returncode == 0
+    assert (out / name).read_bytes() == whole
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(place, tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".lock"):
+        result = prunescope("run", place / "study.toml", "--out", tmp_path)
+    expect_one_line(result, "another run is writing")
+
+
+def test_damaged_record_is_noticed(finished, tmp_path):
+    (tmp_path / "provenance.json").write_text('{"stages": {"variant')
+    expect_one_line(prunescope("run", finished.parent / "study.toml", "--out", tmp_path), "provenance.json", "damaged")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"zh"]', '"ko"]', ("Korean", "bundled corpus has")),
+        ('"zh"]', '"chinese"]', ("unknown language tag", "did you mean")),
+        ("segments = 6\nfit", "segments = 999\nfit", ("999 heldout segments", "there are 160")),
+        ("samples = 6", "samples = 100000", ("100000 samples", "enough for")),
+        ('method = "wanda"', 'method = "wnada"', ("did you mean",)),
+        ("sparsity = 0.5", "sparsity = 50", ("not between 0 and 1",)),
+        ("segments = 6", "segmets = 6", ("unknown key",)),
+        ('model = "model"', 'model = "nowhere"', ("cannot load model",)),
+    ],
+)
+def test_mistakes_are_one_line_and_status_two(place, tmp_path, old, new, words):
+    study = place / "wrong.toml"
+    study.write_text(STUDY.replace(old, new, 1))
+    expect_one_line(prunescope("run", study, "--out", tmp_path / "out"), *words)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_unknown_architecture_is_one_line(place, tmp_path):
+    from conftest import tiny_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("mamba", hidden_size=8, num_hidden_layers=1, vocab_size=300, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "study.toml").write_text(STUDY)
+    expect_one_line(prunescope("run", tmp_path / "study.toml", "--out", tmp_path / "o"), '"mamba"')
+
+
+def test_full_disk_is_one_line_and_the_run_goes_on_afterwards(place, finished, tmp_path):
+    """A file size limit stands in for a full disk: the kernel refuses the write in the same way."""
+    import resource
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    out = tmp_path / "out"
+    command = [*COMMAND, "run", str(place / "study.toml"), "--out", str(out)]
+    result = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, timeout=300, check=False)
+    expect_one_line(result, "no space left")
+    assert not list(out.rglob("*" + PARTIAL))
+    assert prunescope("run", place / "study.toml", "--out", out).returncode == 0
+    assert contents(out, *RESULTS) == contents(finished, *RESULTS)
+
+
+def test_export_writes_a_checkpoint_and_refuses_what_it_must(finished, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    variant = "wanda-0.5-row-pruned-sw-s0"
+    target = tmp_path / "checkpoint"
+    result = prunescope("export", finished, target, "--variant", variant)
+    assert result.returncode == 0, result.stderr
+    weight = AutoModelForCausalLM.from_pretrained(target).model.layers[0].mlp.up_proj.weight
+    assert int((weight == 0).sum()) * 2 == weight.numel()
+    expect_one_line(prunescope("export", finished, target, "--variant", variant), "not empty")
+    expect_one_line(
+        prunescope("export", finished, tmp_path / "x", "--variant", "wanda-0.5"),
+        "there is no variant",
+        "known:",
+    )
+
+
+def test_masks_of_another_model_are_refused(finished, tmp_path):
+    import shutil
+
+    from conftest import tiny_model, tiny_tokenizer
+
+    shutil.copytree(finished, tmp_path / "out")
+    tiny_model(seed=9).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    study = tmp_path / "out" / "study.toml"
+    study.write_text(study.read_text().replace(str(finished.parent / "model"), str(tmp_path / "model")))
+    result = prunescope("export", tmp_path / "out", tmp_path / "c", "--variant", "magnitude-0.3-matrix")
+    expect_one_line(result, "belongs to another model")
+    assert not (tmp_path / "c").exists()
+
+
+def test_frames_read_into_pandas_as_they_are(finished):
+    frame = pd.read_parquet(finished / "frames" / "perplexity.parquet")
+    assert list(frame.columns) == list(FRAMES["perplexity"].columns)

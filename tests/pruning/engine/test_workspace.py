@@ -1,0 +1,177 @@
+"""A sweep that is killed and started again ends as one that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import CORPUS, SHORT
+
+from pruning import Anatomy, Recipe
+from pruning.engine import Job, Pruned, Workspace, sweep, workspace
+from pruning.errors import DiskError
+from pruning.text.calibration import CalibrationText
+from pruning.variants.variant import planned_jobs
+
+RECIPES = [
+    Recipe(method="wanda", sparsity=0.5),
+    Recipe(method="sparsegpt", sparsity=0.5, blocks="1:"),
+    Recipe(method="wanda", sparsity=0.5, allocation="owl", propagation="dense"),
+    Recipe(method="magnitude", sparsity=0.3),
+]
+JOBS = planned_jobs(RECIPES, [SHORT])
+
+
+@pytest.fixture(autouse=True)
+def every_block_is_a_checkpoint(monkeypatch):
+    monkeypatch.setattr(workspace, "CHECKPOINT_SECONDS", 0)
+
+
+def run(
+    anatomy: Anatomy,
+    tokenizer: Any,
+    place: Workspace | None = None,
+    jobs: Sequence[Job] = JOBS,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[Job, Pruned]:
+    text = CalibrationText.draw(tokenizer, CORPUS, [SHORT])
+    pruned = sweep(anatomy, jobs, text, batch_tokens=32, workspace=place, progress=progress)
+    return {job: pruned(job) for job in jobs}
+
+
+def assert_same(found: dict[Job, Pruned], wanted: dict[Job, Pruned]) -> None:
+    for job, expected in wanted.items():
+        assert found[job].masks == expected.masks, job.id
+        assert list(found[job].masks) == list(expected.masks)
+        values, expected_values = found[job].values or {}, expected.values or {}
+        assert set(values) == set(expected_values)
+        assert all(torch.equal(values[key], expected_values[key]) for key in values), job.id
+        assert found[job].remarks == expected.remarks
+
+
+class Kill:
+    """Progress that raises at its n-th call."""
+
+    def __init__(self, at: int, how: type[BaseException]) -> None:
+        self.left = at
+        self.how = how
+
+    def __call__(self, tokens: int) -> None:
+        if self.left == 0:
+            raise self.how
+        self.left -= 1
+
+
+def killed(anatomy: Anatomy, tokenizer: Any, folder: Path, *, spill: bool = False) -> None:
+    """Run a sweep into a folder up to its last block."""
+    place = Workspace(folder, "key", spill=spill)
+    with pytest.raises(KeyboardInterrupt):
+        run(anatomy, tokenizer, place, progress=Kill(21, KeyboardInterrupt))
+    assert {path.name for path in folder.glob("block-*")} == {"block-0.safetensors", "block-1.safetensors"}
+
+
+@pytest.mark.parametrize("spill", [False, True], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "mt5"])
+def test_a_sweep_that_is_killed_anywhere_goes_on_and_ends_the_same(make_model, tokenizer, tmp_path, kind, spill):
+    model = make_model(kind)
+    anatomy = Anatomy(model)
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    done: list[int] = []
+    wanted = run(anatomy, tokenizer, progress=done.append)
+    resumed = 0
+    for at, how in zip(
+        range(len(done) // 4, len(done), len(done) // 3), [KeyboardInterrupt, SystemExit] * 2, strict=False
+    ):
+        folder = tmp_path / str(at)
+        with pytest.raises(how):
+            run(anatomy, tokenizer, Workspace(folder, "key", spill=spill), progress=Kill(at, how))
+        assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
+        again = Workspace(folder, "key", spill=spill)
+        resumed += again.resumed() is not None
+        repeated: list[int] = []
+        assert_same(run(anatomy, tokenizer, again, progress=repeated.append), wanted)
+        assert sum(repeated) == sum(done)  # what was done before the kill is told at once
+        again.close()
+    assert resumed >= 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_a_sweep_may_go_on_with_states_kept_elsewhere(model, tokenizer, tmp_path, then):
+    anatomy = Anatomy(model)
+    killed(anatomy, tokenizer, tmp_path / "w", spill=not then)
+    again = Workspace(tmp_path / "w", "key", spill=then)
+    assert again.resumed() is not None
+    assert_same(run(anatomy, tokenizer, again), run(anatomy, tokenizer))
+
+
+def test_a_resumed_sweep_repeats_little(model, tokenizer, tmp_path):
+    """The survey comes again, the blocks that were finished do not."""
+    anatomy = Anatomy(model)
+    jobs = [job for job in JOBS if job.recipe.allocation == "uniform"]
+    done: list[int] = []
+    run(anatomy, tokenizer, jobs=jobs, progress=done.append)
+    place = Workspace(tmp_path / "w", "key")
+    with pytest.raises(KeyboardInterrupt):
+        run(anatomy, tokenizer, place, jobs, Kill(len(done) - 1, KeyboardInterrupt))
+    repeated: list[int] = []
+    run(anatomy, tokenizer, Workspace(tmp_path / "w", "key"), jobs, repeated.append)
+    assert sum(repeated) == sum(done)
+    assert len(repeated) < len(done) / 2
+
+
+def test_work_of_another_key_is_removed(model, tokenizer, tmp_path):
+    anatomy = Anatomy(model)
+    killed(anatomy, tokenizer, tmp_path / "w")
+    other = Workspace(tmp_path / "w", "another key")
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["work.json"]
+    assert other.resumed() is None
+
+
+@pytest.mark.parametrize("damage", ["cut short", "altered", "missing"])
+@pytest.mark.parametrize("spill", [False, True], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("name", ["position.json", "states-*/wanda-*.safetensors", "block-0.safetensors"])
+def test_a_damaged_workspace_begins_again(model, tokenizer, tmp_path, name, spill, damage):
+    anatomy = Anatomy(model)
+    killed(anatomy, tokenizer, tmp_path / "w", spill=spill)
+    (path, *_) = sorted((tmp_path / "w").glob(name))
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-30] if damage == "cut short" else whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    again = Workspace(tmp_path / "w", "key", spill=spill)
+    assert again.resumed() is None
+    assert_same(run(anatomy, tokenizer, again), run(anatomy, tokenizer))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', '{"position": {}}'])
+def test_records_that_are_no_records_are_not_followed(tmp_path, content):
+    for name in ("work.json", "position.json"):
+        Workspace(tmp_path / "w", "key")
+        (tmp_path / "w" / name).write_text(content)
+        assert Workspace(tmp_path / "w", "key").resumed() is None
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(DiskError, match="something else than a workspace"):
+        Workspace(tmp_path, "key")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_closed_workspace_takes_only_its_own_folder(tmp_path):
+    (tmp_path / "w").mkdir()
+    Workspace(tmp_path / "w", "key").close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_states_on_disk_take_no_more_than_two_blocks(model, tokenizer, tmp_path):
+    folders: list[int] = []
+    place = Workspace(tmp_path / "w", "key", spill=True)
+    run(Anatomy(model), tokenizer, place, progress=lambda n: folders.append(len(list(tmp_path.rglob("states-*")))))
+    assert max(folders) == 2
+    assert not list(tmp_path.rglob("aside"))

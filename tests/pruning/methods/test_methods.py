@@ -1,0 +1,335 @@
+"""Every method and pattern on every architecture, against naive float64 versions written from the papers."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import naive
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pruning import Anatomy, CalibrationSet, Recipe, known_methods
+from pruning.engine import Job, Pruned, sweep
+from pruning.engine.streams import decoder_labels, encoder_ids
+from pruning.models.anatomy import role_kind
+from pruning.text.calibration import CalibrationText, Piece
+
+PATTERNS = ["row", "matrix", "model", "2:4", "4:8"]
+METHODS = ["magnitude", "wanda", "ria", "m-wanda", "snip", "grasp"]
+CALIBRATION = CalibrationSet(name="en+sw", languages=("en", "sw"), samples=6, length=16)
+Inputs = dict[tuple[int, str], dict[str, torch.Tensor]]
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(7))
+    return {"en": ids[:3], "sw": ids[3:]}
+
+
+def text() -> CalibrationText:
+    pieces = {Piece(language, 0, 16, 0, 3): ids for language, ids in tokens().items()}
+    return CalibrationText(pieces, {CALIBRATION: list(pieces)})
+
+
+def job(recipe: Recipe) -> Job:
+    return Job(recipe, CALIBRATION if recipe.calibrated else None)
+
+
+def dense_recipe(method: str, pattern: str, **more: Any) -> Recipe:
+    if method == "m-wanda":
+        more = {"parameters": {"firing": 1.0}, **more}  # with all of its terms
+    return Recipe(method=method, sparsity=0.5, pattern=pattern, allocation="uniform", propagation="dense", **more)
+
+
+@cache
+def swept(kind: str) -> tuple[Anatomy, dict[Recipe, Pruned]]:
+    """Return all methods and patterns with dense propagation, in one sweep."""
+    anatomy = Anatomy(tiny_model(kind))
+    recipes = [dense_recipe(m, p) for m in [*METHODS, "sparsegpt", "random"] for p in PATTERNS]
+    pruned = sweep(anatomy, [job(recipe) for recipe in recipes], text(), batch_tokens=32)
+    return anatomy, {recipe: pruned(job(recipe)) for recipe in recipes}
+
+
+def run_model(anatomy: Anatomy, ids: torch.Tensor, **more: Any) -> Any:
+    model: Any = anatomy.model
+    if anatomy.encoder_decoder:
+        return model(input_ids=encoder_ids(ids), labels=decoder_labels(ids), use_cache=False)
+    return model(input_ids=ids, use_cache=False, **more)
+
+
+def catch_inputs(anatomy: Anatomy) -> Inputs:
+    """Return what each projection reads, by language, caught by plain hooks in whole forward passes of batches of one."""
+    caught: dict[tuple[int, str], dict[str, list[torch.Tensor]]] = {key: {} for key in anatomy}
+    language = ""
+
+    def keep(layer: int, role: str, rows: torch.Tensor) -> None:
+        caught[layer, role].setdefault(language, []).append(rows.reshape(-1, rows.shape[-1]))
+
+    def plain(module: Any, args: Any, layer: int, roles: tuple[str, ...]) -> None:
+        for role in roles:
+            keep(layer, role, args[0])
+
+    def experts(module: Any, args: Any, layer: int) -> None:
+        hidden, index = args[0].flatten(0, -2), args[1]
+        for expert in range(module.down_proj.shape[0]):
+            rows = hidden[(index == expert).any(dim=-1)]
+            gate, up = (rows @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+            keep(layer, f"gate.{expert}", rows)
+            keep(layer, f"up.{expert}", rows)
+            keep(layer, f"down.{expert}", module.act_fn(gate) * up)
+
+    handles = []
+    for layer in range(len(anatomy.blocks)):
+        for group in anatomy.groups(layer):
+            module = anatomy.module(layer, group.module)
+            if group.expert is None:
+                handles.append(module.register_forward_pre_hook(partial(plain, layer=layer, roles=group.roles)))
+        if anatomy.experts(layer) is not None:
+            handles.append(anatomy.experts(layer).register_forward_pre_hook(partial(experts, layer=layer)))
+    with torch.no_grad():
+        for language, ids in tokens().items():  # noqa: B007  (read by the hooks)
+            for row in ids:
+                run_model(anatomy, row[None])
+    for handle in handles:
+        handle.remove()
+    return {key: {lang: torch.cat(rows) for lang, rows in by.items()} for key, by in caught.items()}
+
+
+def double_model(kind: str) -> Any:
+    model = tiny_model(kind).double()
+    model.config._experts_implementation = "eager"  # the grouped product has no float64
+    return model
+
+
+@cache
+def double(kind: str) -> tuple[Anatomy, Inputs]:
+    anatomy = Anatomy(double_model(kind))
+    return anatomy, catch_inputs(anatomy)
+
+
+@cache
+def derivatives(kind: str) -> tuple[dict[tuple[int, str], torch.Tensor], dict[tuple[int, str], torch.Tensor]]:
+    anatomy, _ = double(kind)
+    parameters = anatomy.block_parameters()
+
+    def loss() -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for ids in tokens().values():
+            for row in ids:
+                if anatomy.encoder_decoder:
+                    total = total + run_model(anatomy, row[None]).loss / 6
+                else:
+                    logits = run_model(anatomy, row[None]).logits[0, :-1]
+                    total = total + torch.nn.functional.cross_entropy(logits, row[1:]) / 6
+        return total
+
+    with sdpa_kernel(SDPBackend.MATH):
+        g, h = naive.gradients(loss, list(parameters.values()))
+    split = [anatomy.by_projection(dict(zip(parameters, part, strict=True))) for part in (g, h)]
+    return split[0], split[1]
+
+
+def naive_scores(kind: str, method: str) -> dict[tuple[int, str], torch.Tensor]:
+    anatomy, inputs = double(kind)
+    scores = {}
+    for key in anatomy:
+        weight, by_language = anatomy.weight(*key).detach(), inputs[key]
+        if (
+            method in ("wanda", "ria", "m-wanda") and sum(map(len, by_language.values())) == 0
+        ) or method == "magnitude":
+            scores[key] = naive.magnitude(weight)
+        elif method in ("wanda", "ria"):
+            score = naive.wanda if method == "wanda" else naive.ria
+            scores[key] = score(weight, torch.cat(list(by_language.values())))
+        elif method == "m-wanda":
+            scores[key] = naive.m_wanda(weight, {lang: x for lang, x in by_language.items() if len(x)})
+        elif method == "snip":
+            scores[key] = naive.snip(derivatives(kind)[0][key], weight)
+        else:
+            scores[key] = naive.grasp(weight, derivatives(kind)[1][key])
+    return scores
+
+
+def naive_masks(kind: str, method: str, pattern: str) -> dict[tuple[int, str], torch.Tensor]:
+    scores = naive_scores(kind, method)
+    if pattern == "model":
+        _, inputs = double(kind)
+        seen = {
+            key: score
+            for key, score in scores.items()
+            if method not in ("wanda", "ria", "m-wanda") or sum(map(len, inputs[key].values()))
+        }
+        kept = naive.keep_model({f"{key}": score for key, score in seen.items()}, 0.5)
+        apart = {key: naive.keep_matrix(score, 0.5) for key, score in scores.items() if key not in seen}
+        return {key: kept[f"{key}"] for key in seen} | apart
+    if pattern in ("row", "matrix"):
+        keep = naive.keep_row if pattern == "row" else naive.keep_matrix
+        return {key: keep(score, 0.5) for key, score in scores.items()}
+    n, m = map(int, pattern.split(":"))
+    return {key: naive.keep_n_m(score, n, m) for key, score in scores.items()}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_masks_equal_a_naive_float64_version(kind, method, pattern):
+    anatomy, results = swept(kind)
+    masks = results[dense_recipe(method, pattern)].masks
+    expected = naive_masks(kind, method, pattern)
+    assert set(masks) == set(anatomy) == set(expected)
+    differing = sum(int((masks[key] != expected[key]).sum()) for key in masks)
+    total = sum(mask.numel() for mask in expected.values())
+    # Scores that differ by less than float32 can tell may change places; derivatives sum up more rounding.
+    assert differing <= (2e-3 if method in ("snip", "grasp") else 2e-4) * total
+    assert masks.kept() * 2 == total
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_sparsegpt_reconstructs_as_well_as_the_published_algorithm_and_better_than_others(kind, pattern):
+    anatomy, results = swept(kind)
+    _, inputs = double(kind)
+    pruned = results[dense_recipe("sparsegpt", pattern)]
+    errors = dict.fromkeys(("ours", "published", "wanda", "magnitude"), 0.0)
+    for key in anatomy:
+        dense = anatomy.weight(*key)
+        mask = pruned.masks[key]
+        weight = torch.zeros_like(dense)
+        if pruned.values is None or key not in pruned.values:  # an expert that no token was sent to
+            continue
+        weight[mask] = pruned.values[key]
+        x = torch.cat(list(inputs[key].values()))
+        errors["ours"] += naive.reconstruction_error(dense, weight, x)
+        if pattern == "model":  # how much a matrix gives depends on all of them; the choice within it does not
+            share = float((~mask).sum()) / mask.numel()
+            _, published = naive.sparsegpt(dense, x, share, "matrix")
+        elif ":" in pattern:
+            n, m = map(int, pattern.split(":"))
+            _, published = naive.sparsegpt(dense, x, None, (n, m))
+        else:
+            _, published = naive.sparsegpt(dense, x, 0.5, pattern)
+        errors["published"] += naive.reconstruction_error(dense, published, x)
+        for other in ("wanda", "magnitude"):
+            kept = results[dense_recipe(other, pattern)].masks[key]
+            errors[other] += naive.reconstruction_error(dense, dense * kept, x)
+    assert errors["ours"] == pytest.approx(errors["published"], rel=0.01)
+    assert errors["ours"] < errors["wanda"]
+    assert errors["ours"] < errors["magnitude"]
+    assert pruned.masks.kept() * 2 == sum(mask.numel() for mask in pruned.masks.values())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_random_is_exact_and_its_seed_decides(kind, pattern):
+    anatomy, results = swept(kind)
+    masks = results[dense_recipe("random", pattern)].masks
+    assert masks.kept() * 2 == sum(mask.numel() for mask in masks.values())
+    recipes = [dense_recipe("random", pattern, parameters={"seed": seed}) for seed in (0, 1)]
+    again = sweep(anatomy, [Job(recipe) for recipe in recipes])
+    assert again(Job(recipes[0])).masks == masks
+    other = again(Job(recipes[1])).masks
+    overlap = sum((masks[key] & other[key]).sum() for key in masks) / masks.kept()
+    assert abs(float(overlap) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_pruned_propagation_equals_a_naive_version_that_starts_anew_for_every_block(kind):
+    recipe = Recipe(method="wanda", sparsity=0.5)
+    masks = sweep(Anatomy(tiny_model(kind)), [job(recipe)], text(), batch_tokens=32)(job(recipe)).masks
+    anatomy = Anatomy(double_model(kind))
+    for layer in range(len(anatomy.blocks)):
+        inputs = catch_inputs(anatomy)
+        for role in anatomy.roles(layer):
+            rows = torch.cat(list(inputs[layer, role].values()))
+            weight = anatomy.weight(layer, role)
+            scores = naive.wanda(weight, rows) if len(rows) else naive.magnitude(weight)
+            expected = naive.keep_row(scores, 0.5)
+            assert int((masks[layer, role] != expected).sum()) <= 2e-4 * expected.numel(), (layer, role)
+        for role in anatomy.roles(layer):
+            anatomy.set_weight(layer, role, anatomy.weight(layer, role) * masks[layer, role])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "mixtral", "mt5"])
+def test_sparsegpt_passes_corrected_weights_on_to_the_next_block(kind):
+    recipe = Recipe(method="sparsegpt", sparsity=0.5)
+    anatomy = Anatomy(tiny_model(kind))
+    pruned = sweep(anatomy, [job(recipe)], text(), batch_tokens=32)(job(recipe))
+    reference = Anatomy(double_model(kind))
+    assert pruned.values is not None
+    for layer in range(len(reference.blocks)):
+        inputs = catch_inputs(reference)
+        new = {}
+        for role in reference.roles(layer):
+            dense, rows = reference.weight(layer, role), torch.cat(list(inputs[layer, role].values()))
+            weight = dense * pruned.masks[layer, role]
+            if (layer, role) in pruned.values:
+                weight[pruned.masks[layer, role]] = pruned.values[layer, role].double()
+                _, published = naive.sparsegpt(dense, rows, 0.5)
+                ours = naive.reconstruction_error(dense, weight, rows)
+                assert ours == pytest.approx(naive.reconstruction_error(dense, published, rows), rel=0.05), (
+                    layer,
+                    role,
+                )
+            new[role] = weight
+        for role, weight in new.items():
+            reference.set_weight(layer, role, weight)
+
+
+def test_every_registered_method_is_tested_here():
+    assert set(known_methods()) == {*METHODS, "sparsegpt", "random"}
+
+
+def test_experts_that_see_nothing_are_reported_and_fall_back_on_magnitude():
+    anatomy = Anatomy(tiny_model("mixtral"))
+    router = anatomy.module(0, "mlp.gate")
+    with torch.no_grad():
+        router.weight[3] = -100 * router.weight[:3].abs().sum(dim=0)  # the last choice of any token ...
+        router.weight[:3].abs_()
+        anatomy.model.model.embed_tokens.weight.abs_()  # ... whose states are positive
+        anatomy.model.model.layers[0].post_attention_layernorm.weight.abs_()
+        anatomy.weight(0, "o").zero_()
+    recipes = [Recipe(method=method, sparsity=0.5, pattern="row") for method in ("wanda", "sparsegpt")]
+    pruned = sweep(anatomy, [job(recipe) for recipe in recipes], text())
+    for recipe in recipes:
+        result = pruned(job(recipe))
+        assert "block 0, gate.3 and up.3: no token came here; chosen by magnitude" in result.remarks
+        expected = naive.keep_row(naive.magnitude(anatomy.weight(0, "up.3")), 0.5)
+        assert torch.equal(result.masks[0, "up.3"], expected)
+        assert (0, "up.3") not in (result.values or {})
+
+
+def test_a_dead_input_loses_its_weights_first_and_damping_is_raised_only_when_needed():
+    from pruning.methods import sparsegpt
+    from pruning.patterns import pattern_named
+    from pruning.statistics import InputStatistics, Statistics
+
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 24, generator=generator)
+    x[:, 5] = 0
+    x[:, 6] = x[:, 7]
+    weight = torch.randn(16, 24, generator=generator)
+    inputs = InputStatistics(24, frozenset({"gram"}))
+    inputs.add(x)
+    solved = sparsegpt.solve([weight], Statistics(inputs), pattern_named("matrix"), [192])
+    assert not solved.masks[0][:, 5].any()
+    assert solved.remarks == ()
+    spoilt = InputStatistics(24, frozenset({"gram"}))
+    spoilt.add(x)
+    spoilt._panels[0, 1] = spoilt._panels[1, 0] = 3 * float(spoilt._panels[0, 0])  # no longer positive definite
+    solved = sparsegpt.solve([weight], Statistics(spoilt), pattern_named("matrix"), [192])
+    assert "damping raised from 0.01 to" in solved.remarks[0]
+    assert int((~solved.masks[0]).sum()) == 192
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_corrected_weights_are_zero_where_removed_and_have_the_models_dtype(kind):
+    anatomy, results = swept(kind)
+    pruned = results[dense_recipe("sparsegpt", "2:4")]
+    assert pruned.values is not None
+    for key, values in pruned.values.items():
+        assert values.dtype == anatomy.weight(*key).dtype
+        assert len(values) == pruned.masks.kept(key)
+    kinds = {role_kind(role) for _, role in pruned.values}
+    assert kinds == {role_kind(role) for _, role in anatomy}

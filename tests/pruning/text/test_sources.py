@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from tokenizers.processors import ByteLevel
+
+from pruning import CalibrationSet, Corpus, text_source
+from pruning.errors import TextError
+from pruning.text.calibration import CalibrationText, token_blocks
+from pruning.text.sources import BUNDLED_LANGUAGES, HUB_PRESETS, BundledText, FileText, HubDataset, fingerprint
+
+PARTS = ("calibration", "parallel", "heldout")
+
+
+def write_jsonl(path, texts, start=0):
+    lines = [json.dumps({"id": str(i), "text": text}) for i, text in enumerate(texts, start)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def one_source(tmp_path):
+    for lang in ("en", "sw"):
+        write_jsonl(tmp_path / f"{lang}.jsonl", [f"{lang} sentence number {i}" for i in range(200)])
+    source = text_source(f"file:{tmp_path}/{{lang}}.jsonl")
+    return Corpus(source, source, source)
+
+
+def test_bundled_corpus_is_aligned_in_eight_languages():
+    by_language = {lang: list(BundledText().segments(lang)) for lang in BUNDLED_LANGUAGES}
+    ids = [[s.id for s in segments] for segments in by_language.values()]
+    assert len(ids) == 8
+    assert all(one == ids[0] for one in ids)
+    assert len(ids[0]) == 640
+    for lang, segments in by_language.items():
+        assert len({s.text for s in segments}) == 640, lang
+        assert not [s.id for s in segments if s.text != s.text.strip() or "  " in s.text], lang
+
+
+@pytest.mark.parametrize(("lang", "script"), [("ar", "[؀-ۿ]"), ("ru", "[Ѐ-ӿ]"), ("zh", "[一-鿿]")])
+def test_bundled_corpus_is_written_in_its_script(lang, script):
+    for segment in BundledText().segments(lang):
+        assert re.search(script, segment.text)
+        assert len(re.findall("[A-Za-z]", segment.text)) <= 6, segment
+
+
+def test_bundled_parts_never_overlap():
+    source = BundledText()
+    corpus = Corpus(source, source, source)
+    for lang in BUNDLED_LANGUAGES:
+        texts = [{s.text for s in corpus.segments(part, lang)} for part in PARTS]
+        assert [len(t) for t in texts] == [320, 160, 160]
+        assert len(set.union(*texts)) == 640
+
+
+def test_one_source_for_all_parts_is_dealt_out_by_id(one_source):
+    for part in PARTS:
+        assert {s.id for s in one_source.segments(part, "en")} == {s.id for s in one_source.segments(part, "sw")}
+    ids = [{s.id for s in one_source.segments(part, "en")} for part in PARTS]
+    assert sum(map(len, ids)) == len(set.union(*ids)) == 200
+
+
+def test_text_that_two_sources_share_is_taken_out_of_calibration(tmp_path):
+    write_jsonl(tmp_path / "a.en.jsonl", ["Only here.", "In  BOTH places."])
+    write_jsonl(tmp_path / "b.en.jsonl", ["in both places.", "Elsewhere."])
+    a, b = FileText(path=f"{tmp_path}/a.{{lang}}.jsonl"), FileText(path=f"{tmp_path}/b.{{lang}}.jsonl")
+    corpus = Corpus(a, BundledText(), b)
+    assert [s.text for s in corpus.segments("calibration", "en")] == ["Only here."]
+    assert len(corpus.segments("heldout", "en")) == 2
+
+
+def test_plain_text_and_parquet_read_like_json_lines(tmp_path):
+    (tmp_path / "en.txt").write_text("First.\n\n Second. \n", encoding="utf-8")
+    pd.DataFrame({"id": [7, 8], "text": ["First.", "Second."]}).to_parquet(tmp_path / "en.parquet")
+    lines = list(FileText(path=f"{tmp_path}/{{lang}}.txt").segments("en"))
+    rows = list(FileText(path=f"{tmp_path}/{{lang}}.parquet").segments("en"))
+    assert [s.text for s in lines] == [s.text for s in rows] == ["First.", "Second."]
+    assert [s.id for s in rows] == ["7", "8"]
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    (tmp_path / "en.txt").write_bytes("good\nna\u00efve\n".encode("latin-1"))
+    with pytest.raises(TextError, match=r"en\.txt, line 2: not UTF-8 \(byte 0xef\).*iconv"):
+        list(FileText(path=f"{tmp_path}/{{lang}}.txt").segments("en"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("en.jsonl", '{"text": "a"}\n{oops\n', "line 2: not JSON"),
+        ("en.jsonl", '{"txt": "a"}\n', 'line 1: no "text"'),
+        ("en.jsonl", "", "is empty"),
+        ("en.parquet", "no parquet", "not a Parquet file"),
+        ("en.csv", "text\na\n", 'unknown kind of text file ".csv"'),
+    ],
+)
+def test_unreadable_files_are_refused_with_the_reason(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TextError, match=re.escape(message)):
+        list(FileText(path=f"{tmp_path}/{{lang}}.{name.split('.')[1]}").segments("en"))
+
+
+def test_language_without_text_is_named(tmp_path):
+    with pytest.raises(TextError, match=r'no text for Swahili \("sw"\): there is no file'):
+        list(FileText(path=f"{tmp_path}/{{lang}}.jsonl").segments("sw"))
+    with pytest.raises(TextError, match=r'no text for Korean \("ko"\): the bundled corpus has ar, de'):
+        list(BundledText().segments("ko"))
+
+
+@pytest.mark.parametrize("spec", ["bundle", "file:", "file:en.jsonl", "hub:", "hub:mc5", "http://x"])
+def test_unknown_sources_are_refused(spec):
+    with pytest.raises(TextError):
+        text_source(spec)
+
+
+def test_asking_for_more_segments_than_there_are_says_how_many(one_source):
+    have = len(one_source.segments("heldout", "en"))
+    with pytest.raises(TextError, match=f"9999 heldout segments wanted for English .*there are {have}"):
+        one_source.take("heldout", "en", 9999)
+    with pytest.raises(TextError, match="ids are common"):
+        one_source.aligned("parallel", ["en", "sw"], 9999)
+
+
+def test_asking_for_more_tokens_than_there_are_says_how_many(one_source, tokenizer):
+    segments = one_source.segments("calibration", "sw")
+    available = sum(len(tokenizer(s.text + "\n")["input_ids"]) - 1 for s in segments)
+    message = rf"10000 samples of 64 tokens wanted for Swahili .*has {available} tokens, enough for {available // 63}"
+    with pytest.raises(TextError, match=message):
+        token_blocks(tokenizer, segments, "sw", samples=10_000, length=64, seed=0)
+
+
+def test_blocks_start_with_bos_and_depend_on_the_seed(one_source, tokenizer):
+    segments = one_source.segments("calibration", "en")
+    one, same, other = (token_blocks(tokenizer, segments, "en", samples=4, length=16, seed=seed) for seed in (0, 0, 1))
+    assert one.shape == (4, 16)
+    assert (one[:, 0] == tokenizer.bos_token_id).all()
+    assert (one[:, 1:] != tokenizer.bos_token_id).all()
+    assert (one == same).all()
+    assert (one != other).any()
+
+
+def test_blocks_have_no_bos_where_the_tokenizer_puts_none(one_source, tokenizer):
+    tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    blocks = token_blocks(tokenizer, one_source.segments("calibration", "en"), "en", samples=4, length=16, seed=0)
+    assert (blocks != tokenizer.bos_token_id).all()
+
+
+def test_sets_share_the_first_blocks_of_each_language(one_source, tokenizer):
+    names = ("en+sw", "en", "sw")
+    sets = {name: CalibrationSet.named(name, samples=5, length=16) for name in names}
+    text = CalibrationText.draw(tokenizer, one_source, sets.values())
+    drawn = {
+        name: [row for piece in text.pieces[chosen] for row in text.tokens[piece].tolist()]
+        for name, chosen in sets.items()
+    }
+    assert drawn["en+sw"] == drawn["en"][:3] + drawn["sw"][:2]
+    assert text.pieces[sets["en"]][0] == text.pieces[sets["en+sw"]][0]
+    for name, chosen in sets.items():
+        alone = CalibrationText.draw(tokenizer, one_source, [chosen])
+        assert drawn[name] == [row for piece in alone.pieces[chosen] for row in alone.tokens[piece].tolist()]
+
+
+def test_hub_dataset_is_streamed_from_a_local_stand_in(tmp_path):
+    pytest.importorskip("datasets")
+    card = "---\nconfigs:\n- config_name: swh_Latn\n  data_files:\n  - split: dev\n    path: swh.jsonl\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    write_jsonl(tmp_path / "swh.jsonl", ["Habari.", "Habari ya leo.", " "], start=10)
+    flores = HUB_PRESETS["flores"].model_copy(update={"dataset": str(tmp_path)})
+    assert [(s.id, s.text) for s in flores.segments("sw")] == [("10", "Habari."), ("11", "Habari ya leo.")]
+
+
+def test_hub_passages_repeated_for_their_questions_are_read_once(tmp_path):
+    pytest.importorskip("datasets")
+    rows = [
+        {"link": "a", "flores_passage": "One."},
+        {"link": "a", "flores_passage": "One."},
+        {"link": "b", "flores_passage": "Two."},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    card = "---\nconfigs:\n- config_name: eng_Latn\n  data_files:\n  - split: test\n    path: x.jsonl\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    belebele = HUB_PRESETS["belebele"].model_copy(update={"dataset": str(tmp_path)})
+    assert [s.text for s in belebele.segments("en")] == ["One.", "Two."]
+
+
+def test_mc4_preset_names_the_files_of_one_language(tmp_path):
+    pytest.importorskip("datasets")
+    import gzip
+
+    folder = tmp_path / "multilingual"
+    folder.mkdir()
+    for lang in ("sw", "en"):
+        with gzip.open(folder / f"c4-{lang}.tfrecord-00000.json.gz", "wt", encoding="utf-8") as file:
+            file.write(json.dumps({"url": f"https://x/{lang}", "text": f"text in {lang}", "timestamp": "2020"}) + "\n")
+    mc4 = HUB_PRESETS["mc4"].model_copy(update={"dataset": str(tmp_path)})
+    assert [s.text for s in mc4.segments("sw")] == ["text in sw"]
+
+
+def test_hub_dataset_that_cannot_be_read_says_so(tmp_path):
+    pytest.importorskip("datasets")
+    write_jsonl(tmp_path / "x.jsonl", ["text"])
+    with pytest.raises(TextError, match="has no column"):
+        list(HubDataset(dataset=str(tmp_path), text="body").segments("en"))
+    with pytest.raises(TextError, match=r'no text for English \("en"\): dataset .* cannot be read'):
+        list(HubDataset(dataset=str(tmp_path / "nowhere")).segments("en"))
+
+
+def test_fingerprint_changes_with_text_and_id(one_source):
+    segments = one_source.segments("heldout", "en")
+    assert fingerprint(segments) == fingerprint(list(segments))
+    assert fingerprint(segments) != fingerprint(segments[1:])
