@@ -60,81 +60,147 @@ class Stream:
 
 
 class StackStarter:
-    """Brings text to the first block of a stack, and catches what each block will be called with.
+    """Brings inputs to the first block of a stack, and catches what each block will be called with.
 
     The stack runs with its blocks replaced by stand-ins that note their arguments and pass the hidden states on, so
-    that whatever an architecture hands to its blocks is caught as it is. The very first block runs once in earnest:
-    some hand on more than hidden states (position biases), which the stand-ins then do too. Arguments that are
-    the same for several batches are kept once.
+    that whatever an architecture hands to its blocks is caught as it is. Where blocks hand on more than hidden states
+    (position biases), the first one runs in earnest, once for every batch, and the stand-ins hand on what it did.
+    Arguments that are the same for several batches are kept once.
+
+    What is caught serves every model whose blocks are put into this stack, so it must not depend on what the blocks
+    compute. The first batch is therefore sent through twice, the second time with other hidden states.
+
+    Parameters
+    ----------
+    anatomy
+        Of the dense model. What :meth:`Anatomy.loaded_for_start` loads and the stack's first block must be in memory
+        whenever a batch begins.
+    stack
+        One of its stacks.
     """
 
     def __init__(self, anatomy: Anatomy, stack: Stack) -> None:
         self._anatomy = anatomy
         self._stack = stack
-        self._extras: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
         self._known: list[Tensor] = []
+        self._checked = False
+        self._tuples = True  # whether blocks return a tuple; known after the first batch
 
-    @torch.no_grad()
     def __call__(self, stream: Stream) -> None:
         """Give `stream` the hidden states and arguments at the beginning of the stack."""
         stream.hidden, stream.arguments = [], []
         for i, ids in enumerate(stream.tokens):
             memory = None if stream.memory is None else stream.memory[i]
-            hidden, arguments = self._begin(ids, memory)
+            hidden, arguments = self.begin(**stack_inputs(self._anatomy, ids, memory))
             stream.hidden.append(hidden)
             stream.arguments.append(arguments)
 
-    def _begin(self, ids: Tensor, memory: Tensor | None) -> tuple[Tensor, list[Arguments]]:
+    @torch.no_grad()
+    def begin(self, **inputs: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """Run the stack up to its first block.
+
+        Parameters
+        ----------
+        inputs
+            What the stack's module takes, by name: ``input_ids`` ``[batch, tokens]`` and, where there is padding,
+            ``attention_mask`` ``[batch, tokens]``; for a decoder with an encoder also ``encoder_hidden_states``. They
+            are moved to the model's device.
+
+        Returns
+        -------
+        tuple
+            The hidden states before the first block, ``[batch, tokens, hidden]``, and the arguments of every block.
+
+        Raises
+        ------
+        ModelError
+            If the stack does more between its blocks than to pass hidden states on, or if what it calls a block with
+            depends on what the blocks before it computed.
+        """
+        inputs = {name: value.to(self._anatomy.device) for name, value in inputs.items()}
+        hidden, arguments = self._catch(inputs)
+        if not self._checked:
+            _, others = self._catch(inputs, alter=lambda hidden: hidden.roll(1, dims=-1).neg())
+            for number, (one, other) in enumerate(zip(arguments, others, strict=True)):
+                if not _same((one.positional, one.named), (other.positional, other.named)):
+                    raise ModelError(
+                        f'block {self._stack.first + number} of this "{self._anatomy.kind}" model is called with '
+                        "values that depend on what earlier blocks computed; such a model cannot be run block by block"
+                    )
+            self._checked = True
+        given = {id(value): value for value in inputs.values()}  # the caller's; they are no arguments to compare
+        return hidden, [
+            Arguments(self._kept_once(call.positional, given), self._kept_once(call.named, given)) for call in arguments
+        ]
+
+    def _catch(
+        self, inputs: dict[str, Tensor], alter: Callable[[Tensor], Tensor] = lambda hidden: hidden
+    ) -> tuple[Tensor, list[Arguments]]:
+        """Run the stack on stand-ins that pass hidden states on altered."""
         blocks = self._anatomy.blocks[self._stack.first : self._stack.stop]
-        inputs: list[Tensor] = []
         arguments: list[Arguments] = []
+        begun: list[Tensor] = []
+        passed: list[Any] = []
         original = blocks[0].forward
 
         def stand_in(hidden_states: Tensor, *positional: Any, **named: Any) -> Any:
-            if not inputs:
-                inputs.append(hidden_states)
-                shape = tuple(hidden_states.shape)
-                if shape not in self._extras:
-                    real = original(hidden_states, *positional, **named)
-                    self._extras[shape] = real[1:] if isinstance(real, tuple) else None
-            arguments.append(Arguments(self._kept_once(positional), self._kept_once(named)))
-            extras = self._extras[tuple(inputs[0].shape)]
-            return hidden_states if extras is None else (hidden_states, *extras)
+            arguments.append(Arguments(positional, named))
+            if not begun:
+                begun.append(hidden_states)
+                real = original(alter(hidden_states), *positional, **named) if self._tuples else None
+                self._tuples = isinstance(real, tuple)
+                passed.append((alter(hidden_states), *real[1:]) if isinstance(real, tuple) else alter(hidden_states))
+            elif not _same(hidden_states, passed[0][0] if self._tuples else passed[0]):
+                raise ModelError(
+                    f'this "{self._anatomy.kind}" model changes hidden states between block '
+                    f"{self._stack.first + len(arguments) - 2} and the next; such a model cannot be run block by block"
+                )
+            return passed[0]
 
         with ExitStack() as stack:
             for block in blocks:
                 stack.enter_context(_replaced_forward(block, stand_in))
-            run_stack(self._anatomy, self._stack, ids, memory)
-        return inputs[0], arguments
+            self._anatomy.stack_module(self._stack)(**inputs, use_cache=False)
+        return begun[0], arguments
 
-    def _kept_once(self, value: Any) -> Any:
-        """Return `value` with every tensor replaced by an equal one that is kept already."""
+    def _kept_once(self, value: Any, found: dict[int, Tensor]) -> Any:
+        """Return `value` with every tensor replaced by an equal one that is kept already.
+
+        `found` has those of this batch by identity, so that what all blocks are called with is compared once.
+        """
         if isinstance(value, Tensor):
-            for known in self._known:
-                if known is value or (
-                    known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)
-                ):
-                    return known
-            if len(self._known) < _KEPT_ONCE:
-                self._known.append(value)
-            return value
+            if id(value) not in found:
+                found[id(value)] = next((known for known in self._known if _same(known, value)), value)
+                if found[id(value)] is value and len(self._known) < _KEPT_ONCE:
+                    self._known.append(value)
+            return found[id(value)]
         if isinstance(value, tuple | list):
-            return type(value)(self._kept_once(item) for item in value)
+            return type(value)(self._kept_once(item, found) for item in value)
         if isinstance(value, dict):
-            return {name: self._kept_once(item) for name, item in value.items()}
+            return {name: self._kept_once(item, found) for name, item in value.items()}
         return value
 
 
-def run_stack(anatomy: Anatomy, stack: Stack, ids: Tensor, memory: Tensor | None) -> None:
-    """Call the module that runs a stack on token ids."""
-    device = anatomy.device
-    module = anatomy.stack_module(stack)
+def _same(one: Any, other: Any) -> bool:
+    """Whether all tensors in two nested values are equal."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return not isinstance(one, Tensor | tuple | list | dict) and type(one) is type(other)
+
+
+def stack_inputs(anatomy: Anatomy, ids: Tensor, memory: Tensor | None) -> dict[str, Tensor]:
+    """Return what the module of a stack takes for a block of text: a decoder's with what its encoder made of it."""
     if not anatomy.encoder_decoder:
-        module(input_ids=ids.to(device), use_cache=False)
-    elif memory is None:
-        module(input_ids=encoder_ids(ids).to(device))
-    else:
-        module(input_ids=decoder_ids(anatomy, ids).to(device), encoder_hidden_states=memory, use_cache=False)
+        return {"input_ids": ids}
+    if memory is None:
+        return {"input_ids": encoder_ids(ids)}
+    return {"input_ids": decoder_ids(anatomy, ids), "encoder_hidden_states": memory}
 
 
 def encoder_ids(ids: Tensor) -> Tensor:
