@@ -8,8 +8,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,25 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a folder beside `path` to fill; on success it takes the place of `path`, else it is removed."""
+def whole_folder(path: Path, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Give a folder beside `path` to fill; on success it takes the place of `path`, else it is removed.
+
+    Parameters
+    ----------
+    path
+        What is there already is replaced if it is an empty folder, or one that prunescope wrote.
+    ours
+        Tells whether prunescope wrote a folder; none that has something in it by default.
+
+    Raises
+    ------
+    DiskError
+        If something else is at `path`.
+    """
+    _check_replaceable(path, ours)
     partial = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         try:
             partial.mkdir(parents=True)
             yield partial
@@ -83,11 +98,50 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with file.open("rb") as written:
                         os.fsync(written.fileno())
-            shutil.rmtree(path, ignore_errors=True)
-            partial.replace(path)
-            _sync_folder(path.parent)
+            _check_replaceable(path, ours)
+            put_in_place(partial, path)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename `folder` to `path`; what was there goes only once the new one is in its place.
+
+    If it cannot be removed, what is left of it is beside `path`, for :func:`remove_partials`.
+    """
+    with disk_errors(path):
+        old = next(
+            place
+            for number in count()
+            if not os.path.lexists(place := path.with_name(f"{path.name}.{number}{PARTIAL}"))
+        )
+        replaces = os.path.lexists(path)
+        if replaces:
+            path.rename(old)
+        try:
+            folder.rename(path)
+        except OSError:
+            if replaces:
+                old.rename(path)
+            raise
+        _sync_folder(path.parent)
+        _remove(old)
+
+
+def _check_replaceable(path: Path, ours: Callable[[Path], bool] | None) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise DiskError(f"{path} is no folder; choose another place, or move it away")
+    if path.is_dir() and any(path.iterdir()) and (ours is None or not ours(path)):
+        raise DiskError(f"{path} has something in it that prunescope did not write; choose another folder")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder as far as it can be removed; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,10 +158,7 @@ def write_json(path: Path, content: Any) -> None:
 def remove_partials(folder: Path) -> None:
     """Remove what a killed run left half-written anywhere below `folder`."""
     for partial in sorted(folder.rglob("*" + PARTIAL), reverse=True):
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        _remove(partial)
 
 
 def file_sha256(path: Path) -> str:

@@ -20,6 +20,16 @@ class Parameter:
     whole: bool = False
 
 
+def exact(value: float) -> str:
+    """Return a number in as few characters as tell it from every other one.
+
+    >>> exact(0.5), exact(1234567), exact(0.1234567)
+    ('0.5', '1234567', '0.1234567')
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value)).removesuffix(".0")
+
+
 def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, float | int]) -> dict[str, float]:
     """Return the given parameters, those left out that have their default value.
 
@@ -35,8 +45,8 @@ def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, floa
         limits = known[name]
         if not (math.isfinite(value) and limits.lowest <= value <= limits.highest):
             raise RecipeError(
-                f"{name} = {value:g} is not between {limits.lowest:g} and {limits.highest:g} ({limits.meaning})"
+                f"{name} = {exact(value)} is not between {limits.lowest:g} and {limits.highest:g} ({limits.meaning})"
             )
         if limits.whole and value != int(value):
-            raise RecipeError(f"{name} = {value:g} is not a whole number ({limits.meaning})")
+            raise RecipeError(f"{name} = {exact(value)} is not a whole number ({limits.meaning})")
     return {name: float(value) for name, value in given.items() if value != known[name].default}

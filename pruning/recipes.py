@@ -14,7 +14,7 @@ from .errors import RecipeError, did_you_mean
 from .files import content_sha256
 from .methods import Method, method_named
 from .models.anatomy import ROLES, role_kind
-from .parameters import checked
+from .parameters import checked, exact
 from .patterns import MODEL, Pattern, n_of_m, pattern_named
 from .text.calibration import CalibrationSet
 
@@ -119,6 +119,13 @@ class Recipe(BaseModel):
     def _known_allocation(cls, name: str) -> str:
         return allocation_named(name).name
 
+    @field_validator("parameters")
+    @classmethod
+    def _each_once(cls, parameters: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        if len(dict(parameters)) < len(parameters):
+            raise RecipeError("parameters names one of them twice")
+        return parameters
+
     @field_validator("roles")
     @classmethod
     def _known_roles(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
@@ -154,6 +161,8 @@ class Recipe(BaseModel):
                 f'pattern "{self.pattern}" removes {numbers[0] / numbers[1]:g} of the weights; '
                 f"leave sparsity out instead of setting it to {self.sparsity:g}"
             )
+        if numbers:
+            object.__setattr__(self, "sparsity", numbers[0] / numbers[1])
         if self.allocation != UNIFORM and (numbers or self.pattern == MODEL):
             raise RecipeError(
                 f'pattern "{self.pattern}" settles how much every matrix gives; '
@@ -249,9 +258,10 @@ class Recipe(BaseModel):
         >>> Recipe(method="magnitude", sparsity=0.3, roles=("o",), blocks="0:4").variant_id(None)
         'magnitude-0.3-matrix-o-blocks0_4'
         """
-        parts = [self.method, f"{self.sparsity:g}", self.pattern.replace(":", "of")]
+        sparsity = f"{self.sparsity:g}" if n_of_m(self.pattern) else exact(self.sparsity)  # the pattern says it all
+        parts = [self.method, sparsity, self.pattern.replace(":", "of")]
         parts += [self._allocation_name] if self.allocation != UNIFORM else []
-        parts += [f"{name}={value:g}" for name, value in self.parameters]
+        parts += [f"{name}={exact(value)}" for name, value in self.parameters]
         parts += ["+".join(self.roles)] if self.roles else []
         parts += [f"blocks{self.blocks.replace(':', '_')}"] if self.blocks else []
         if calibration is not None:
@@ -260,5 +270,5 @@ class Recipe(BaseModel):
 
 
 def _label(name: str, parameters: Mapping[str, float]) -> str:
-    inside = ", ".join(f"{key}={value:g}" for key, value in parameters.items())
+    inside = ", ".join(f"{key}={exact(value)}" for key, value in parameters.items())
     return f"{name}({inside})" if inside else name

@@ -27,6 +27,6 @@ METHOD = register(
         "random",
         score,
         source="control",
-        parameters={"seed": Parameter(0, 0, 2**31, "seed of the draw")},
+        parameters={"seed": Parameter(0, 0, 2**31, "seed of the draw", whole=True)},
     )
 )

@@ -210,7 +210,7 @@ METHOD = register(
         solve=solve,
         parameters={
             "damping": Parameter(0.01, 1e-6, 10, "share of the mean diagonal added to the Gram matrix"),
-            "columns": Parameter(128, 1, 1e6, "columns that share a threshold"),
+            "columns": Parameter(128, 1, 1e6, "columns that share a threshold", whole=True),
         },
     )
 )

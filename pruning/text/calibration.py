@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,13 +20,17 @@ from .languages import language_tag, language_tags, named
 from .sources import Corpus, Segment, fingerprint
 
 
+#: Names become parts of file names.
+_NAME = re.compile(r"\w[\w.+=-]{0,99}")
+
+
 class CalibrationSet(BaseModel):
     """A named mix of languages with the amount of text and the seed that it is drawn with.
 
     Attributes
     ----------
     name
-        ``en``, ``en+sw`` or ``all``.
+        ``en``, ``en+sw`` or ``all``; up to 100 letters, digits and ``. + = _ -``.
     languages
         BCP-47 tags; they share the samples as evenly as possible, earlier ones get the remainder.
     samples
@@ -43,6 +48,16 @@ class CalibrationSet(BaseModel):
     samples: int = Field(default=32, ge=1)
     length: int = Field(default=256, ge=8)
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _part_of_a_file_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise RecipeError(
+                f"calibration set {name[:100]!r}: its name becomes part of file names; "
+                "use up to 100 letters, digits and . + = _ -"
+            )
+        return name
 
     @field_validator("languages")
     @classmethod

@@ -238,6 +238,15 @@ def _words(packed: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return flat.view(np.uint64)
 
 
+def is_mask_file(path: Path) -> bool:
+    """Whether a file says that :meth:`MaskSet.save` wrote it."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return _FORMAT in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def pack_bits(mask: Bool[Tensor, "outputs inputs"]) -> UInt8[Tensor, "outputs bytes"]:
     """Return a mask with eight weights a byte, each row filled up with zeros."""
     return torch.from_numpy(np.packbits(np.ascontiguousarray(mask.cpu().numpy()), axis=1))

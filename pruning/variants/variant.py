@@ -24,7 +24,7 @@ from ..recipes import EVERYWHERE, UNCALIBRATED, Recipe
 from ..text.calibration import CalibrationSet, CalibrationText, calibration_fingerprint
 from ..text.sources import Corpus
 from .export import write_checkpoint
-from .masks import Key, MaskSet, pack_bits
+from .masks import Key, MaskSet, is_mask_file, pack_bits
 
 RECIPE_FILE = "recipe.json"
 MASKS_FILE = "masks.safetensors"
@@ -166,8 +166,14 @@ class Variant:
             yield mask, weight
 
     def save(self, folder: Path) -> None:
-        """Write ``recipe.json``, ``masks.safetensors`` and, if weights were corrected, ``weights.safetensors``."""
-        with whole_folder(folder) as partial:
+        """Write ``recipe.json``, ``masks.safetensors`` and, if weights were corrected, ``weights.safetensors``.
+
+        Raises
+        ------
+        DiskError
+            If there is something in the folder that is no variant, or the disk refuses.
+        """
+        with whole_folder(folder, is_variant) as partial:
             self.masks.save(partial / MASKS_FILE, self.record.model_fingerprint)
             if self.values:
                 metadata = {_WEIGHTS_FORMAT: self.record.model_fingerprint}
@@ -314,6 +320,20 @@ class Variant:
             raise VariantError(
                 f'variant "{self.id}" belongs to another model ({self.record.model}), or this one is pruned already'
             )
+
+
+def is_variant(folder: Path) -> bool:
+    """Whether a folder is a variant that prunescope wrote, whole or not, and nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    if not names <= {RECIPE_FILE, MASKS_FILE, WEIGHTS_FILE}:
+        return False
+    try:
+        content = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return is_mask_file(folder / MASKS_FILE)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"id", "model_fingerprint"} <= content.keys()
 
 
 class DenseCopy:
@@ -518,11 +538,8 @@ def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> l
     named: dict[str, Job] = {}
     for job in jobs:
         other = named.setdefault(job.id, job)
-        if other.calibration != job.calibration or other.recipe.sparsity != job.recipe.sparsity:
-            raise RecipeError(
-                f'two variants would be called "{job.id}"; give their calibration sets or seeds other names, '
-                "or their sparsities fewer digits"
-            )
+        if other != job:
+            raise RecipeError(f'two variants would be called "{job.id}"; give their calibration sets other names')
     return list(named.values())
 
 

@@ -134,6 +134,58 @@ def test_ids_are_folder_names_and_tell_recipes_apart():
     assert not any(set(name) & set(':/\\*?"<>|') for name in ids)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"parameters": {"seed": 1_000_001}}, {"parameters": {"seed": 1_000_002}}),
+        ({"parameters": {"seed": 2**31 - 1}}, {"parameters": {"seed": 2**31 - 2}}),
+        ({}, {"sparsity": 0.5 + 1e-12}),
+        ({"sparsity": 0.123456}, {"sparsity": 0.1234564}),
+    ],
+)
+def test_numbers_in_ids_are_exact(one, other):
+    recipes = [Recipe(**{"method": "random", "sparsity": 0.5} | given) for given in (one, other)]
+    names = [recipe.variant_id(None) for recipe in recipes]
+    assert names[0] != names[1]
+    assert [recipe.method_label for recipe in recipes] != [recipes[0].method_label] * 2 or one.keys() != {"parameters"}
+
+
+def test_ids_that_were_exact_stay_as_they_were():
+    assert Recipe(method="wanda", sparsity=0.5).variant_id(CalibrationSet.named("sw")) == "wanda-0.5-row-pruned-sw-s0"
+    seeded = Recipe(method="random", sparsity=0.29, parameters={"seed": 1_000_000})
+    assert seeded.variant_id(None) == "random-0.29-matrix-seed=1e+06"
+    assert seeded.method_label == "random(seed=1e+06)"
+    third = Recipe(method="wanda", pattern="1:3")
+    assert third.variant_id(None) == "wanda-0.333333-1of3"
+    assert Recipe(method="wanda", pattern="1:3", sparsity=0.3333333333) == third
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "words"),
+    [
+        ("random", {"seed": 0.5}, "seed = 0.5 is not a whole number"),
+        ("random", {"seed": 1_000_000.25}, r"seed = 1000000\.25 is not a whole number"),
+        ("sparsegpt", {"columns": 64.5}, r"columns = 64\.5 is not a whole number"),
+        ("random", (("seed", 1), ("seed", 2)), "names one of them twice"),
+    ],
+)
+def test_parameters_that_count_are_whole_numbers(method, parameters, words):
+    with pytest.raises(ValidationError, match=words):
+        Recipe(method=method, sparsity=0.5, parameters=parameters)
+
+
+@pytest.mark.parametrize("name", ["../en", "a/b", "", ".", "..", "a b", "a\\b", "a\n", "C:", "x" * 101, "a\0"])
+def test_names_of_calibration_sets_are_parts_of_file_names(name):
+    with pytest.raises(ValidationError, match="becomes part of file names") as caught:
+        CalibrationSet(name=name, languages=("en",))
+    assert all(len(line) < 500 for line in str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize("name", ["all", "en+sw", "zh-Hant", "news_2024.v2=b", "日本語"])
+def test_ordinary_names_of_calibration_sets_stay(name):
+    assert CalibrationSet(name=name, languages=("en",)).name == name
+
+
 def test_a_method_cannot_be_registered_twice():
     with pytest.raises(ValueError, match="registered already"):
         register(Method("magnitude", magnitude.score, source=""))
