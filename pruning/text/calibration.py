@@ -19,7 +19,6 @@ from ..files import content_sha256
 from .languages import language_tag, language_tags, named
 from .sources import Corpus, Segment, fingerprint
 
-
 #: Names become parts of file names.
 _NAME = re.compile(r"\w[\w.+=-]{0,99}")
 
