@@ -1,15 +1,21 @@
 # The only two commands a newcomer needs are `make demo` and `make test`; each sets up .venv first, once.
 PYTHON ?= python3
+# Test processes, of one thread each. Whole files go to a process, the longest first.
+PROCESSES ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
+PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check format benchmarks
+.PHONY: demo test test-all check format benchmarks
 
 demo: $(READY)
 	$(BIN)/prunescope run demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: check
+	$(PYTEST) -m "full or not full"
 
 check: $(READY)
 	$(BIN)/ruff check .

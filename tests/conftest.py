@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before anything imports the hub client: no test asks a hub, and asking one takes its time.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several test processes of several threads each get in each other's way: every product waits for its slowest thread.
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if PARALLEL:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -16,6 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pruning import Segment
 
+if PARALLEL:
+    torch.set_num_threads(1)
+
+#: The files that take longest, longest first: started last, one of them would keep a single process busy at the end.
+_LONGEST = ("test_notebooks", "test_run")
 _SMALL = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -144,6 +154,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         padding_side="left",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; several processes take files in this order (see the Makefile)."""
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(Path(item.path).stem, len(place)))
 
 
 @pytest.fixture(params=ARCHITECTURES)

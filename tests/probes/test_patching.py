@@ -7,6 +7,8 @@ from operator import attrgetter
 import numpy as np
 import pytest
 import torch
+from conftest import DECODERS
+from pairwise import pairwise
 
 from probes import Session
 from probes.items import Item
@@ -50,8 +52,7 @@ def scored_by_hand(model, tokenizer, item):
     return found
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("batch_tokens", [16, 64, 4096])
+@pairwise({"decoder": DECODERS, "batch_tokens": [16, 64, 4096], "padding": ["left", "right"]})
 def test_scores_equal_the_models_own_logits(make_model, decoder, tokenizer, padding, batch_tokens):
     model = make_model(decoder)
     session = Session(model, tokenizer, padding=padding, batch_tokens=batch_tokens)

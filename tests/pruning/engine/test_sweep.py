@@ -6,6 +6,7 @@ import naive
 import pytest
 import torch
 from conftest import tiny_model
+from pairwise import pairwise
 
 from pruning import Anatomy, CalibrationSet, Recipe, known_methods
 from pruning.engine import Job, Schedule, Workspace, sweep
@@ -102,9 +103,7 @@ def test_a_recipe_keeps_to_its_scope_and_its_sparsity_there():
         sweep(anatomy, [Job(Recipe(method="magnitude", sparsity=0.5, blocks="3:"))])
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.99])
-@pytest.mark.parametrize("allocation", ["owl", "cross-lingual"])
-@pytest.mark.parametrize("pattern", ["row", "matrix"])
+@pairwise({"sparsity": [0.1, 0.37, 0.5, 0.99], "allocation": ["owl", "cross-lingual"], "pattern": ["row", "matrix"]})
 def test_allocations_remove_exactly_as_much_as_uniform_does(allocation, pattern, sparsity):
     anatomy = Anatomy(tiny_model("mixtral"))
     spread = {"spread": 0.005}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import naive
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from pairwise import all_pairs, pairwise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pruning import Anatomy, CalibrationSet, Recipe, known_methods
@@ -19,6 +21,9 @@ from pruning.text.calibration import CalibrationText, Piece
 
 PATTERNS = ["row", "matrix", "model", "2:4", "4:8"]
 METHODS = ["magnitude", "wanda", "ria", "m-wanda", "snip", "grasp"]
+AXES = {"kind": ARCHITECTURES, "method": [*METHODS, "sparsegpt", "random"], "pattern": PATTERNS}
+#: What SparseGPT must do better than.
+RIVALS = ["wanda", "magnitude"]
 CALIBRATION = CalibrationSet(name="en+sw", languages=("en", "sw"), samples=6, length=16)
 Inputs = dict[tuple[int, str], dict[str, torch.Tensor]]
 
@@ -44,12 +49,20 @@ def dense_recipe(method: str, pattern: str, **more: Any) -> Recipe:
 
 
 @cache
-def swept(kind: str) -> tuple[Anatomy, dict[Recipe, Pruned]]:
-    """Return all methods and patterns with dense propagation, in one sweep."""
+def swept(kind: str, *, full: bool = False) -> tuple[Anatomy, dict[tuple[str, str], Pruned]]:
+    """Return the results of the methods and patterns that are tested, or of all, with dense propagation, in one sweep."""
+    chosen = product(*AXES.values()) if full else all_pairs(*AXES.values())
+    asked = [(method, pattern) for own, method, pattern in chosen if own == kind]
+    beside = [(rival, pattern) for method, pattern in asked if method == "sparsegpt" for rival in RIVALS]
+    jobs = {key: job(dense_recipe(*key)) for key in [*asked, *beside]}
     anatomy = Anatomy(tiny_model(kind))
-    recipes = [dense_recipe(m, p) for m in [*METHODS, "sparsegpt", "random"] for p in PATTERNS]
-    pruned = sweep(anatomy, [job(recipe) for recipe in recipes], text(), batch_tokens=32)
-    return anatomy, {recipe: pruned(job(recipe)) for recipe in recipes}
+    pruned = sweep(anatomy, list(jobs.values()), text(), batch_tokens=32)
+    return anatomy, {key: pruned(own) for key, own in jobs.items()}
+
+
+def pruned_by(kind: str, method: str, pattern: str) -> Pruned:
+    _, results = swept(kind)
+    return results[method, pattern] if (method, pattern) in results else swept(kind, full=True)[1][method, pattern]
 
 
 def run_model(anatomy: Anatomy, ids: torch.Tensor, **more: Any) -> Any:
@@ -131,6 +144,7 @@ def derivatives(kind: str) -> tuple[dict[tuple[int, str], torch.Tensor], dict[tu
     return split[0], split[1]
 
 
+@cache
 def naive_scores(kind: str, method: str) -> dict[tuple[int, str], torch.Tensor]:
     anatomy, inputs = double(kind)
     scores = {}
@@ -171,12 +185,10 @@ def naive_masks(kind: str, method: str, pattern: str) -> dict[tuple[int, str], t
     return {key: naive.keep_n_m(score, n, m) for key, score in scores.items()}
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pairwise(AXES, method=METHODS)
 def test_masks_equal_a_naive_float64_version(kind, method, pattern):
-    anatomy, results = swept(kind)
-    masks = results[dense_recipe(method, pattern)].masks
+    anatomy, _ = swept(kind)
+    masks = pruned_by(kind, method, pattern).masks
     expected = naive_masks(kind, method, pattern)
     assert set(masks) == set(anatomy) == set(expected)
     differing = sum(int((masks[key] != expected[key]).sum()) for key in masks)
@@ -186,13 +198,12 @@ def test_masks_equal_a_naive_float64_version(kind, method, pattern):
     assert masks.kept() * 2 == total
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pairwise(AXES, method="sparsegpt")
 def test_sparsegpt_reconstructs_as_well_as_the_published_algorithm_and_better_than_others(kind, pattern):
-    anatomy, results = swept(kind)
+    anatomy, _ = swept(kind)
     _, inputs = double(kind)
-    pruned = results[dense_recipe("sparsegpt", pattern)]
-    errors = dict.fromkeys(("ours", "published", "wanda", "magnitude"), 0.0)
+    pruned = pruned_by(kind, "sparsegpt", pattern)
+    errors = dict.fromkeys(("ours", "published", *RIVALS), 0.0)
     for key in anatomy:
         dense = anatomy.weight(*key)
         mask = pruned.masks[key]
@@ -211,8 +222,8 @@ def test_sparsegpt_reconstructs_as_well_as_the_published_algorithm_and_better_th
         else:
             _, published = naive.sparsegpt(dense, x, 0.5, pattern)
         errors["published"] += naive.reconstruction_error(dense, published, x)
-        for other in ("wanda", "magnitude"):
-            kept = results[dense_recipe(other, pattern)].masks[key]
+        for other in RIVALS:
+            kept = pruned_by(kind, other, pattern).masks[key]
             errors[other] += naive.reconstruction_error(dense, dense * kept, x)
     assert errors["ours"] == pytest.approx(errors["published"], rel=0.01)
     assert errors["ours"] < errors["wanda"]
@@ -220,11 +231,10 @@ def test_sparsegpt_reconstructs_as_well_as_the_published_algorithm_and_better_th
     assert pruned.masks.kept() * 2 == sum(mask.numel() for mask in pruned.masks.values())
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pairwise(AXES, method="random")
 def test_random_is_exact_and_its_seed_decides(kind, pattern):
-    anatomy, results = swept(kind)
-    masks = results[dense_recipe("random", pattern)].masks
+    anatomy, _ = swept(kind)
+    masks = pruned_by(kind, "random", pattern).masks
     assert masks.kept() * 2 == sum(mask.numel() for mask in masks.values())
     recipes = [dense_recipe("random", pattern, parameters={"seed": seed}) for seed in (0, 1)]
     again = sweep(anatomy, [Job(recipe) for recipe in recipes])
@@ -278,7 +288,7 @@ def test_sparsegpt_passes_corrected_weights_on_to_the_next_block(kind):
 
 
 def test_every_registered_method_is_tested_here():
-    assert set(known_methods()) == {*METHODS, "sparsegpt", "random"}
+    assert set(known_methods()) == set(AXES["method"])
 
 
 def test_experts_that_see_nothing_are_reported_and_fall_back_on_magnitude():
@@ -326,10 +336,12 @@ def test_a_dead_input_loses_its_weights_first_and_damping_is_raised_only_when_ne
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_corrected_weights_are_zero_where_removed_and_have_the_models_dtype(kind):
     anatomy, results = swept(kind)
-    pruned = results[dense_recipe("sparsegpt", "2:4")]
-    assert pruned.values is not None
-    for key, values in pruned.values.items():
-        assert values.dtype == anatomy.weight(*key).dtype
-        assert len(values) == pruned.masks.kept(key)
-    kinds = {role_kind(role) for _, role in pruned.values}
-    assert kinds == {role_kind(role) for _, role in anatomy}
+    corrected = [pruned for (method, _), pruned in results.items() if method == "sparsegpt"]
+    assert corrected
+    for pruned in corrected:
+        assert pruned.values is not None
+        for key, values in pruned.values.items():
+            assert values.dtype == anatomy.weight(*key).dtype
+            assert len(values) == pruned.masks.kept(key)
+        kinds = {role_kind(role) for _, role in pruned.values}
+        assert kinds == {role_kind(role) for _, role in anatomy}
