@@ -48,5 +48,6 @@ def pairwise(axes: Mapping[str, Sequence[Any]], **only: Any) -> pytest.MarkDecor
         values = dict(zip(axes, case, strict=True))
         if all(values[name] in (part if isinstance(part, list) else [part]) for name, part in only.items()):
             marks = [] if case in chosen else [pytest.mark.full]
-            cases.append(pytest.param(*(values[name] for name in names), marks=marks))
+            asked = [values[name] for name in names]
+            cases.append(pytest.param(*asked, marks=marks, id="-".join(map(str, asked))))
     return pytest.mark.parametrize(names, cases)

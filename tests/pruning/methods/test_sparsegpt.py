@@ -5,6 +5,7 @@ from __future__ import annotations
 import naive
 import pytest
 import torch
+from pairwise import pairwise
 
 from pruning.methods import sparsegpt
 from pruning.patterns import pattern_named
@@ -25,14 +26,17 @@ def statistics_of(x: torch.Tensor) -> InputStatistics:
     return statistics
 
 
-@pytest.mark.parametrize("dead", [False, True], ids=["all inputs alive", "dead inputs"])
-@pytest.mark.parametrize("pattern", ["matrix", "row", "2:4"])
-@pytest.mark.parametrize(("inputs", "columns"), [(700, 128), (700, 8), (96, 100), (100, 3)])
-def test_wide_matrices_are_solved_as_published(inputs, columns, pattern, dead):
-    if pattern == "2:4" and inputs % 4:
-        pytest.skip("inputs do not divide")
+@pairwise(
+    {
+        "size": [(700, 128), (700, 8), (96, 100), (100, 3)],
+        "pattern": ["matrix", "row", "2:4"],
+        "inputs_die": [False, True],
+    }
+)
+def test_wide_matrices_are_solved_as_published(size, pattern, inputs_die):
+    inputs, columns = size
     x = inputs_like_a_models(inputs, 900)
-    if dead:
+    if inputs_die:
         x[:, [0, 5, inputs // 2, inputs - 1]] = 0
     random = torch.Generator().manual_seed(0)
     weights = [torch.randn(outputs, inputs, generator=random) * 0.02 for outputs in (24, 40)]
