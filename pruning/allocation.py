@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, unknown
 from .parameters import Parameter
 from .patterns import Pattern, Shape, _kth_lowest
 from .statistics import InputStatistics
@@ -86,7 +86,7 @@ def allocation_named(name: str) -> Allocation:
         If there is none.
     """
     if name not in _ALLOCATIONS:
-        raise RecipeError(f'unknown allocation "{name}"; {did_you_mean(name, _ALLOCATIONS)}')
+        raise RecipeError(unknown("allocation", name, _ALLOCATIONS))
     return _ALLOCATIONS[name]
 
 

@@ -42,6 +42,25 @@ class DiskError(PrunescopeError):
     """The disk refused a write; nothing half-written stays behind."""
 
 
+def shortened(text: object, length: int = 60) -> str:
+    r"""Return what a user gave, fit for one line of a message: its middle left out if it is long.
+
+    >>> shortened("wanda"), shortened("a" * 5000 + ".safetensors", 24), shortened("two\nlines")
+    ('wanda', 'aaaaaaaaaaaa…safetensors', 'two lines')
+    """
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text))
+    if len(line) <= length:
+        return line
+    end = length // 2 - 1
+    return f"{line[: length - end - 1]}…{line[-end:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of another library says, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return shortened(lines[0], 300) if lines else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"known: a, b"``, led by the closest known word when one is close.
 
@@ -50,5 +69,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     close = get_close_matches(word, names, n=1)
-    hint = f'did you mean "{close[0]}"? ' if close else ""
-    return f"{hint}known: {', '.join(names)}"
+    hint = f'did you mean "{shortened(close[0])}"? ' if close else ""
+    return f"{hint}known: {', '.join(map(shortened, names))}"
+
+
+def unknown(kind: str, word: str, known: Iterable[str]) -> str:
+    """Return that there is no `kind` called `word`, and what there is.
+
+    >>> unknown("method", "wandas", ["magnitude", "wanda"])
+    'unknown method "wandas"; did you mean "wanda"? known: magnitude, wanda'
+    """
+    return f'unknown {kind} "{shortened(word)}"; {did_you_mean(word, known)}'

@@ -144,6 +144,22 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder; ``False`` also for what cannot be a path at all, such as 5,000 letters."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; ``False`` also for what cannot be a path at all."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with whole_file(path) as partial:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, did_you_mean, shortened
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, floa
     for name, value in given.items():
         if name not in known:
             hint = did_you_mean(name, known) if known else "it has none"
-            raise RecipeError(f'{owner} has no parameter "{name}"; {hint}')
+            raise RecipeError(f'{owner} has no parameter "{shortened(name)}"; {hint}')
         limits = known[name]
         if not (math.isfinite(value) and limits.lowest <= value <= limits.highest):
             raise RecipeError(

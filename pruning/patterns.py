@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, unknown
 
 Shape = tuple[int, int]
 #: Scores that are compared at a time on a CPU.
@@ -209,7 +209,7 @@ def pattern_named(name: str) -> Pattern:
         n, m = numbers
         return Pattern(name, _n_of_m(n, m), lambda shape, sparsity: shape[0] * shape[1] // m * n, group=m)
     if name not in _PATTERNS:
-        raise RecipeError(f'unknown pattern "{name}"; {did_you_mean(name, known_patterns())}')
+        raise RecipeError(unknown("pattern", name, known_patterns()))
     return _PATTERNS[name]
 
 

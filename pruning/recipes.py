@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from .allocation import DIAGNOSIS, UNIFORM, allocation_named
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, unknown
 from .files import content_sha256
 from .methods import Method, method_named
 from .models.anatomy import ROLES, role_kind
@@ -131,7 +131,7 @@ class Recipe(BaseModel):
     def _known_roles(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
         for role in roles:
             if role not in ROLES:
-                raise RecipeError(f'unknown role "{role}"; {did_you_mean(role, ROLES)}')
+                raise RecipeError(unknown("role", role, ROLES))
         return tuple(role for role in ROLES if role in roles)
 
     @field_validator("importance")

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from probes import DENSE
-from pruning.errors import StudyError, did_you_mean
+from pruning.errors import StudyError, unknown
 from pruning.recipes import EVERYWHERE, UNCALIBRATED
 
 from .schema import FRAMES, RECIPE_COLUMNS, FrameSpec
@@ -50,7 +50,7 @@ def check(name: str, frame: pd.DataFrame, where: str = "") -> pd.DataFrame:
         If its columns or metrics are others.
     """
     if name not in FRAMES:
-        raise StudyError(f'unknown frame "{name}"; {did_you_mean(name, FRAMES)}')
+        raise StudyError(unknown("frame", name, FRAMES))
     spec = FRAMES[name]
     if tuple(frame.columns) != spec.columns:
         raise StudyError(f"{where}frame {name} should have the columns {', '.join(spec.columns)}")

@@ -18,9 +18,9 @@ from probes import DENSE, ItemSource
 from pruning import CalibrationSet, Corpus, Recipe, Remedy, known_methods, text_source
 from pruning.allocation import DIAGNOSIS
 from pruning.engine import Job
-from pruning.errors import StudyError, TextError, did_you_mean
-from pruning.files import PARTIAL
-from pruning.models.loading import DEMO, DEMO_NAME, Dtype
+from pruning.errors import ModelError, StudyError, TextError, did_you_mean, first_line, shortened
+from pruning.files import PARTIAL, is_folder
+from pruning.models.loading import DEMO, DEMO_NAME, Dtype, check_model_name, device_named
 from pruning.patterns import n_of_m
 from pruning.text.languages import language_tags
 from pruning.text.sources import BUNDLED_LANGUAGES, HubDataset
@@ -221,6 +221,24 @@ class Study(_Section):
         default={}, description="models that were pruned elsewhere: what to call each, and its checkpoint"
     )
 
+    @field_validator("model")
+    @classmethod
+    def _possible_model(cls, name: str) -> str:
+        try:
+            check_model_name(name)
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        return name
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, name: str) -> str:
+        try:
+            device_named(name)
+        except ModelError as error:
+            raise ValueError(str(error)) from error
+        return name
+
     @field_validator("languages")
     @classmethod
     def _known_languages(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
@@ -241,11 +259,19 @@ class Study(_Section):
         if not jobs and not self.imported:
             raise ValueError("there is nothing to do: give at least one of [[recipes]], or [imported] models")
         taken = _taken_names() | {job.id for job in jobs}
-        for name in self.imported:
+        for name, source in self.imported.items():
+            try:
+                check_model_name(source)
+            except ModelError as error:
+                raise ValueError(f"imported: {error}") from error
             if not _NAME.fullmatch(name) or name.endswith(PARTIAL):
-                raise ValueError(f'imported: "{name}" cannot be used as a name; use letters, digits and . + = _ -')
+                raise ValueError(
+                    f'imported: "{shortened(name)}" cannot be used as a name; use letters, digits and . + = _ -'
+                )
             if name in taken:
-                raise ValueError(f'imported: "{name}" is the name of a method or of another model here; choose another')
+                raise ValueError(
+                    f'imported: "{shortened(name)}" is the name of a method or of another model here; choose another'
+                )
         return self
 
     @property
@@ -312,8 +338,10 @@ def load_study(path: Path) -> Study:
         raise StudyError(f"{path} is a folder; give the study file, such as {path / 'study.toml'}") from error
     except UnicodeDecodeError as error:
         raise StudyError(f"{path} is not UTF-8; save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"{path} is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"{path} is not TOML: {first_line(error)}") from error
+    except OSError as error:
+        raise StudyError(f"cannot read the study file {shortened(path, 200)}: {error.strerror}") from error
     return _anchored(parse_study(_diagnoses_anchored(content, path.parent), str(path)), path.parent)
 
 
@@ -397,7 +425,7 @@ _IN_TOML = {
 
 def _explained(error: Any) -> str:
     kinds = ("str", "float", "HubDataset")
-    place = ".".join(str(part) for part in error["loc"] if part not in kinds and "tuple" not in str(part))
+    place = ".".join(shortened(part) for part in error["loc"] if part not in kinds and "tuple" not in str(part))
     if error["type"] == "extra_forbidden":
         section, _, key = place.rpartition(".")
         return f'unknown key "{key}"{f" in [{section}]" if section else ""}; {did_you_mean(key, _keys(section))}'
@@ -433,7 +461,7 @@ def _anchored(study: Study, folder: Path) -> Study:
     text = TextConfig(**{part: anchor(getattr(study.text, part)) for part in TextConfig.model_fields})
 
     def checkpoint(name: str) -> str:
-        return os.path.normpath(folder / name) if name != DEMO and (folder / name).is_dir() else name
+        return os.path.normpath(folder / name) if name != DEMO and is_folder(folder / name) else name
 
     imported = {name: checkpoint(source) for name, source in study.imported.items()}
     folders = tuple(os.path.normpath(folder / name) for name in study.tasks.folders)

@@ -21,8 +21,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pruning.errors import TextError
-from pruning.files import content_sha256
+from pruning.errors import TextError, first_line, shortened
+from pruning.files import content_sha256, is_file
 from pruning.text.languages import named
 from pruning.text.sources import BUNDLED_LANGUAGES
 
@@ -96,7 +96,9 @@ class ItemSource:
     def __post_init__(self) -> None:
         kind, _, path = self.spec.partition(":")
         if self.spec != BUNDLED_ITEMS and not (kind == "file" and path.endswith(".jsonl") and "{lang}" in path):
-            raise TextError(f'unknown source of items "{self.spec}"; use "bundled" or "file:FOLDER/{{lang}}.jsonl"')
+            raise TextError(
+                f'unknown source of items "{shortened(self.spec)}"; use "bundled" or "file:FOLDER/{{lang}}.jsonl"'
+            )
 
     @property
     def task(self) -> str:
@@ -123,8 +125,8 @@ class ItemSource:
             path = Path(str(package_files("probes.items"))) / "bundled" / f"{language}.jsonl"
         else:
             path = Path(self.spec.partition(":")[2].replace("{lang}", language))
-            if not path.is_file():
-                raise TextError(f"no items for {named(language)}: there is no file {path}")
+            if not is_file(path):
+                raise TextError(f"no items for {named(language)}: there is no file {shortened(path, 200)}")
         items = list(_read(path))
         if not items:
             raise TextError(f"no items for {named(language)}: {path} is empty")
@@ -170,10 +172,11 @@ def _read(path: Path) -> Iterator[Item]:
             continue
         try:
             yield Item.model_validate(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error.msg}); one item a line is expected") from error
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             message = first["msg"].removeprefix("Value error, ")
             raise TextError(f"{path}, line {number}: {place + ': ' if place else ''}{message}") from error
+        except (ValueError, RecursionError) as error:  # nested too deeply, or a number too long
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+            raise TextError(f"{path}, line {number}: not JSON ({reason}); one item a line is expected") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError, unknown
 from ..parameters import Parameter
 from ..statistics import CURVATURE, GRADIENT
 
@@ -108,7 +108,7 @@ def method_named(name: str) -> Method:
         If there is none.
     """
     if name not in _METHODS:
-        raise RecipeError(f'unknown method "{name}"; {did_you_mean(name, _METHODS)}')
+        raise RecipeError(unknown("method", name, _METHODS))
     return _METHODS[name]
 
 

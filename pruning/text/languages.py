@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import langcodes
 
-from ..errors import LanguageError
+from ..errors import LanguageError, shortened
 
 
 def language_tag(tag: str) -> str:
@@ -23,7 +23,7 @@ def language_tag(tag: str) -> str:
     ('en', 'zh-Hans')
     """
     if not langcodes.tag_is_valid(tag):
-        raise LanguageError(f'unknown language tag "{tag}"{_suggestion(tag)}')
+        raise LanguageError(f'unknown language tag "{shortened(tag)}"{_suggestion(tag)}')
     return langcodes.standardize_tag(tag)
 
 
@@ -62,7 +62,7 @@ def language_tags(tags: Iterable[str]) -> tuple[str, ...]:
     canonical = tuple(language_tag(tag) for tag in tags)
     for tag in canonical:
         if canonical.count(tag) > 1:
-            raise LanguageError(f'language "{tag}" is named twice')
+            raise LanguageError(f'language "{shortened(tag)}" is named twice')
     return canonical
 
 

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import TextError, did_you_mean
-from ..files import content_sha256
+from ..errors import TextError, first_line, shortened, unknown
+from ..files import content_sha256, is_file
 from .languages import alpha3_script, named
 
 Part = Literal["calibration", "parallel", "heldout"]
@@ -89,7 +89,8 @@ class HubDataset(BaseModel):
         def filled(pattern: str | None) -> str | None:
             return pattern and pattern.replace("{lang}", language).replace("{code}", code)
 
-        where = f'dataset "{self.dataset}"' + (f', config "{filled(self.config)}"' if self.config else "")
+        where = f'dataset "{shortened(self.dataset)}"'
+        where += f', config "{shortened(filled(self.config))}"' if self.config else ""
         try:
             rows = datasets.load_dataset(
                 self.dataset,
@@ -97,6 +98,7 @@ class HubDataset(BaseModel):
                 data_files=filled(self.data_files),
                 split=filled(self.split),
                 streaming=True,
+                trust_remote_code=False,
             )
             seen: set[str] = set()
             for number, row in enumerate(rows):
@@ -104,13 +106,18 @@ class HubDataset(BaseModel):
                 if missing:
                     raise TextError(f"{where} has no column {sorted(missing)}; its columns: {sorted(row)}")
                 id = str(row[self.id]) if self.id else str(number)
-                text = (row[self.text] or "").strip()
+                text = _whole_characters((row[self.text] or "").strip(), f"{where}, row {number + 1}")
                 if text and id not in seen:  # Belebele repeats a passage for each of its questions
                     seen.add(id)
                     yield Segment(id, text)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            if "trust_remote_code" in str(error) or "scripts are no longer supported" in str(error):
+                raise TextError(
+                    f"{where} needs code of its own to be read, which prunescope never runs; "
+                    "choose a dataset of plain files, or save its text and use text = 'file:FOLDER/{lang}.jsonl'"
+                ) from error
             raise TextError(
-                f"no text for {named(language)}: {where} cannot be read ({_first_line(error)}); "
+                f"no text for {named(language)}: {where} cannot be read ({first_line(error)}); "
                 "check the name, the network, or use text = 'file:FOLDER/{lang}.jsonl'"
             ) from error
 
@@ -162,9 +169,10 @@ class FileText(BaseModel):
         path = Path(self.path.replace("{lang}", language))
         readers = {".jsonl": _read_jsonl, ".txt": _read_lines, ".parquet": _read_parquet}
         if path.suffix not in readers:
-            raise TextError(f'{path}: unknown kind of text file "{path.suffix}"; use .jsonl, .txt or .parquet')
-        if not path.is_file():
-            raise TextError(f"no text for {named(language)}: there is no file {path}")
+            kind = shortened(path.suffix)
+            raise TextError(f'{shortened(path, 200)}: unknown kind of text file "{kind}"; use .jsonl, .txt or .parquet')
+        if not is_file(path):
+            raise TextError(f"no text for {named(language)}: there is no file {shortened(path, 200)}")
         yield from readers[path.suffix](path)
 
 
@@ -207,13 +215,15 @@ def text_source(spec: str | dict[str, Any]) -> TextSource:
         return BundledText()
     if kind == "file" and rest:
         if "{lang}" not in rest:
-            raise TextError(f'"{spec}" names one file for all languages; put {{lang}} where the tag belongs')
+            raise TextError(f'"{shortened(spec)}" names one file for all languages; put {{lang}} where the tag belongs')
         return FileText(path=rest)
     if kind == "hub" and rest:
         if rest not in HUB_PRESETS:
-            raise TextError(f'unknown hub preset "{rest}"; {did_you_mean(rest, HUB_PRESETS)}')
+            raise TextError(unknown("hub preset", rest, HUB_PRESETS))
         return HUB_PRESETS[rest]
-    raise TextError(f'unknown text source "{spec}"; use "bundled", "file:FOLDER/{{lang}}.jsonl" or "hub:PRESET"')
+    raise TextError(
+        f'unknown text source "{shortened(spec)}"; use "bundled", "file:FOLDER/{{lang}}.jsonl" or "hub:PRESET"'
+    )
 
 
 @dataclass
@@ -309,10 +319,6 @@ def fingerprint(segments: Iterable[Segment]) -> str:
     return content_sha256([[s.id, s.text] for s in segments])
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
@@ -348,16 +354,30 @@ def _read_lines(path: Path) -> Iterator[Segment]:
         yield Segment(str(number), line)
 
 
+def _whole_characters(text: str, where: str) -> str:
+    """Return `text` if it can be encoded; JSON's escapes can write half of a surrogate pair, which cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise TextError(
+            f"{where}: {half} is one half of a surrogate pair, not a character; write both halves, or take it out"
+        ) from error
+    return text
+
+
 def _read_jsonl(path: Path) -> Iterator[Segment]:
     for number, line in _utf8_lines(path):
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}, line {number}: not JSON ({error.msg}); one object a line is expected") from error
+        except (ValueError, RecursionError) as error:  # nested too deeply, or a number too long
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+            raise TextError(f"{where}: not JSON ({reason}); one object a line is expected") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise TextError(f'{path}, line {number}: no "text"; a line looks like {{"id": "1", "text": "..."}}')
-        if text := record["text"].strip():
-            yield Segment(str(record.get("id", number)), text, record.get("part"))
+            raise TextError(f'{where}: no "text"; a line looks like {{"id": "1", "text": "..."}}')
+        if text := _whole_characters(record["text"].strip(), where):
+            yield Segment(_whole_characters(str(record.get("id", number)), where), text, record.get("part"))
 
 
 def _read_parquet(path: Path) -> Iterator[Segment]:
@@ -367,10 +387,16 @@ def _read_parquet(path: Path) -> Iterator[Segment]:
     try:
         table = parquet.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise TextError(f"{path}: not a Parquet file, or a damaged one ({_first_line(error)})") from error
+        raise TextError(f"{path}: not a Parquet file, or a damaged one ({first_line(error)})") from error
     if "text" not in table.column_names:
         raise TextError(f'{path}: no column "text"; its columns: {", ".join(table.column_names)}')
-    ids = table["id"].to_pylist() if "id" in table.column_names else range(1, table.num_rows + 1)
-    for id, text in zip(ids, table["text"].to_pylist(), strict=True):
+    try:
+        texts = table["text"].to_pylist()
+        ids = table["id"].to_pylist() if "id" in table.column_names else range(1, table.num_rows + 1)
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from error
+    for number, (id, text) in enumerate(zip(ids, texts, strict=True), start=1):
+        if text is not None and not isinstance(text, str):
+            raise TextError(f'{path}, row {number}: "text" is not text but {type(text).__name__}')
         if text and text.strip():
             yield Segment(str(id), text.strip())

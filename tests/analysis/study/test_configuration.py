@@ -232,6 +232,11 @@ def test_the_demo_asks_for_what_the_readme_says():
         (MINIMAL + '[imported]\n"../x" = "y"', 'imported: "../x" cannot be used as a name'),
         (MINIMAL + '[imported]\ndense = "y"', '"dense" is the name of a method or of another model'),
         (MINIMAL + "[imported]\nx = 3", "imported.x"),
+        (MINIMAL + '[imported]\nx = ""', 'imported: "" cannot be a model'),
+        (MINIMAL.replace("demo", ""), 'model: "" cannot be a model'),
+        ('device = "anything"\n' + MINIMAL, 'device: unknown device "anything"; use "auto", "cpu"'),
+        ("device = 3\n" + MINIMAL, "device: should be text in quotes"),
+        ("a = " + "[" * 9999, "is not TOML"),
         (MINIMAL + DIAGNOSED, "found/remedy.json; give the one that prunescope diagnose writes"),
         (MINIMAL + DIAGNOSED.replace("found/remedy", "study").replace(".json", ".toml"), "study.toml is damaged"),
         (MINIMAL + DIAGNOSED.replace(', "diagnosis"]', "]"), 'diagnosis goes with allocation = "diagnosis"'),
@@ -246,9 +251,46 @@ def test_mistakes_are_one_clear_line(tmp_path, text, message):
     assert "study.toml" in str(caught.value)
 
 
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'model = "{LONG}"\nlanguages = ["en", "sw"]',
+        f'model = "demo"\nlanguages = ["en", "{LONG}"]',
+        f'device = "{LONG}"\n' + MINIMAL,
+        f'dtype = "{LONG}"\n' + MINIMAL,
+        f"{LONG} = 3\n" + MINIMAL,
+        MINIMAL + f'[text]\ncalibration = "{LONG}"',
+        MINIMAL + f'[text]\ncalibration = "hub:{LONG}"',
+        MINIMAL + f'[calibration]\nsets = ["{LONG}"]',
+        MINIMAL + f'[calibration]\nextra = [["{LONG}", 1]]',
+        MINIMAL + f'[tasks]\nitems = "{LONG}"',
+        MINIMAL + f'[imported]\n"+{LONG}" = "x"',
+        MINIMAL + f'[imported]\nx = "{LONG}"',
+        MINIMAL + f'[[recipes]]\nmethod = "{LONG}"',
+        MINIMAL + f'[[recipes]]\nmethod = "ria"\nparameters = {{ {LONG} = 1 }}',
+        *(
+            MINIMAL + f'[[recipes]]\nmethod = "wanda"\n{key} = "{LONG}"'
+            for key in ("pattern", "allocation", "propagation", "blocks", LONG)
+        ),
+        MINIMAL + f'[[recipes]]\nmethod = "wanda"\nroles = ["{LONG}"]',
+        MINIMAL + f'[[recipes]]\nmethod = "wanda"\nallocation = "diagnosis"\ndiagnosis = "{LONG}"',
+    ],
+)
+def test_a_very_long_name_is_repeated_in_short(tmp_path, text):
+    with pytest.raises(StudyError) as caught:
+        load(tmp_path, text)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_study_file_points_to_the_demo(tmp_path):
     with pytest.raises(StudyError, match="prunescope run demo"):
         load_study(tmp_path / "nothing.toml")
+    with pytest.raises(StudyError, match=r"cannot read the study file .*: File name too long"):
+        load_study(tmp_path / ("x" * 5000))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from pruning import load_model
 from pruning.errors import ModelError
-from pruning.models.loading import checkpoint_bytes, demo_checkpoint
+from pruning.models import loading
+from pruning.models.loading import checkpoint_bytes, demo_checkpoint, open_device
 
 
 def test_a_folder_is_loaded_in_float32_on_a_cpu(tmp_path, model, tokenizer):
@@ -75,6 +78,62 @@ def test_a_checkpoint_with_other_files_missing_or_damaged_is_one_clear_line(
         (tmp_path / name).write_text(content)
     with pytest.raises(ModelError, match="cannot load model") as caught:
         load_model(str(tmp_path), stream=stream)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_checkpoint_is_never_run_nor_asked_about(
+    tmp_path, model, tokenizer, monkeypatch, stream, file
+):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "theirs.py").write_text("raise SystemExit('their code ran')")
+    settings = json.loads((tmp_path / file).read_text())
+    if file == "config.json":
+        settings |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
+    else:
+        settings |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.T", None]}}
+    (tmp_path / file).write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ModelError, match=r"needs Python code .* never runs") as caught:
+        load_model(str(tmp_path), stream=stream)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("anything", 'unknown device "anything"; use "auto", "cpu"'),
+        ("cuda:", "unknown device"),
+        ("", "unknown device"),
+        ("cpu:1", 'this machine has no device "cpu:1"; it has cpu'),
+        ("meta", 'this machine has no device "meta"; it has cpu'),
+        ("x" * 5000, 'unknown device "xxx'),
+    ],
+)
+def test_a_device_that_does_not_exist_is_refused_before_anything_is_loaded(device, message, stream):
+    with pytest.raises(ModelError) as caught:
+        load_model("there/is-no-such-model", device=device, stream=stream)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_a_device_beyond_the_last_one_is_named_with_those_that_there_are(monkeypatch):
+    monkeypatch.setattr(loading, "_devices", lambda: {"cpu": 1, "cuda": 2})
+    assert open_device("cuda:1") == torch.device("cuda:1")
+    assert open_device("cuda") == torch.device("cuda")
+    for device in ("cuda:7", "mps"):
+        with pytest.raises(ModelError, match=f'no device "{device}"; it has cpu, cuda:0, cuda:1'):
+            open_device(device)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 4000, "a\0b", "", "  "])
+def test_what_cannot_be_the_name_of_a_model_is_one_short_line(name):
+    with pytest.raises(ModelError, match="cannot be a model; give") as caught:
+        load_model(name)
+    assert len(str(caught.value)) < 200
     assert "\n" not in str(caught.value)
 
 

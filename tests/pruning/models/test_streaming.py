@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -112,6 +114,16 @@ def test_parameters_are_there_only_inside_and_leave_also_after_an_error(folder):
     assert all(parameter.is_meta for parameter in streamed.parameters())
 
 
+def test_a_streamed_model_is_freed_when_nobody_holds_it_any_more(folder):
+    model, _ = load_model(str(folder), stream=True, device="cpu")
+    with Anatomy(model).loaded(1):
+        pass
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
 def test_writing_to_streamed_weights_never_reaches_the_checkpoint(folder):
     anatomy = Anatomy(load_model(str(folder), stream=True, dtype="checkpoint", device="cpu")[0])
     before = [path.read_bytes() for path in shards(folder)]
@@ -120,6 +132,16 @@ def test_writing_to_streamed_weights_never_reaches_the_checkpoint(folder):
     assert [path.read_bytes() for path in shards(folder)] == before
     with anatomy.loaded(1, to_read=True):
         assert anatomy.weight(1, "up").any()
+
+
+def elsewhere(file):
+    """Have the index name another file for a tensor, which is there in the folder above, and whole."""
+
+    def damage(folder):
+        (folder.parent / "x.safetensors").write_bytes(shards(folder)[0].read_bytes())
+        change_index(folder, lambda index: index["weight_map"].update({WEIGHT: file}))
+
+    return damage
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
@@ -133,6 +155,15 @@ def test_writing_to_streamed_weights_never_reaches_the_checkpoint(folder):
         (lambda f: change_index(f, lambda i: i["weight_map"].update({WEIGHT: 3})), f"{INDEX} is damaged"),
         (lambda f: change_index(f, lambda i: i.pop("weight_map")), f"{INDEX} is damaged"),
         (lambda f: (f / INDEX).write_text("{"), f"{INDEX} is damaged"),
+        (lambda f: (f / INDEX).write_text("3"), f"{INDEX} is damaged"),
+        (lambda f: (f / INDEX).write_text("[" * 99_999), f"{INDEX} is damaged"),
+        (lambda f: change_index(f, lambda i: i.update(weight_map=[])), f"{INDEX} is damaged"),
+        (lambda f: change_index(f, lambda i: i.update(weight_map={})), f"{INDEX} is damaged"),
+        (elsewhere("../x.safetensors"), 'names "../x.safetensors", which is no file beside it'),
+        (elsewhere("/x.safetensors"), 'names "/x.safetensors", which is no file beside it'),
+        (elsewhere("x/../../x.safetensors"), "which is no file beside it"),
+        (elsewhere("..\\x.safetensors"), "which is no file beside it"),
+        (elsewhere("x" * 5000), "xxx…xxx"),
         (lambda f: (f / INDEX).unlink(), f"no {SINGLE}"),
         (lambda f: change_tensors(f, WEIGHT, lambda t: t.pop(WEIGHT)), f"lacks {WEIGHT}, which {INDEX} says"),
         (
@@ -148,6 +179,15 @@ def test_writing_to_streamed_weights_never_reaches_the_checkpoint(folder):
         "index names no file",
         "index without a map",
         "index cut short",
+        "index is a number",
+        "index is nested too deeply",
+        "map is a list",
+        "map is empty",
+        "index names a file in the folder above",
+        "index names a file by an absolute path",
+        "index names a file by a way out",
+        "index names a file in the folder above on Windows",
+        "index names a very long file",
         "no index",
         "tensor missing",
         "tensor of another shape",
@@ -159,6 +199,7 @@ def test_damaged_checkpoints_are_one_clear_line(folder, stream, damage, words):
         load_model(str(folder), stream=stream, device="cpu")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])

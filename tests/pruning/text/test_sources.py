@@ -4,7 +4,9 @@ import json
 import re
 
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from tokenizers.processors import ByteLevel
 
 from pruning import CalibrationSet, Corpus, text_source
@@ -91,6 +93,14 @@ def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
     [
         ("en.jsonl", '{"text": "a"}\n{oops\n', "line 2: not JSON"),
         ("en.jsonl", '{"txt": "a"}\n', 'line 1: no "text"'),
+        (
+            "en.jsonl",
+            '{"text": "a"}\n\n{"text": "b \\ud83d c"}\n',
+            "en.jsonl, line 3: \\ud83d is one half of a surrogate",
+        ),
+        ("en.jsonl", '{"id": "\\udc00", "text": "b"}\n', "en.jsonl, line 1: \\udc00 is one half"),
+        ("en.jsonl", '{"text": ' + "[" * 99_999, "line 1: not JSON (maximum recursion"),
+        ("en.jsonl", '{"text": "a", "id": ' + "9" * 5000 + "}", "line 1: not JSON (Exceeds"),
         ("en.jsonl", "", "is empty"),
         ("en.parquet", "no parquet", "not a Parquet file"),
         ("en.csv", "text\na\n", 'unknown kind of text file ".csv"'),
@@ -100,6 +110,35 @@ def test_unreadable_files_are_refused_with_the_reason(tmp_path, name, content, m
     (tmp_path / name).write_text(content)
     with pytest.raises(TextError, match=re.escape(message)):
         list(FileText(path=f"{tmp_path}/{{lang}}.{name.split('.')[1]}").segments("en"))
+
+
+def test_both_halves_of_a_surrogate_pair_are_one_character(tmp_path):
+    (tmp_path / "en.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n')
+    assert [s.text for s in FileText(path=f"{tmp_path}/{{lang}}.jsonl").segments("en")] == ["\U0001f600"]
+
+
+def test_parquet_columns_that_are_no_text_are_refused(tmp_path):
+    pd.DataFrame({"text": [3, 4]}).to_parquet(tmp_path / "en.parquet")
+    with pytest.raises(TextError, match=r'en\.parquet, row 1: "text" is not text but int'):
+        list(FileText(path=f"{tmp_path}/{{lang}}.parquet").segments("en"))
+    broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    parquet.write_table(pa.table({"text": broken}), tmp_path / "en.parquet")
+    with pytest.raises(TextError, match=r"en\.parquet: not UTF-8 \(byte 0xff\)"):
+        list(FileText(path=f"{tmp_path}/{{lang}}.parquet").segments("en"))
+
+
+def test_names_of_any_length_are_repeated_in_short():
+    long = "x" * 5000
+    for ask in (
+        lambda: text_source(f"hub:{long}"),
+        lambda: text_source(long),
+        lambda: text_source(f"file:{long}"),
+        lambda: list(FileText(path=f"/tmp/{long}{{lang}}.jsonl").segments("en")),
+        lambda: list(FileText(path=f"{{lang}}.{long}").segments("en")),
+    ):
+        with pytest.raises(TextError) as caught:
+            ask()
+        assert len(str(caught.value)) < 400
 
 
 def test_language_without_text_is_named(tmp_path):
@@ -205,6 +244,15 @@ def test_hub_dataset_that_cannot_be_read_says_so(tmp_path):
         list(HubDataset(dataset=str(tmp_path), text="body").segments("en"))
     with pytest.raises(TextError, match=r'no text for English \("en"\): dataset .* cannot be read'):
         list(HubDataset(dataset=str(tmp_path / "nowhere")).segments("en"))
+
+
+def test_a_dataset_that_is_a_script_is_never_run(tmp_path):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "theirs.py").write_text("raise SystemExit('their code ran')")
+    with pytest.raises(TextError, match="needs code of its own to be read, which prunescope never runs"):
+        list(HubDataset(dataset=str(folder)).segments("en"))
 
 
 def test_fingerprint_changes_with_text_and_id(one_source):
