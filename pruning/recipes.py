@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from .allocation import DIAGNOSIS, UNIFORM, allocation_named
-from .errors import RecipeError, unknown
+from .errors import RecipeError, shortened, unknown
 from .files import content_sha256
 from .methods import Method, method_named
 from .models.anatomy import ROLES, role_kind
@@ -150,7 +150,9 @@ class Recipe(BaseModel):
         blocks = blocks.replace(" ", "")
         for part in blocks.split(",") if blocks else ():
             if not _BLOCKS.fullmatch(part) or part == ":":
-                raise RecipeError(f'blocks "{blocks}" is not like "0:4" (the first four), "30:" or "0:4,30:"')
+                raise RecipeError(
+                    f'blocks "{shortened(blocks)}" is not like "0:4" (the first four), "30:" or "0:4,30:"'
+                )
         return blocks
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import RecipeError
+from .errors import RecipeError, shortened
 from .files import write_json
 
 REMEDY_FILE = "remedy.json"
@@ -85,7 +85,7 @@ class Remedy(BaseModel):
                 f"there is no file {path}; give the one that prunescope diagnose writes ({REMEDY_FILE})"
             ) from error
         except OSError as error:
-            raise RecipeError(f"cannot read {path}: {error.strerror}; give a {REMEDY_FILE}") from error
+            raise RecipeError(f"cannot read {shortened(path, 200)}: {error.strerror}; give a {REMEDY_FILE}") from error
         except ValueError as error:
             raise RecipeError(f"{path} is damaged ({error}); have it written again by prunescope diagnose") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
