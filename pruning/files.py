@@ -14,6 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from .errors import DiskError
@@ -158,6 +160,24 @@ def is_file(path: str | Path) -> bool:
         return Path(path).is_file()
     except (OSError, ValueError):
         return False
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is made once and used by every study; ``PRUNESCOPE_CACHE`` chooses another one."""
+    return Path(os.environ.get("PRUNESCOPE_CACHE") or user_cache_path("prunescope"))
+
+
+@contextmanager
+def only_one_makes(path: Path) -> Iterator[None]:
+    """Have other processes wait inside a ``with`` block, so that they find `path` made when it is their turn."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(path.name + ".lock"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from conftest import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from pruning import CalibrationSet, Corpus
-from pruning.models.streaming import INDEX
+from pruning.models.checkpoint import INDEX
 from pruning.text.sources import BundledText
 
 CORPUS = Corpus(BundledText(), BundledText(), BundledText())

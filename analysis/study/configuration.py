@@ -20,7 +20,8 @@ from pruning.allocation import DIAGNOSIS
 from pruning.engine import Job
 from pruning.errors import ModelError, StudyError, TextError, did_you_mean, first_line, shortened
 from pruning.files import PARTIAL, is_folder
-from pruning.models.loading import DEMO, DEMO_NAME, Dtype, check_model_name, device_named
+from pruning.models.embedded import DEMO, DEMO_NAME
+from pruning.models.loading import Dtype, check_model_name, device_named
 from pruning.patterns import n_of_m
 from pruning.text.languages import language_tags
 from pruning.text.sources import BUNDLED_LANGUAGES, HubDataset
@@ -28,6 +29,8 @@ from pruning.variants.variant import planned_jobs
 
 _TextSpec = str | HubDataset
 _NAME = re.compile(r"\w[\w.+=-]*")
+#: Letters in the name of a model that was pruned elsewhere; it is the name of a folder.
+_LONGEST_NAME = 100
 #: What a study says that asks no items.
 NO_ITEMS = "none"
 #: Share of weights removed when a study does not say.
@@ -264,9 +267,10 @@ class Study(_Section):
                 check_model_name(source)
             except ModelError as error:
                 raise ValueError(f"imported: {error}") from error
-            if not _NAME.fullmatch(name) or name.endswith(PARTIAL):
+            if not _NAME.fullmatch(name) or name.endswith(PARTIAL) or len(name) > _LONGEST_NAME:
                 raise ValueError(
-                    f'imported: "{shortened(name)}" cannot be used as a name; use letters, digits and . + = _ -'
+                    f'imported: "{shortened(name)}" cannot be used as a name; use letters, digits and . + = _ -, '
+                    f"{_LONGEST_NAME} at most"
                 )
             if name in taken:
                 raise ValueError(
@@ -382,7 +386,7 @@ def comparison_study(
     StudyError
         If one of these cannot be.
     """
-    name = re.sub(r"[^\w.+=-]+", "_", Path(pruned).name).strip("_").lstrip(".+=-") or "pruned"
+    name = re.sub(r"[^\w.+=-]+", "_", Path(pruned).name).strip("_").lstrip(".+=-")[:_LONGEST_NAME] or "pruned"
     if name in _taken_names():  # nobody was asked for a name here, so nobody is told to choose another
         name += "-checkpoint"
     return parse_study(

@@ -19,7 +19,8 @@ from pruning.engine.plan import Plan, make_plan
 from pruning.engine.sweep import sweep_work
 from pruning.errors import ModelError, RecipeError, VariantError
 from pruning.files import content_sha256, write_json
-from pruning.models.loading import DEMO, checkpoint_bytes
+from pruning.models.embedded import DEMO
+from pruning.models.loading import checkpoint_bytes
 from pruning.text.calibration import CalibrationText, calibration_fingerprint
 from pruning.variants.variant import RECIPE_FILE, VariantRecord, variants_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..errors import ModelError, shortened
-from ..files import is_file
+from ..errors import ModelError
+from .checkpoint import AGAIN, Plan, Shards, foreign
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_AGAIN = "download the checkpoint again"
 #: What safetensors calls the dtypes of weights.
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -44,98 +40,6 @@ _IN_MEMORY = Residence()
 def residence_of(model: nn.Module) -> Residence:
     """Return where the parameters of a model are."""
     return _RESIDENCES.get(model, _IN_MEMORY)
-
-
-class Shards:
-    """The tensors of a checkpoint folder, by name.
-
-    Attributes
-    ----------
-    files, shapes
-        Name of a tensor to the file that it is in, and to its shape.
-
-    Raises
-    ------
-    ModelError
-        If the folder has no safetensors, one of its files is missing, cut short or damaged, or the index does not fit
-        the files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        index = folder / INDEX
-        if (folder / SINGLE).is_file():  # which transformers prefers, too
-            self.shapes = _shapes(folder / SINGLE)
-            self.files = dict.fromkeys(self.shapes, folder / SINGLE)
-        elif index.is_file():
-            self.files = {name: folder / file for name, file in _weight_map(index).items()}
-            self._check_that_files_are_there()
-            found = {path: _shapes(path) for path in dict.fromkeys(self.files.values())}
-            for name, path in self.files.items():
-                if name not in found[path]:
-                    raise ModelError(f"{path} lacks {name}, which {INDEX} says is in it; {_AGAIN}")
-            self.files = {name: path for path, shapes in found.items() for name in shapes}
-            self.shapes = {name: shape for shapes in found.values() for name, shape in shapes.items()}
-        else:
-            raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
-
-    def _check_that_files_are_there(self) -> None:
-        files = set(self.files.values())
-        missing = sorted(shortened(path.name) for path in files if not is_file(path))
-        if missing:
-            raise ModelError(
-                f"{self.folder} lacks {len(missing)} of its {len(files)} shards "
-                f"({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}); {_AGAIN}"
-            )
-
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors, mapped from their files and not yet read.
-
-        Raises
-        ------
-        ModelError
-            If a file was damaged or removed meanwhile.
-        """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        found: dict[str, Tensor] = {}
-        for path, wanted in by_file.items():
-            with _opened(path) as file:
-                found |= {name: file.get_tensor(name) for name in wanted}
-        return found
-
-    @property
-    def bytes(self) -> int:
-        """Size on disk."""
-        return sum(path.stat().st_size for path in set(self.files.values()))
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{index} is damaged; {_AGAIN}") from error
-    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise ModelError(f"{index} is damaged; {_AGAIN}")
-    for file in names.values():
-        if Path(file).name != file or "\\" in file or "\0" in file:
-            raise ModelError(f'{index} names "{shortened(file)}", which is no file beside it; {_AGAIN}')
-    return names
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged ({error}); {_AGAIN}") from error
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -239,7 +143,7 @@ class Streamed(Residence):
             raise ModelError(
                 f"{shards.folder} lacks {missing[0]}"
                 + (f" and {len(missing) - 1} more of the model's parameters" if len(missing) > 1 else "")
-                + f"; {_AGAIN}, or load it whole, without a memory cap, if it keeps them in a form of its own"
+                + f"; {AGAIN}, or load it whole, without a memory cap, if it keeps them in a form of its own"
             )
         for name, parameter in parameters.items():
             if name in self._origins:
@@ -265,12 +169,12 @@ class Streamed(Residence):
             shape = origin.value(name, empty, self._model).shape
         except RuntimeError as error:
             raise ModelError(
-                f"the parts of {name} in {self.shards.folder} have shapes that do not fit together; {_AGAIN}"
+                f"the parts of {name} in {self.shards.folder} have shapes that do not fit together; {AGAIN}"
             ) from error
         if shape != expected:
             raise ModelError(
                 f"{name} has shape {tuple(shape)} in {self.shards.folder}, but its config.json asks for "
-                f"{tuple(expected)}; {_AGAIN}"
+                f"{tuple(expected)}; {AGAIN}"
             )
 
     def is_stored(self, name: str) -> bool:
@@ -353,13 +257,13 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def open_streamed(folder: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
+def open_streamed(shards: Shards, plan: Plan, dtype: torch.dtype | None, device: torch.device) -> Any:
     """Build a model whose parameters stay in its checkpoint.
 
     Parameters
     ----------
-    folder
-        A checkpoint folder with safetensors.
+    shards, plan
+        Of the checkpoint.
     dtype
         That parameters become; the one that the checkpoint is stored in by default.
     device
@@ -370,25 +274,23 @@ def open_streamed(folder: Path, dtype: torch.dtype | None, device: torch.device)
     ModelError
         If the checkpoint cannot be streamed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME
 
-    shards = Shards(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    folder, config = shards.folder, plan.config
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder} is quantized; only checkpoints in floating point can be streamed")
     if dtype is None:
         dtype = config.dtype or next(iter(shards.tensors([next(iter(shards.files))]).values())).dtype
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with _parameters_on_meta():
-        model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+    with foreign(f"model {folder}"), _parameters_on_meta():
+        model = plan.kind.from_config(config, dtype=dtype, trust_remote_code=False)
     model = model.eval()
     residence = Streamed(model, shards, dtype, device)
     residence.load_buffers()
     _RESIDENCES[model] = residence
-    model.name_or_path = str(folder)
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with foreign(str(folder / GENERATION_CONFIG_NAME)):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 

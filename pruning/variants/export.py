@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from ..files import write_json, write_text
 from ..models.anatomy import Anatomy, role_kind
-from ..models.loading import no_progress_bars
-from ..models.streaming import INDEX, Streamed, residence_of
+from ..models.checkpoint import INDEX
+from ..models.quiet import no_progress_bars
+from ..models.streaming import Streamed, residence_of
 from ..text.languages import named
 
 if TYPE_CHECKING:

