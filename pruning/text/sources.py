@@ -13,142 +13,25 @@ Segments with the same id in two languages are translations of each other.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import TextError, first_line, shortened, unknown
+from ..errors import TextError, shortened, unknown
 from ..files import content_sha256, is_file
-from .languages import alpha3_script, named
+from .hub import HUB_PRESETS, STREAM_LIMIT, HubDataset
+from .languages import named
+from .segments import Segment, read_jsonl, read_lines, read_parquet
 
 Part = Literal["calibration", "parallel", "heldout"]
 #: What the three parts of a study's text are for, and their shares when one source has to serve several.
 PART_SHARES: dict[Part, int] = {"calibration": 2, "parallel": 1, "heldout": 1}
 
 BUNDLED_LANGUAGES = ("ar", "de", "en", "es", "fr", "ru", "sw", "zh")
-#: Documents read from a streamed dataset, a language and part.
-STREAM_LIMIT = 20_000
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of text in one language: a sentence, a passage or a document.
-
-    Attributes
-    ----------
-    id
-        Segments of different languages with one id say the same.
-    text
-        Never empty.
-    part
-        The part of a study that the source reserves it for; ``None`` where the source does not say.
-    """
-
-    id: str
-    text: str
-    part: str | None = None
-
-
-class HubDataset(BaseModel):
-    """A dataset of the ``datasets`` library and where in it a language's text is.
-
-    ``{lang}`` in `config`, `split` and `data_files` stands for the BCP-47 tag, ``{code}`` for the dataset's own
-    code: an entry of `codes`, else the three-letter code with the script (``eng_Latn``).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dataset: str
-    config: str | None = None
-    split: str = "train"
-    text: str = "text"
-    id: str | None = None
-    data_files: str | None = None
-    codes: dict[str, str] = {}
-
-    def segments(self, language: str) -> Iterator[Segment]:
-        """Stream the segments of one language.
-
-        Raises
-        ------
-        TextError
-            If the ``datasets`` library is missing, or the dataset, its language or its columns are.
-        """
-        try:
-            import datasets
-        except ImportError as error:
-            raise TextError("hub text needs the datasets library: pip install 'prunescope[hub]'") from error
-        code = self.codes.get(language, alpha3_script(language))
-
-        def filled(pattern: str | None) -> str | None:
-            return pattern and pattern.replace("{lang}", language).replace("{code}", code)
-
-        where = f'dataset "{shortened(self.dataset)}"'
-        where += f', config "{shortened(filled(self.config))}"' if self.config else ""
-        try:
-            rows = datasets.load_dataset(
-                self.dataset,
-                filled(self.config),
-                data_files=filled(self.data_files),
-                split=filled(self.split),
-                streaming=True,
-                trust_remote_code=False,
-            )
-            seen: set[str] = set()
-            for number, row in enumerate(rows):
-                missing = {self.text, self.id or self.text} - row.keys()
-                if missing:
-                    raise TextError(f"{where} has no column {sorted(missing)}; its columns: {sorted(row)}")
-                id = str(row[self.id]) if self.id else str(number)
-                text = _whole_characters((row[self.text] or "").strip(), f"{where}, row {number + 1}")
-                if text and id not in seen:  # Belebele repeats a passage for each of its questions
-                    seen.add(id)
-                    yield Segment(id, text)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            if "trust_remote_code" in str(error) or "scripts are no longer supported" in str(error):
-                raise TextError(
-                    f"{where} needs code of its own to be read, which prunescope never runs; "
-                    "choose a dataset of plain files, or save its text and use text = 'file:FOLDER/{lang}.jsonl'"
-                ) from error
-            raise TextError(
-                f"no text for {named(language)}: {where} cannot be read ({first_line(error)}); "
-                "check the name, the network, or use text = 'file:FOLDER/{lang}.jsonl'"
-            ) from error
-
-
-# Member languages that the parallel datasets hold where BCP-47 users write the macrolanguage.
-_MEMBERS = {
-    "ar": "arb_Arab",
-    "fa": "pes_Arab",
-    "lv": "lvs_Latn",
-    "ms": "zsm_Latn",
-    "ne": "npi_Deva",
-    "sw": "swh_Latn",
-}
-HUB_PRESETS: dict[str, HubDataset] = {
-    "mc4": HubDataset(dataset="allenai/c4", data_files="multilingual/c4-{lang}.*.json.gz", id="url"),
-    "flores": HubDataset(
-        dataset="openlanguagedata/flores_plus",
-        config="{code}",
-        split="dev",
-        id="id",
-        codes={**_MEMBERS, "zh": "cmn_Hans"},
-    ),
-    "belebele": HubDataset(
-        dataset="facebook/belebele",
-        config="{code}",
-        split="test",
-        text="flores_passage",
-        id="link",
-        codes={**_MEMBERS, "zh": "zho_Hans"},
-    ),
-}
 
 
 class FileText(BaseModel):
@@ -167,7 +50,7 @@ class FileText(BaseModel):
             If the file is missing, of an unknown kind, not UTF-8, or lacks the text.
         """
         path = Path(self.path.replace("{lang}", language))
-        readers = {".jsonl": _read_jsonl, ".txt": _read_lines, ".parquet": _read_parquet}
+        readers = {".jsonl": read_jsonl, ".txt": read_lines, ".parquet": read_parquet}
         if path.suffix not in readers:
             kind = shortened(path.suffix)
             raise TextError(f'{shortened(path, 200)}: unknown kind of text file "{kind}"; use .jsonl, .txt or .parquet')
@@ -194,7 +77,7 @@ class BundledText(BaseModel):
                 f"no text for {named(language)}: the bundled corpus has {', '.join(BUNDLED_LANGUAGES)}; "
                 "give your own with text = 'file:FOLDER/{lang}.jsonl'"
             )
-        yield from _read_jsonl(Path(str(package_files("pruning.text"))) / "corpus" / f"{language}.jsonl")
+        yield from read_jsonl(Path(str(package_files("pruning.text"))) / "corpus" / f"{language}.jsonl")
 
 
 TextSource = BundledText | FileText | HubDataset
@@ -308,8 +191,11 @@ class Corpus:
         source = self._source(part)
         key = (repr(source), language)
         if key not in self._read:
-            limit = STREAM_LIMIT if isinstance(source, HubDataset) else None
-            self._read[key] = list(islice(source.segments(language), limit))
+            self._read[key] = (
+                source.drawn(language, STREAM_LIMIT)
+                if isinstance(source, HubDataset)
+                else list(source.segments(language))
+            )
         sharing = [name for name in PART_SHARES if self._source(name) == source]
         return [s for s in self._read[key] if (s.part or _dealt_to(s.id, sharing)) == part]
 
@@ -330,73 +216,3 @@ def _hash(id: str) -> int:
 def _dealt_to(id: str, parts: Sequence[Part]) -> Part:
     lots = [part for part in parts for _ in range(PART_SHARES[part])]
     return lots[_hash("part " + id) % len(lots)]
-
-
-def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise TextError(
-                    f"{path}, line {number}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
-                    f"convert it: iconv -f ISO-8859-1 -t UTF-8 {path} > NEW (or the encoding that it has)"
-                ) from error
-            if line.strip():
-                yield number, line.strip()
-    if not number:
-        raise TextError(f"{path} is empty")
-
-
-def _read_lines(path: Path) -> Iterator[Segment]:
-    for number, line in _utf8_lines(path):
-        yield Segment(str(number), line)
-
-
-def _whole_characters(text: str, where: str) -> str:
-    """Return `text` if it can be encoded; JSON's escapes can write half of a surrogate pair, which cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise TextError(
-            f"{where}: {half} is one half of a surrogate pair, not a character; write both halves, or take it out"
-        ) from error
-    return text
-
-
-def _read_jsonl(path: Path) -> Iterator[Segment]:
-    for number, line in _utf8_lines(path):
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # nested too deeply, or a number too long
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-            raise TextError(f"{where}: not JSON ({reason}); one object a line is expected") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise TextError(f'{where}: no "text"; a line looks like {{"id": "1", "text": "..."}}')
-        if text := _whole_characters(record["text"].strip(), where):
-            yield Segment(_whole_characters(str(record.get("id", number)), where), text, record.get("part"))
-
-
-def _read_parquet(path: Path) -> Iterator[Segment]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise TextError(f"{path}: not a Parquet file, or a damaged one ({first_line(error)})") from error
-    if "text" not in table.column_names:
-        raise TextError(f'{path}: no column "text"; its columns: {", ".join(table.column_names)}')
-    try:
-        texts = table["text"].to_pylist()
-        ids = table["id"].to_pylist() if "id" in table.column_names else range(1, table.num_rows + 1)
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from error
-    for number, (id, text) in enumerate(zip(ids, texts, strict=True), start=1):
-        if text is not None and not isinstance(text, str):
-            raise TextError(f'{path}, row {number}: "text" is not text but {type(text).__name__}')
-        if text and text.strip():
-            yield Segment(str(id), text.strip())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import islice
 
 import pandas as pd
 import pyarrow as pa
@@ -244,6 +245,69 @@ def test_hub_dataset_that_cannot_be_read_says_so(tmp_path):
         list(HubDataset(dataset=str(tmp_path), text="body").segments("en"))
     with pytest.raises(TextError, match=r'no text for English \("en"\): dataset .* cannot be read'):
         list(HubDataset(dataset=str(tmp_path / "nowhere")).segments("en"))
+
+
+@pytest.fixture
+def streamed(monkeypatch, tmp_path):
+    """Stand in for a hub: return every request for a dataset, and count the rows that were taken of it."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, config, *, split, **settings):
+        asked.append((name, config, split, settings.get("revision")))
+        return iter([{"text": f"{config} {number} \u2028", "url": f"u{number}"} for number in range(30)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setenv("PRUNESCOPE_CACHE", str(tmp_path / "cache"))
+    return asked
+
+
+HUB_TEXT = HubDataset(dataset="somebody/text", config="{lang}", id="url")
+
+
+def test_hub_text_is_streamed_once_for_all_runs(streamed):
+    first = Corpus(HUB_TEXT, HUB_TEXT, HUB_TEXT)
+    taken = {part: first.segments(part, "en") for part in PARTS}
+    assert len(streamed) == 1
+    again = Corpus(HUB_TEXT, HUB_TEXT, HUB_TEXT)
+    assert {part: again.segments(part, "en") for part in PARTS} == taken
+    assert sum(map(len, taken.values())) == 30
+    assert len(streamed) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "language", "count"),
+    [({"split": "test"}, "en", 5), ({"revision": "v2"}, "en", 5), ({}, "sw", 5), ({}, "en", 6)],
+)
+def test_other_hub_text_is_streamed_anew(streamed, changes, language, count):
+    HUB_TEXT.drawn("en", 5)
+    source = HUB_TEXT.model_copy(update=changes)
+    assert source.drawn(language, count)[0].text == f"{language} 0"
+    assert len(source.drawn(language, count)) == count
+    assert len(streamed) == 2
+    assert streamed[1] == ("somebody/text", language, source.split, source.revision)
+
+
+def test_hub_text_that_breaks_off_is_not_kept(streamed, monkeypatch):
+    import datasets
+
+    whole = datasets.load_dataset
+
+    def broken(*args, **settings):
+        yield from islice(whole(*args, **settings), 3)
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(TextError, match="gone"):
+        HUB_TEXT.drawn("en", 5)
+    monkeypatch.setattr(datasets, "load_dataset", whole)
+    assert len(HUB_TEXT.drawn("en", 5)) == 5
+
+
+def test_hub_text_is_read_also_where_nothing_can_be_kept(streamed, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRUNESCOPE_CACHE", str(tmp_path / "file"))
+    assert len(HUB_TEXT.drawn("en", 5)) == 5
 
 
 def test_a_dataset_that_is_a_script_is_never_run(tmp_path):
