@@ -129,16 +129,17 @@ def export(
 ) -> None:
     """Write a pruned variant as an ordinary checkpoint that from_pretrained loads."""
     from pruning import Variant, load_model
-    from pruning.errors import did_you_mean
+    from pruning.errors import did_you_mean, shortened
+    from pruning.files import is_folder
 
     from .study.configuration import load_study
     from .study.run import STUDY_FILE
 
     resolved = load_study(folder / STUDY_FILE)
     place = folder / "variants" / variant
-    if not place.is_dir():
+    if not is_folder(place):
         known = sorted(p.name for p in (folder / "variants").glob("*") if p.is_dir())
-        raise StudyError(f'there is no variant "{variant}" in {folder}; {did_you_mean(variant, known)}')
+        raise StudyError(f'there is no variant "{shortened(variant)}" in {folder}; {did_you_mean(variant, known)}')
     opened = Variant.open(place)
     model, tokenizer = load_model(resolved.model, dtype="checkpoint", device="cpu", stream=stream)
     opened.export(model, tokenizer, target)

@@ -69,8 +69,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     close = get_close_matches(word, names, n=1)
-    hint = f'did you mean "{shortened(close[0])}"? ' if close else ""
-    return f"{hint}known: {', '.join(map(shortened, names))}"
+    hint = f'did you mean "{close[0]}"? ' if close else ""
+    return f"{hint}known: {', '.join(names)}"
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from probes import DENSE, DamagedModel, Item, Readings, first_twins, item_questions, text_questions
 from pruning import Remedy
-from pruning.errors import PrunescopeError, StudyError, did_you_mean
+from pruning.errors import PrunescopeError, StudyError, did_you_mean, shortened
 from pruning.files import content_sha256, write_json
 from pruning.remedy import REMEDY_FILE
 from pruning.text.languages import language_tag, named
@@ -186,7 +186,8 @@ def check(study: Study, request: Request) -> Request:
     """
     names = [*(job.id for job in study.jobs()), *study.imported]
     if request.variant not in names:
-        raise StudyError(f'this study has no variant "{request.variant}"; {did_you_mean(request.variant, names)}')
+        known = did_you_mean(request.variant, names)
+        raise StudyError(f'this study has no variant "{shortened(request.variant)}"; {known}')
     language = language_tag(request.language)
     if language not in study.languages:
         raise StudyError(f"{named(language)} is not in this study; it has {', '.join(study.languages)}")
@@ -203,7 +204,7 @@ def check(study: Study, request: Request) -> Request:
         categories = [*dict.fromkeys(item.category for item in items), ALL, TEXT]
         if request.category not in categories:
             raise StudyError(
-                f'no items of the category "{request.category}" in {named(language)}; '
+                f'no items of the category "{shortened(request.category)}" in {named(language)}; '
                 f"{did_you_mean(request.category, categories)}"
             )
         number = len(_twins(items, request.category))

@@ -32,7 +32,7 @@ import torch
 
 from probes.items import ItemSource
 from probes.reading import Progress
-from pruning.errors import StudyError, did_you_mean
+from pruning.errors import StudyError, did_you_mean, shortened
 from pruning.files import disk_errors
 from pruning.text.languages import language_tag, language_tags, named
 from pruning.variants.variant import DenseCopy, Variant
@@ -353,7 +353,7 @@ def _indexes(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
         if name not in index.task_index:
             close = get_close_matches(name, {*given.all_tasks, *index.all_tasks}, n=5)
             hint = did_you_mean(name, close) if close else "list them: lm-eval ls tasks"
-            raise StudyError(f'lm-evaluation-harness knows no task "{name}"; {hint}')
+            raise StudyError(f'lm-evaluation-harness knows no task "{shortened(name)}"; {hint}')
     return indexes
 
 

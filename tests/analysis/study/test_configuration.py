@@ -268,6 +268,7 @@ LONG = "x" * 5000
         MINIMAL + f'[calibration]\nextra = [["{LONG}", 1]]',
         MINIMAL + f'[tasks]\nitems = "{LONG}"',
         MINIMAL + f'[imported]\n"+{LONG}" = "x"',
+        MINIMAL + f'[imported]\n{LONG} = "x"',
         MINIMAL + f'[imported]\nx = "{LONG}"',
         MINIMAL + f'[[recipes]]\nmethod = "{LONG}"',
         MINIMAL + f'[[recipes]]\nmethod = "ria"\nparameters = {{ {LONG} = 1 }}',
