@@ -26,6 +26,10 @@ class RecipeError(PrunescopeError, ValueError):
     """A recipe that cannot be carried out."""
 
 
+class MethodError(PrunescopeError, ValueError):
+    """A pruning method that is registered wrongly, or reads what it did not ask for."""
+
+
 class ModelError(PrunescopeError):
     """A model that cannot be loaded, or whose architecture is unknown."""
 

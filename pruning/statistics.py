@@ -12,8 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .errors import MethodError
+
 #: Names of the statistics that a method can ask for.
 SQUARES, GRAM, POSITIVE, GRADIENT, CURVATURE = "squares", "gram", "positive", "gradient", "curvature"
+STATISTICS = (SQUARES, GRAM, POSITIVE, GRADIENT, CURVATURE)
 #: Columns of a Gram matrix that are updated at a time; only panels on and above the diagonal are.
 _PANEL = 512
 
@@ -44,7 +47,8 @@ class LanguageSums:
 class InputStatistics:
     """Sums over the tokens that one projection reads, in float32 whatever the model's dtype.
 
-    Statistics of two pieces of text add up to those of both, exactly up to the rounding of the sums.
+    Statistics of two pieces of text add up to those of both, exactly up to the rounding of the sums. Reading what was
+    not gathered raises :class:`~pruning.errors.MethodError`.
 
     Parameters
     ----------
@@ -109,9 +113,10 @@ class InputStatistics:
 
     @property
     def squares(self) -> Float[Tensor, " inputs"]:
-        """Sum of squares of every input over all tokens."""
+        """Sum of squares of every input over all tokens; a Gram matrix has them, too."""
         if SQUARES not in self.needs and self._panels is not None:
             return self._panels.diagonal().clone()
+        self._require(SQUARES)
         return sum((s.squares for s in self.languages.values()), torch.zeros(self.inputs, device=self.device))
 
     @property
@@ -122,11 +127,13 @@ class InputStatistics:
     @property
     def firing(self) -> Float[Tensor, " inputs"]:
         """Share of tokens on which an input is above zero."""
+        self._require(POSITIVE)
         total = sum((s.positive for s in self.languages.values()), torch.zeros(self.inputs, device=self.device))
         return total / max(self.tokens, 1)
 
     def norms_by_language(self) -> dict[str, Tensor]:
         """Return ``‖X_j‖₂`` for each language, as if all had the same number of tokens (their mean number)."""
+        self._require(SQUARES)
         mean = self.tokens / max(len(self.languages), 1)
         return {
             language: (sums.squares * (mean / max(sums.tokens, 1))).sqrt() for language, sums in self.languages.items()
@@ -135,13 +142,21 @@ class InputStatistics:
     @property
     def gram(self) -> Float[Tensor, "inputs inputs"]:
         """``XᵀX``."""
-        assert self._panels is not None, "no Gram matrix was asked for"
-        return self._panels.triu() + self._panels.triu(1).T
+        upper = self._gathered_panels()
+        return upper.triu() + upper.triu(1).T
 
     def gram_above_diagonal(self) -> Float[Tensor, "inputs inputs"]:
         """Return a copy of ``XᵀX`` of which only the diagonal and what is above it are meant."""
-        assert self._panels is not None, "no Gram matrix was asked for"
-        return self._panels.clone()
+        return self._gathered_panels().clone()
+
+    def _gathered_panels(self) -> Tensor:
+        self._require(GRAM)
+        assert self._panels is not None
+        return self._panels
+
+    def _require(self, need: str) -> None:
+        if need not in self.needs:
+            raise _not_asked_for(need)
 
 
 @dataclass(frozen=True)
@@ -168,8 +183,27 @@ class Statistics:
     @property
     def known_inputs(self) -> InputStatistics:
         """The inputs' statistics, which must be there."""
-        assert self.inputs is not None, "this method needs the statistics of its inputs"
+        if self.inputs is None:
+            raise _not_asked_for(" or ".join((SQUARES, POSITIVE, GRAM)))
         return self.inputs
+
+    @property
+    def known_gradient(self) -> Float[Tensor, "outputs inputs"]:
+        """The gradient, which must be there."""
+        if self.gradient is None:
+            raise _not_asked_for(GRADIENT)
+        return self.gradient
+
+    @property
+    def known_curvature(self) -> Float[Tensor, "outputs inputs"]:
+        """The Hessian times the gradient, which must be there."""
+        if self.curvature is None:
+            raise _not_asked_for(CURVATURE)
+        return self.curvature
+
+
+def _not_asked_for(need: str) -> MethodError:
+    return MethodError(f"a method reads {need} without asking for it; add it to the needs of its Method")
 
 
 def together(parts: Iterable[InputStatistics]) -> InputStatistics:

@@ -14,8 +14,7 @@ def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Fl
 
     The paper's score is the negative of this, of which the largest go; here the lowest go.
     """
-    assert statistics.curvature is not None, "GraSP needs the Hessian-gradient product of the loss"
-    return weight.float() * statistics.curvature
+    return weight.float() * statistics.known_curvature
 
 
 METHOD = register(

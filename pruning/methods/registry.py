@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..errors import RecipeError, unknown
+from ..errors import MethodError, RecipeError, unknown
 from ..parameters import Parameter
-from ..statistics import CURVATURE, GRADIENT
+from ..statistics import CURVATURE, GRADIENT, STATISTICS
 
 #: ``score(weight, statistics, **parameters)`` gives a float32 score for every weight; the lowest go.
 Score = Callable[..., Tensor]
@@ -90,11 +90,13 @@ def register(method: Method) -> Method:
 
     Raises
     ------
-    ValueError
-        If the name is taken.
+    MethodError
+        If the name is taken, or it needs a statistic that nothing gathers.
     """
     if method.name in _METHODS:
-        raise ValueError(f"a method named {method.name!r} is registered already")
+        raise MethodError(f'a method named "{method.name}" is registered already; choose another name')
+    for need in sorted(set(method.needs) - set(STATISTICS)):
+        raise MethodError(f'method "{method.name}": {unknown("statistic", need, STATISTICS)}')
     _METHODS[method.name] = method
     return method
 

@@ -11,8 +11,7 @@ from .registry import Method, register
 
 def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Float[Tensor, "outputs inputs"]:
     """Return ``|w · ∂L/∂w|`` in float32, L the mean token loss (Lee et al., ICLR 2019, 1810.02340)."""
-    assert statistics.gradient is not None, "SNIP needs the gradient of the loss"
-    return (weight.float() * statistics.gradient).abs()
+    return (weight.float() * statistics.known_gradient).abs()
 
 
 METHOD = register(

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from pruning import CalibrationSet, Recipe
-from pruning.methods import Method, magnitude, register
+from pruning.errors import MethodError
+from pruning.methods import Method, known_methods, magnitude, register
 
 DIAGNOSED = {"allocation": "diagnosis", "importance": {"0.q": 0.01, "0.down": 0.12}}
 
@@ -189,6 +190,13 @@ def test_ordinary_names_of_calibration_sets_stay(name):
 def test_a_method_cannot_be_registered_twice():
     with pytest.raises(ValueError, match="registered already"):
         register(Method("magnitude", magnitude.score, source=""))
+
+
+def test_a_method_that_needs_an_unknown_statistic_is_refused():
+    wrong = Method("mine", magnitude.score, source="", needs=frozenset({"square"}))
+    with pytest.raises(MethodError, match=r'^method "mine": unknown statistic "square"; did you mean "squares"'):
+        register(wrong)
+    assert "mine" not in known_methods()
 
 
 def test_mixes_share_a_constant_total():
