@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from . import frames
+from . import frames, plots, report, stats
 from .frames import read_frame, write_frame
 from .metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal
 from .metrics.lsar import LSAR
-from .plots import style as figures
 from .study.configuration import Study, demo_study, load_study
 from .study.run import run_study
 
@@ -16,16 +15,18 @@ __all__ = [
     "accuracy",
     "contrasts",
     "demo_study",
-    "figures",
     "frames",
     "lape",
     "load_study",
     "lsar",
     "mask_overlap",
     "perplexity",
+    "plots",
     "read_frame",
     "recovery",
+    "report",
     "run_study",
     "signal",
+    "stats",
     "write_frame",
 ]

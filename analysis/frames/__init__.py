@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from . import labels
 from .files import read_frame, write_frame
-from .schema import FRAMES, RECIPE_COLUMNS, VARIANT_COLUMNS, FrameSpec, Metric
+from .schema import ALL, FRAMES, RECIPE_COLUMNS, TEXT, VARIANT_COLUMNS, FrameSpec, Metric
 from .tables import alike, check, dense_columns, joined, of_recipe, recipes_of, tidy
 
 __all__ = [
+    "ALL",
     "FRAMES",
     "RECIPE_COLUMNS",
+    "TEXT",
     "VARIANT_COLUMNS",
     "FrameSpec",
     "Metric",
@@ -16,6 +19,7 @@ __all__ = [
     "check",
     "dense_columns",
     "joined",
+    "labels",
     "of_recipe",
     "read_frame",
     "recipes_of",

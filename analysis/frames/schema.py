@@ -52,6 +52,8 @@ _TYPES: dict[str, pa.DataType] = {
 RECIPE_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
 #: The columns that say which model was measured.
 VARIANT_COLUMNS = (*RECIPE_COLUMNS, "calibration", "seed")
+#: Category of a diagnosis of text, which has no items, and of one of all items together.
+TEXT, ALL = "text", "all"
 _ESTIMATE = ("low", "high", "n")
 _TEST = ("seed_margin", "p_value", "p_adjusted")
 

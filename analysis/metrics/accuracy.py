@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from probes import DENSE
-from probes.items import BUNDLED_ITEMS, CATEGORIES, Item
+from probes.items import Item
 from probes.scoring import ChoiceScores
 
-from ..frames import VARIANT_COLUMNS, of_recipe, tidy
-from ..plots import style as figures
+from ..frames import VARIANT_COLUMNS, tidy
 from ..stats.bootstrap import segment_interval
 
 
@@ -144,80 +142,3 @@ def _estimates(place: dict[str, Any], twins: pd.DataFrame) -> dict[str, Any]:
 
 def _intervals(total: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return segment_interval(lambda weights: (weights @ total) / (weights @ number), len(total))
-
-
-def plot(
-    frame: pd.DataFrame,
-    recipe: Mapping[str, Any],
-    task: str = BUNDLED_ITEMS,
-    metric: str = "twin_accuracy_change",
-    width: float = figures.PAGE_WIDTH,
-) -> Figure:
-    """Draw what each calibration set changed in each language, a table a category."""
-    shown = of_recipe(frame, {**recipe, "task": task, "metric": metric})
-    shown = shown[shown["language"].notna()]
-    points = 1 if metric.startswith("margin") else 100
-    tables = {
-        category: points * figures.by_calibration(shown[shown["category"] == category])
-        for category in categories_of(shown)
-    }
-    return figures.heatmaps(
-        tables,
-        title=f"{_TITLES[metric]} ({figures.recipe_label(recipe)})",
-        colour_label=_LABELS[metric] + (" (points)" if points > 1 else ""),
-        diverging=True,
-        digits="{:.1f}" if points == 1 else "{:.0f}",
-        width=width,
-    )
-
-
-def plot_categories(
-    frame: pd.DataFrame,
-    recipe: Mapping[str, Any],
-    task: str = BUNDLED_ITEMS,
-    metric: str = "twin_accuracy_change",
-    width: float = figures.PAGE_WIDTH,
-) -> Figure:
-    """Draw the change of each category over all languages with its interval, a panel a category."""
-    shown = of_recipe(frame, {**recipe, "task": task, "metric": metric})
-    shown = shown[shown["language"].isna()] if shown["language"].isna().any() else shown
-    panels = {}
-    for category in categories_of(shown):
-        rows = shown[shown["category"] == category]
-        panels[category] = [
-            figures.Effect(
-                figures.set_label(row["calibration"], row["seed"]),
-                row["value"],
-                row["low"],
-                row["high"],
-                figures.set_style(row["calibration"], row["seed"])[0],
-                found=row["low"] > 0 or row["high"] < 0,
-            )
-            for row in rows.to_dict("records")
-        ]
-        panels[category].sort(key=lambda effect: figures.calibration_rank(effect.label))
-    return figures.effect_panels(
-        panels,
-        title=f"{_TITLES[metric]}, all languages ({figures.recipe_label(recipe)})",
-        x_label=_LABELS[metric],
-        found="interval without zero",
-        width=width,
-    )
-
-
-_TITLES = {
-    "accuracy_change": "Items answered right, after minus before pruning",
-    "twin_accuracy_change": "Twins answered right, after minus before pruning",
-    "margin_change": "Margin of the right choice, after minus before pruning",
-}
-_LABELS = {
-    "accuracy_change": "change of the share of items",
-    "twin_accuracy_change": "change of the share of twins",
-    "margin_change": "change of the margin (nat)",
-}
-
-
-def categories_of(frame: pd.DataFrame) -> list[str]:
-    """Return the categories of a frame, the bundled ones in their own order, others after them."""
-    there = list(dict.fromkeys(frame["category"].dropna().astype(str)))
-    return [c for c in CATEGORIES if c in there] + sorted(c for c in there if c not in CATEGORIES)

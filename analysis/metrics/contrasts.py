@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.figure import Figure
-from scipy.stats import false_discovery_control, norm, permutation_test
+from scipy.stats import false_discovery_control
 
 from probes import DENSE, Readings
 from probes.readers.signal import SIGNAL_SITES
 
-from ..frames import RECIPE_COLUMNS, alike, of_recipe, tidy
-from ..plots import style as figures
-from ..stats.bootstrap import segment_interval
+from ..frames import RECIPE_COLUMNS, alike, labels, tidy
+from ..stats.bootstrap import mean_interval
+from ..stats.permutation import exchanged_models, pairings, sign_flips
+from ..stats.seeds import seed_margin, spread_between_draws
 from .lsar import LSAR, part_norms
 
 #: What a set is compared with when it is compared with all other single languages at once.
@@ -30,12 +30,8 @@ OTHERS = "others"
 OWN = "own"
 #: Corrected p-value below which a difference is called one.
 SIGNIFICANT = 0.05
-#: Sign flips that a difference is tested by.
-PERMUTATIONS = 4999
 #: Models that must be there for an exact test to say anything.
 _FEWEST = 4
-#: Permutations held in memory at a time.
-_BATCH = 500
 
 #: Score of every segment, so made that differences of means are differences of the metric: ``{metric: [segments]}``.
 Scores = dict[str, Float[np.ndarray, " segments"]]
@@ -79,7 +75,7 @@ def analyze(
             sets.setdefault(str(columns[variant]["calibration"]), {})[int(columns[variant]["seed"])] = variant
         if len(sets) < 2:
             continue
-        ordered = sorted(sets, key=figures.calibration_rank)
+        ordered = sorted(sets, key=labels.calibration_rank)
         scores = {
             (variant, language): _scores(readings[DENSE, language], readings[variant, language], subspaces)
             for variant in variants
@@ -131,7 +127,11 @@ def _pairs(
     ordered: Sequence[str],
     sets: Mapping[str, Mapping[int, str]],
 ) -> Iterator[dict[str, Any]]:
-    spread = _spread_of_seeds(values, languages, sets)
+    spread = spread_between_draws(
+        [values[variant, language] for variant in members.values()]
+        for members in sets.values()
+        for language in languages
+    )
     chosen = [(a, b, sorted(set(sets[a]) & set(sets[b]))) for a, b in combinations(ordered, 2)]
     chosen = [(a, b, seeds) for a, b, seeds in chosen if seeds]
     for language in languages:
@@ -144,9 +144,9 @@ def _pairs(
             ],
             axis=1,
         )
-        margins = np.array([norm.ppf(0.975) * spread / np.sqrt(len(seeds)) for _, _, seeds in chosen])
-        value, low, high = _paired(differences)
-        p_values = _beyond(differences, np.nan_to_num(margins))
+        margins = np.array([seed_margin(spread, len(seeds)) for _, _, seeds in chosen])
+        value, low, high = mean_interval(differences)
+        p_values = sign_flips(differences, np.nan_to_num(margins))
         for i, (a, b, seeds) in enumerate(chosen):
             yield {
                 "calibration": a,
@@ -174,7 +174,7 @@ def _own_against_others(
             continue
         mine, theirs = (np.stack([values[v, language] for v in group], axis=1) for group in (own, others))
         difference = mine.mean(axis=1) - theirs.mean(axis=1)
-        value, low, high = _paired(difference[:, None])
+        value, low, high = mean_interval(difference[:, None])
         yield {
             "calibration": language,
             "language": language,
@@ -183,7 +183,7 @@ def _own_against_others(
             "low": low[0],
             "high": high[0],
             "n": len(difference),
-            "p_value": _permuted_models(mine.mean(axis=0), theirs.mean(axis=0)),
+            "p_value": exchanged_models(mine.mean(axis=0), theirs.mean(axis=0)),
         }
 
 
@@ -200,17 +200,6 @@ def _all_languages(
         for language in chosen
     }
     means = np.array([[scores[name, language].mean() for language in chosen] for name in chosen])
-
-    def own(order: np.ndarray) -> np.float64:
-        return np.float64(means[order.astype(np.int64), range(len(chosen))].mean())
-
-    test = permutation_test(
-        (np.arange(len(chosen), dtype=np.float64),),
-        own,
-        permutation_type="pairings",
-        n_resamples=PERMUTATIONS,
-        rng=np.random.default_rng(0),
-    )
     shortest = min(len(scores[language, language]) for language in chosen)
     differences = np.mean(
         [
@@ -219,101 +208,7 @@ def _all_languages(
         ],
         axis=0,
     )
-    value, low, high = _paired(differences[:, None])
-    p_value = float(test.pvalue)
+    value, low, high = mean_interval(differences[:, None])
+    p_value = pairings(means)
     estimate = {"value": value[0], "low": low[0], "high": high[0], "n": shortest}
     yield {"calibration": OWN, "other_calibration": OTHERS, **estimate, "p_value": p_value, "p_adjusted": p_value}
-
-
-def _permuted_models(own: np.ndarray, others: np.ndarray) -> float:
-    """Return how often models drawn at random differ as much from the rest as those of the language itself."""
-    pool = np.concatenate([own, others])
-
-    def distance(chosen: np.ndarray, rest: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(chosen.mean(axis=axis) - rest.mean(axis=axis))
-
-    if len(own) == 1:  # scipy wants two of each; with one model every other can take its place
-        leave = [distance(pool[[i]], np.delete(pool, i)) for i in range(len(pool))]
-        return float(np.mean(np.abs(leave) >= abs(leave[0]) * (1 - 1e-12)))
-    test = permutation_test((own, others), distance, n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
-    return float(test.pvalue)
-
-
-def _spread_of_seeds(
-    values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
-) -> float:
-    """Return the root mean square difference between two draws of one set; nan if no set was drawn twice."""
-    found = [
-        float((values[one, language] - values[other, language]).mean())
-        for members in sets.values()
-        for one, other in combinations(members.values(), 2)
-        for language in languages
-    ]
-    return float(np.sqrt(np.mean(np.square(found)))) if found else float("nan")
-
-
-def _paired(differences: Float[np.ndarray, "segments pairs"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return segment_interval(
-        lambda weights: weights @ differences / weights.sum(axis=-1)[..., None], differences.shape[0]
-    )
-
-
-def _beyond(differences: Float[np.ndarray, "segments pairs"], margins: np.ndarray) -> np.ndarray:
-    """Return two-sided p-values of the part of the mean differences that exceeds the margins."""
-    turned = differences * np.sign(differences.mean(axis=0)) - margins
-    test = permutation_test(
-        (turned,),
-        lambda sample, axis: sample.mean(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=PERMUTATIONS,
-        batch=_BATCH,
-        alternative="greater",
-        axis=0,
-        rng=np.random.default_rng(0),
-    )
-    return np.asarray(np.minimum(2 * test.pvalue, 1.0))
-
-
-_WORDS = {
-    "log_perplexity": "log perplexity (nat)",
-    "snr_db": "SNR of the residual stream after the last block (dB)",
-    "specific_error_db": "error of the language-specific part (dB)",
-    "agnostic_error_db": "error of the language-agnostic part (dB)",
-}
-
-
-def plot(
-    frame: pd.DataFrame,
-    recipe: Mapping[str, Any],
-    metric: str = "log_perplexity",
-    width: float = figures.PAGE_WIDTH,
-) -> Figure:
-    """Draw how every calibration set differs from the evaluated language's own, a panel a language.
-
-    Languages without a set of their own are compared with the set that comes first.
-    """
-    shown = of_recipe(frame, {**recipe, "metric": metric})
-    shown = shown[shown["other_calibration"] != OTHERS]
-    sets = {*shown["calibration"].astype(str), *shown["other_calibration"].astype(str)}
-    ordered = sorted(sets, key=figures.calibration_rank)
-    panels = {}
-    for language in figures.in_order(shown["language"].unique()):
-        reference = language if language in sets else ordered[0]
-        here = shown[shown["language"] == language]
-        involved = (here["calibration"] == reference) | (here["other_calibration"] == reference)
-        effects = [_effect(row, reference) for row in here[involved].to_dict("records")]
-        effects.sort(key=lambda effect: figures.calibration_rank(effect.label))
-        panels[f"{figures.language_title(language)}, against {reference}"] = effects
-    title = f"What calibrating on another text changes ({figures.recipe_label(recipe)})"
-    return figures.effect_panels(panels, title=title, x_label=f"difference in {_WORDS[metric]}", width=width)
-
-
-def _effect(row: Mapping[Any, Any], reference: str) -> figures.Effect:
-    """Return how the set that is compared with the reference differs from it, whichever of them the row subtracts."""
-    turned = row["calibration"] == reference
-    name = str(row["other_calibration" if turned else "calibration"])
-    value, low, high = (-row["value"], -row["high"], -row["low"]) if turned else (row["value"], row["low"], row["high"])
-    margin = 0.0 if np.isnan(row["seed_margin"]) else row["seed_margin"]
-    found = row["p_adjusted"] < SIGNIFICANT
-    return figures.Effect(name, value, low, high, figures.colour(name), found, margin)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from probes import DENSE, Readings
 
-from ..frames import of_recipe, tidy
-from ..plots import style as figures
-from ..stats.bootstrap import segment_interval
+from ..frames import tidy
+from ..stats.bootstrap import mean_interval, segment_interval
 
 
 class LSAR(TransformerMixin, BaseEstimator):
@@ -112,8 +110,8 @@ _METRICS = (
     "agnostic_snr_db",
 )
 #: What the two parts should and should not know; see :func:`_knowledge`.
-_LANGUAGE = ("specific_language_accuracy", "agnostic_language_accuracy")
-_RETRIEVAL = ("agnostic_retrieval", "whole_retrieval")
+LANGUAGE_METRICS = ("specific_language_accuracy", "agnostic_language_accuracy")
+RETRIEVAL_METRICS = ("agnostic_retrieval", "whole_retrieval")
 #: Segments that all languages need to share for sentence retrieval to say anything.
 _ENOUGH = 4
 
@@ -240,9 +238,9 @@ def _knowledge(
                 for language, right in _translations_found(chosen).items():
                     found[language][which, :, layer] = right
     if halved:
-        yield _LANGUAGE, language_right
+        yield LANGUAGE_METRICS, language_right
     if len(shared) >= _ENOUGH:
-        yield _RETRIEVAL, found
+        yield RETRIEVAL_METRICS, found
 
 
 def _language_recognised(
@@ -282,85 +280,4 @@ def _translations_found(part: Mapping[str, Float[np.ndarray, "segments width"]])
 
 def _share_right(correct: Float[np.ndarray, "metrics segments layers"]) -> tuple[np.ndarray, ...]:
     sums = np.concatenate(list(correct), axis=1)  # [segments, metrics · layers]
-    return segment_interval(lambda weights: weights @ sums / weights.sum(axis=-1)[..., None], correct.shape[1])
-
-
-# -- figures ---------------------------------------------------------------------------------------------------------
-
-_PARTS = {"specific": "language-specific", "agnostic": "language-agnostic"}
-
-
-def plot(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the error of both parts by layer, relative to their spread; a panel a language."""
-    shown = of_recipe(frame, recipe)
-    panels = []
-    for language in figures.in_order(shown["language"].dropna().unique()):
-        lines = []
-        for part, colour in zip(_PARTS, figures.TWO_COLOURS, strict=True):
-            rows = shown[(shown["metric"] == f"{part}_error_centred") & (shown["language"] == language)]
-            lines.append(figures.range_line(rows, "layer", _PARTS[part], colour))
-        panels.append(figures.Panel(figures.language_title(language), lines))
-    return figures.line_panels(
-        panels,
-        title=f"Error of the language-specific and -agnostic part ({figures.recipe_label(recipe)})",
-        x_label="layer",
-        y_label="error relative to the spread",
-        log_y=True,
-        width=width,
-    )
-
-
-def plot_matrix(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the error of both parts, median over layers, by calibration set and evaluation language."""
-    shown = of_recipe(frame, recipe)
-    tables = {}
-    for part, name in _PARTS.items():
-        rows = shown[shown["metric"] == f"{part}_error_centred"]
-        tables[f"{name} part"] = figures.by_calibration(rows, "median")
-    return figures.heatmaps(
-        tables,
-        title=f"Error relative to the spread, median over layers ({figures.recipe_label(recipe)})",
-        colour_label="error relative to the spread",
-        digits="{:.2g}",
-        width=width,
-    )
-
-
-def plot_knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw what each part knows, in the dense and in the pruned models, and how much of the languages a rank takes in.
-
-    Means over languages; bands: lowest to highest over calibration sets.
-    """
-    pruned, dense = of_recipe(frame, recipe), frame[frame["method"] == DENSE]
-    languages = max(frame["language"].nunique(), 1)
-    blue, orange = figures.TWO_COLOURS
-    named = {
-        "specific_language_accuracy": ("language-specific part", blue),
-        "agnostic_language_accuracy": ("language-agnostic part", orange),
-        "agnostic_retrieval": ("language-agnostic part", orange),
-        "whole_retrieval": ("whole state", figures.GREY),
-    }
-    panels = []
-    retrieval = dense[dense["metric"].isin(_RETRIEVAL)]
-    guess = {_LANGUAGE: 1 / languages, _RETRIEVAL: 1 / float(retrieval["n"].max()) if len(retrieval) else None}
-    for metrics, title in ((_LANGUAGE, "language recognised"), (_RETRIEVAL, "translation found")):
-        lines = []
-        for metric in metrics:
-            label, colour = named[metric]
-            for rows, style, model in ((dense, "-", "dense"), (pruned, "--", "pruned")):
-                keys = ["calibration", "seed", "layer"]
-                means = rows[rows["metric"] == metric].groupby(keys, observed=True)["value"].mean().reset_index()
-                lines.append(figures.range_line(means, "layer", f"{label}, {model}", colour, style))
-        level = guess[metrics]
-        panels.append(figures.Panel(title, lines, {} if level is None else {"guessing": level}))
-    shares = dense[dense["metric"] == "explained_share"]
-    lines = [figures.range_line(shares, "rank", "between-language variance (band: layers)", figures.GREEN)]
-    panels.append(figures.Panel("explained by rank", lines, x_label="rank of the subspace"))
-    return figures.line_panels(
-        [panel for panel in panels if any(len(line.x) for line in panel.lines)],
-        title=f"What the two parts know ({figures.recipe_label(recipe)})",
-        x_label="layer",
-        y_label="share",
-        width=width,
-        share=False,
-    )
+    return mean_interval(sums)

@@ -10,18 +10,15 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from pruning import ROLES, Anatomy, MaskSet, Variant
-from pruning.models.anatomy import role_kind
+from pruning import Anatomy, MaskSet, Variant
 from pruning.variants.masks import Key, intersection_over_union, overlaps
 
-from ..frames import alike, of_recipe, tidy
-from ..plots import style as figures
+from ..frames import alike, labels, tidy
 
 #: Weights of all variants together that are compared at a time: whole matrices of a large model would take gigabytes,
 #: and longer, since these fit into a processor's cache.
@@ -142,11 +139,11 @@ def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:
     shown = frame[frame["metric"] == metric]
     one, other = ["calibration", "seed"], ["other_calibration", "other_seed"]
     mean = shown.groupby([*one, *other], observed=True)["value"].mean()
-    sets = figures.sets_of(pd.concat([shown[one], shown[other].set_axis(one, axis=1)]))
-    labels = [figures.set_label(*pair) for pair in sets]
-    matrix = pd.DataFrame(np.nan, index=labels, columns=labels)
+    sets = labels.sets_of(pd.concat([shown[one], shown[other].set_axis(one, axis=1)]))
+    names = [labels.set_label(*pair) for pair in sets]
+    matrix = pd.DataFrame(np.nan, index=names, columns=names)
     for (a, sa, b, sb), value in mean.items():
-        first, second = figures.set_label(a, sa), figures.set_label(b, sb)
+        first, second = labels.set_label(a, sa), labels.set_label(b, sb)
         matrix.loc[first, second] = matrix.loc[second, first] = value
     return matrix
 
@@ -163,41 +160,3 @@ def cluster(matrix: pd.DataFrame) -> NDArray[np.float64]:
     np.fill_diagonal(distance, 0)
     tree: NDArray[np.float64] = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
     return tree
-
-
-def plot(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the mean IoU of every pair of calibration sets, clustered by it."""
-    shown = of_recipe(frame, recipe)
-    chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
-    matrix = mean_matrix(shown)
-    title = f"Overlap of the kept weights (chance {chance:.3f}; {figures.recipe_label(recipe)})"
-    return figures.clusters(matrix, cluster(matrix), title=title, width=width)
-
-
-def plot_roles(
-    frame: pd.DataFrame, recipe: Mapping[str, Any], metric: str = "iou", width: float = figures.PAGE_WIDTH
-) -> Figure:
-    """Draw IoU, or the cosine of the values, by layer for every role, with chance level and ceiling."""
-    shown = of_recipe(frame, recipe)
-    chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
-    shown = shown[shown["metric"] == metric].copy()
-    shown["role"] = shown["role"].astype(str).map(role_kind)  # one panel for all experts
-    same = (shown["calibration"].astype(str) == shown["other_calibration"].astype(str)).to_numpy()
-    blue, red = figures.TWO_COLOURS
-    panels = []
-    for role in (role for role in ROLES if role in set(shown["role"])):
-        here = (shown["role"] == role).to_numpy()
-        lines = [figures.range_line(shown[here & ~same], "layer", "other calibration set (band: all pairs)", blue)]
-        if same.any():
-            ceiling = shown[here & same]
-            lines.append(figures.range_line(ceiling, "layer", "same language, other seed (ceiling)", red))
-        levels = {"independent masks (chance)": chance} if metric == "iou" else {"unrelated": 0.0}
-        panels.append(figures.Panel(role, lines, levels))
-    names = {
-        "iou": ("IoU", "Overlap of the kept weights by layer and role"),
-        "value_cosine": ("cosine", "Agreement of the values of the weights that both keep"),
-        "correction_cosine": ("cosine", "Agreement of the corrections to the weights that both keep"),
-    }
-    label, title = names[metric]
-    title = f"{title} ({figures.recipe_label(recipe)})"
-    return figures.line_panels(panels, title=title, x_label="layer", y_label=label, width=width)

@@ -7,14 +7,13 @@ is nothing to explain, and no causes are named.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from probes import Session
@@ -35,24 +34,21 @@ from probes.patching import (
 )
 from probes.reading import Progress
 from probes.scoring import ChoiceScores, Question
-from pruning.models.anatomy import ROLES, Anatomy, role_kind
-from pruning.text.languages import language_name
+from pruning.models.anatomy import Anatomy
 
 from ..frames import tidy
-from ..plots import style as figures
 from ..stats.bootstrap import segment_interval
 from .lsar import LSAR
 
 #: Components that are put over exactly besides the curves.
 CONFIRMED = 20
-#: Category of text, which has no items, and of all items together.
-TEXT, ALL = "text", "all"
 #: Kinds that may be named as causes: each is a small part of the model. What the whole stream, or nearly all of it,
 #: brings back after a block says where damage has come about, not what it is.
 _CAUSES = ("weights", "output", "specific", "neurons", "random_neurons")
 #: Kinds that are drawn as curves over the blocks.
 _CURVES = ("residual", "agnostic", "specific", "random")
-_EVERYTHING = "everything"
+#: Component of the rows on what was lost in all.
+EVERYTHING = "everything"
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ def diagnose(
     estimate = attribute(session, asked.questions, damage, components, progress=progress)
     gaps = _Gaps(asked, estimate)
     place = {**columns, "language": asked.language, "task": asked.task, "category": asked.category}
-    rows: list[dict[str, Any]] = [{**place, "component": _EVERYTHING, **gaps.lost()}]
+    rows: list[dict[str, Any]] = [{**place, "component": EVERYTHING, **gaps.lost()}]
     if not gaps.something:
         return tidy("recovery", rows)
     shares = {i: effect.sum() / gaps.total for i, effect in estimate.attributed.items()}
@@ -253,85 +249,9 @@ class _Gaps:
         return {"metric": metrics, "value": value, "low": low, "high": high, "n": self.n}
 
 
-# -- in words -------------------------------------------------------------------------------------------------------
-
-
-def words(frame: pd.DataFrame) -> list[str]:
-    """Say in plain sentences what a diagnosis found.
-
-    Parameters
-    ----------
-    frame
-        As from :func:`diagnose`: of one variant, language and category.
-    """
-    first = frame.iloc[0]
-    what = _called(str(first["category"]))
-    where = f"{what} in {language_name(str(first['language']))}"
-    lost = frame[frame["component"] == _EVERYTHING].set_index("metric")
-    sentences = [_lost_in_words(lost, where)]
-    exact = frame[(frame["direction"] == RESTORE) & frame["low"].notna()]
-    main = exact[exact["metric"] == _main_metric(exact)] if len(exact) else exact
-    if not len(main):
-        sentences.append("So there is nothing to explain, and no causes are named.")
-        return sentences
-    stream = main[main["component"] == "residual"].set_index("layer")
-    if len(stream):
-        sentences += _stream_in_words(main, stream, where)
-    causes = main[main["position"].notna()].sort_values("position").head(3)
-    listed = "; ".join(f"{describe(row)} {_share(row)}" for row in causes.to_dict("records"))
-    sentences.append(f"Of single components these bring back most: {listed}.")
-    groups = main[main["component"].isin(["neurons", "random_neurons"])].set_index("component")
-    if len(groups) == 2:
-        sentences.append(
-            f"The neurons that are specific to the language bring back {_share(groups.loc['neurons'])}, as many "
-            f"random ones of the same blocks {_share(groups.loc['random_neurons'])}."
-        )
-    sentences.append(_agreement_in_words(frame))
-    return sentences
-
-
-def _main_metric(frame: pd.DataFrame) -> str:
+def main_metric(frame: pd.DataFrame) -> str:
+    """Return the metric that a diagnosis is read by: of the margin, or of the loss where there is none."""
     return "margin_recovery" if (frame["metric"] == "margin_recovery").any() else "loss_recovery"
-
-
-def _lost_in_words(lost: pd.DataFrame, where: str) -> str:
-    metric = "margin_lost" if "margin_lost" in lost.index else "loss_added"
-    row = lost.loc[metric]
-    name = "the margin of the right choice" if metric == "margin_lost" else "the log-likelihood of a segment"
-    interval = f"{row['value']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}]"
-    if not (row["low"] > 0):
-        return (
-            f"Pruning changed {name} ({where}, n = {row['n']:.0f}) by {0 - row['value']:+.2f} nats "
-            f"[{0 - row['high']:+.2f}, {0 - row['low']:+.2f}]: no loss that could be told from nothing."
-        )
-    accuracy = ""
-    if "accuracy_lost" in lost.index:
-        change = lost.loc["accuracy_lost"]
-        accuracy = f", and {change['value']:.1%} [{change['low']:.1%}, {change['high']:.1%}] of accuracy"
-    return f"Pruning took {interval} of {name} ({where}, n = {row['n']:.0f}){accuracy}."
-
-
-def _stream_in_words(main: pd.DataFrame, stream: pd.DataFrame, where: str) -> Iterator[str]:
-    reached = stream[stream["value"] >= 0.5]
-    layer = int(reached.index.min()) if len(reached) else int(stream["value"].idxmax())
-    here = main[main["layer"] == layer].set_index("component")
-    yield (
-        f"Restoring the whole residual stream brings back half of it from block {layer} on "
-        f"({_share(stream.loc[layer])} after that block): so much was lost by then. Blocks count from 0."
-    )
-    yield (
-        f"{_share(here.loc['agnostic'])} of what was lost in {where} comes back when the language-agnostic part after "
-        f"block {layer} is restored; the language-specific part brings back {_share(here.loc['specific'])}, a random "
-        f"subspace of the same size {_share(here.loc['random'])}."
-    )
-
-
-def _agreement_in_words(frame: pd.DataFrame) -> str:
-    rho, top, number = agreement(frame)
-    return (
-        f"Of the {number} components measured exactly, attribution and exact patching rank alike with Spearman's "
-        f"ρ = {rho:.2f}; {top} of the ten that attribution puts first are among the first ten exactly."
-    )
 
 
 def agreement(frame: pd.DataFrame) -> tuple[float, int, int]:
@@ -340,131 +260,14 @@ def agreement(frame: pd.DataFrame) -> tuple[float, int, int]:
     keys = ["component", "layer", "role"]
     restored[keys] = restored[keys].astype(object).where(restored[keys].notna(), "")
     both = restored.pivot_table(index=keys, columns="metric", values="value", observed=True, aggfunc="first")
-    both = both[[_main_metric(frame), "attributed_recovery"]].dropna()
+    both = both[[main_metric(frame), "attributed_recovery"]].dropna()
     exact, estimate = both.iloc[:, 0], both.iloc[:, 1]
     rho = float(spearmanr(exact, estimate).statistic) if len(both) > 2 else float("nan")
     shared = set(exact.nlargest(10).index) & set(estimate.nlargest(10).index)
     return rho, len(shared), len(both)
 
 
-def describe(row: Mapping[Any, Any]) -> str:
-    """Return a component in words."""
-    layer = "" if pd.isna(row["layer"]) else f" in block {int(row['layer'])}"
-    return {
-        "weights": f"undoing the mask of {row['role']}{layer}",
-        "output": f"the output of {row['role']}{layer}",
-        "specific": f"the language-specific part{layer.replace('in', 'after')}",
-        "neurons": "the neurons specific to the language",
-        "random_neurons": "random neurons",
-    }.get(str(row["component"]), f"{row['component']}{layer}")
-
-
-def _share(row: Any) -> str:
-    value, low, high = (round(100 * float(row[name])) for name in ("value", "low", "high"))
-    return f"{value} % [{low}, {high}]"
-
-
 def importance(frame: pd.DataFrame) -> dict[str, float]:
     """Return what undoing the mask of each matrix is estimated to bring back, by ``BLOCK.ROLE``."""
     rows = frame[(frame["component"] == "weights") & (frame["metric"] == "attributed_recovery")]
     return {f"{row['layer']:.0f}.{row['role']}": float(row["value"]) for row in rows.to_dict("records")}
-
-
-# -- figures --------------------------------------------------------------------------------------------------------
-
-
-def plot_map(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw what every matrix's mask and every output is estimated to bring back, by role and block."""
-    shown = frame[(frame["metric"] == "attributed_recovery") & frame["role"].notna()].copy()
-    shown["role"] = shown["role"].astype(str).map(role_kind)
-    names = {"weights": "its mask undone", "output": "its output restored"}
-    tables = {}
-    for kind, name in names.items():
-        rows = shown[shown["component"] == kind]
-        rows = rows.assign(layer=rows["layer"].astype(int))
-        table = rows.pivot_table(index="layer", columns="role", values="value", aggfunc="sum", observed=True)
-        tables[name] = (100 * table[[role for role in ROLES if role in table.columns]]).round() + 0.0
-    return figures.heatmaps(
-        {name: table for name, table in tables.items() if table.size},
-        title=f"Share of the loss that one role of one block brings back, estimated ({_title(frame)})",
-        colour_label="share of the loss (%)",
-        digits="{:.0f}",
-        diverging=True,
-        x_label="role",
-        y_label="block",
-        height=0.17,
-        width=width,
-    )
-
-
-def plot_curves(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw what the residual stream and its parts bring back after each block."""
-    exact = frame[(frame["direction"] == RESTORE) & frame["low"].notna()]
-    titles = {"margin_recovery": "margin", "accuracy_recovery": "accuracy", "loss_recovery": "loss"}
-    names = {
-        "residual": ("whole stream", figures.GREY, "-"),
-        "agnostic": ("language-agnostic part", figures.TWO_COLOURS[1], "-"),
-        "specific": ("language-specific part", figures.TWO_COLOURS[0], "-"),
-        "random": ("random subspace of that size", figures.TWO_COLOURS[0], ":"),
-    }
-    drawn = exact[exact["component"].isin(names) & exact["metric"].isin(titles)]["value"]
-    shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1))  # bands may go beyond
-    panels = []
-    for metric, title in titles.items():
-        lines = []
-        for kind, (label, colour, style) in names.items():
-            rows = exact[(exact["metric"] == metric) & (exact["component"] == kind)].sort_values("layer")
-            low, high = rows["low"].tolist(), rows["high"].tolist()
-            if kind == "residual":
-                low = high = None
-            lines.append(figures.Line(label, rows["layer"].tolist(), rows["value"].tolist(), colour, style, low, high))
-        if any(len(line.x) for line in lines):
-            panels.append(figures.Panel(title, lines, {"all that was lost": 1.0}, y_range=shown_range))
-    return figures.line_panels(
-        panels,
-        title=f"What restoring the residual stream brings back ({_title(frame)})",
-        x_label="after block",
-        y_label="share of the loss",
-        width=width,
-    )
-
-
-def plot_causes(frame: pd.DataFrame, width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the confirmed causes, restored in the pruned model, and what they do to the dense one."""
-    exact = frame[frame["low"].notna() & (frame["metric"] == _main_metric(frame))]
-    keys = ["component", "layer", "role"]
-    exact = exact.assign(label=[_label(row) for row in exact[keys].to_dict("records")])
-    back = exact[exact["direction"] == DAMAGE].set_index("label")
-    ranked = exact[exact["position"].notna() & exact["label"].isin(back.index)].sort_values("position")
-    panels: dict[str, list[figures.Effect]] = {"restored in the pruned model": [], "pruned in the dense model": []}
-    for row in ranked.to_dict("records"):
-        colour = figures.TWO_COLOURS[0 if row["component"] == "weights" else 1]
-        for effects, one in zip(panels.values(), (row, back.loc[row["label"]]), strict=True):
-            found = bool(one["low"] > 0 or one["high"] < 0)
-            value, low, high = (float(one[name]) for name in ("value", "low", "high"))
-            effects.append(figures.Effect(row["label"], value, low, high, colour, found))
-    values = [effect.value for effects in panels.values() for effect in effects]
-    lowest, highest = min(values), max(values)  # intervals may go beyond
-    return figures.effect_panels(
-        panels,
-        title=f"Single components ({_title(frame)})",
-        x_label="share of the loss",
-        found="interval without zero (blue: masks; orange: values)",
-        x_range=(min(-0.25, lowest - 0.1), max(1.0, highest + 0.1)),
-        width=width,
-    )
-
-
-def _label(row: Mapping[Any, Any]) -> str:
-    layer = [] if pd.isna(row["layer"]) else [str(int(row["layer"]))]
-    place = ".".join([*layer, *([] if pd.isna(row["role"]) else [str(row["role"])])])
-    return f"{row['component'].replace('_', ' ')} {place}".strip()
-
-
-def _title(frame: pd.DataFrame) -> str:
-    first = frame.iloc[0]
-    return f"{_called(str(first['category']))}, {language_name(str(first['language']))}"
-
-
-def _called(category: str) -> str:
-    return {TEXT: "the text", ALL: "all items"}.get(category, category)

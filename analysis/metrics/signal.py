@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from probes import DENSE, Readings
 from probes.readers.signal import SIGNAL_SITES
 
-from ..frames import of_recipe, tidy
-from ..plots import style as figures
+from ..frames import tidy
 from ..stats.bootstrap import segment_interval
 
 
@@ -64,51 +62,3 @@ def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, 
             }
         )
     return tidy("signal", rows)
-
-
-def plot(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the residual stream's signal-to-noise ratio by layer, a panel a language, a line a calibration set."""
-    shown = of_recipe(frame, {**recipe, "metric": "snr_db", "role": "residual"})
-    panels = [
-        figures.Panel(figures.language_title(lang), figures.set_lines(shown[shown["language"] == lang]))
-        for lang in figures.in_order(shown["language"].unique())
-    ]
-    return figures.line_panels(
-        panels,
-        title=f"Signal left after pruning ({figures.recipe_label(recipe)})",
-        x_label="layer",
-        y_label="SNR of the residual stream (dB)",
-        width=width,
-    )
-
-
-def plot_matrix(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw the residual stream's signal-to-noise ratio after the last block, by calibration set and language."""
-    shown = of_recipe(frame, {**recipe, "metric": "snr_db", "role": "residual"})
-    return figures.heatmaps(
-        {"": figures.by_calibration(shown[shown["layer"] == shown["layer"].max()])},
-        title=f"Signal left after the last block ({figures.recipe_label(recipe)})",
-        colour_label="SNR (dB)",
-        digits="{:.1f}",
-        dark_is_high=False,
-        width=width,
-    )
-
-
-def plot_roles(frame: pd.DataFrame, recipe: Mapping[str, Any], width: float = figures.PAGE_WIDTH) -> Figure:
-    """Draw each role's signal-to-noise ratio by layer, mean over languages; a line a calibration set."""
-    shown = of_recipe(frame, {**recipe, "metric": "snr_db"})
-    keys = ["role", "calibration", "seed", "layer"]  # a mean over languages has no interval over segments
-    means = shown.groupby(keys, observed=True, sort=False)["value"].mean().reset_index()
-    panels = [
-        figures.Panel(role, figures.set_lines(means[means["role"] == role]))
-        for role in SIGNAL_SITES
-        if role in set(means["role"])
-    ]
-    return figures.line_panels(
-        panels,
-        title=f"Signal left in each projection, mean over languages ({figures.recipe_label(recipe)})",
-        x_label="layer",
-        y_label="SNR of the output (dB)",
-        width=width,
-    )

@@ -1,1 +1,25 @@
-"""Plots: from a tidy frame to a figure."""
+"""Plots: from a tidy frame to a figure; one file for each metric, one function for each figure.
+
+Every function takes a frame, the recipe whose variants it shows (one of :func:`analysis.frames.recipes_of`), and
+``width`` in inches, and returns a matplotlib ``Figure``.
+"""
+
+from __future__ import annotations
+
+from . import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal
+from .style import COLUMN_WIDTH, PAGE_WIDTH, colour, save
+
+__all__ = [
+    "COLUMN_WIDTH",
+    "PAGE_WIDTH",
+    "accuracy",
+    "colour",
+    "contrasts",
+    "lape",
+    "lsar",
+    "mask_overlap",
+    "perplexity",
+    "recovery",
+    "save",
+    "signal",
+]

@@ -57,3 +57,10 @@ def segment_interval(
             axis=-1,
         ).confidence_interval
     return value, np.asarray(interval.low), np.asarray(interval.high)
+
+
+def mean_interval(
+    values: Float[np.ndarray, "segments values"],
+) -> tuple[Float[np.ndarray, " values"], Float[np.ndarray, " values"], Float[np.ndarray, " values"]]:
+    """Estimate means over segments, with their intervals: :func:`segment_interval` of the plain mean."""
+    return segment_interval(lambda weights: weights @ values / weights.sum(axis=-1)[..., None], len(values))

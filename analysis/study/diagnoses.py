@@ -20,12 +20,12 @@ from pruning.files import content_sha256, write_json
 from pruning.remedy import REMEDY_FILE
 from pruning.text.languages import language_tag, named
 
-from ..frames import read_frame, write_frame
+from ..frames import ALL, TEXT, labels, read_frame, write_frame
 from ..metrics import lape
 from ..metrics import recovery as diagnosis
-from ..metrics.recovery import ALL, CONFIRMED, TEXT, Asked, components_of
-from ..plots import style as figures
-from ..report.catalogue import Shown
+from ..metrics.recovery import CONFIRMED, Asked, components_of
+from ..plots import save
+from ..report import ReportFigure, diagnosis_figures
 from .configuration import Study
 from .progress import WorkProgress
 
@@ -65,7 +65,7 @@ class Request(BaseModel):
     @property
     def name(self) -> str:
         """Of its folder."""
-        return figures.slug("-".join([self.variant, self.language, self.category, *([self.half] * (self.half != ALL))]))
+        return labels.slug("-".join([self.variant, self.language, self.category, *([self.half] * (self.half != ALL))]))
 
     @property
     def title(self) -> str:
@@ -120,7 +120,7 @@ def carry_out(run: Run, request: Request, console: Console) -> Path:
         remedy.save(folder / REMEDY_FILE)
         files.append(folder / REMEDY_FILE)
     for shown in _figures(request, frame):
-        files += figures.save(shown.draw(), run.folder / "figures", shown.name)
+        files += save(shown.draw(), run.folder / "figures", shown.name)
     run.ledger.finish(_stage(request), key, files, time.monotonic() - began)
     return folder
 
@@ -137,42 +137,20 @@ def finished(run: Run) -> Iterator[tuple[Request, pd.DataFrame]]:
             yield request, read_frame(path.parent / "recovery.parquet")
 
 
-def shown(found: Mapping[Request, pd.DataFrame]) -> Iterator[Shown]:
+def shown(found: Mapping[Request, pd.DataFrame]) -> Iterator[ReportFigure]:
     """Yield the figures of diagnoses, drawn already."""
     for request, frame in found.items():
         yield from _figures(request, frame)
 
 
-def _figures(request: Request, frame: pd.DataFrame) -> Iterator[Shown]:
-    if not len(diagnosis.importance(frame)):
-        return
-    n = int(frame["n"].max())
-    name = request.name
-    what = f"{request.category} in {named(request.language)}, n = {n}"
-    yield Shown(
-        request.title,
-        f"diagnosis-curves-{name}",
-        f"What comes back when the dense model's residual stream is put into {request.variant} after one block "
-        f"({what}): the whole stream, its language-specific part (LSAR, fitted on the dense model), the rest, and a "
-        "random subspace of the specific one's size. 1 is all that was lost. Bands: 95 % bootstrap intervals over "
-        "items, twins drawn together.",
-        lambda: diagnosis.plot_curves(frame),
-    )
-    yield Shown(
-        request.title,
-        f"diagnosis-map-{name}",
-        f"Share of the loss that each role of each block brings back ({what}), in per cent, estimated from gradients "
-        "(attribution): left with its own mask undone, right with the dense model's output in its place, which undoes "
-        "what came in damaged too. Shares do not add up to 100.",
-        lambda: diagnosis.plot_map(frame),
-    )
-    yield Shown(
-        request.title,
-        f"diagnosis-causes-{name}",
-        f"The likeliest causes, put over exactly one at a time ({what}). Left: the dense model's put into the pruned "
-        "model. Right: the pruned model's put into the dense one. Both as a share of the same loss, with 95 % "
-        "bootstrap intervals over items.",
-        lambda: diagnosis.plot_causes(frame),
+def _figures(request: Request, frame: pd.DataFrame) -> Iterator[ReportFigure]:
+    return diagnosis_figures(
+        frame,
+        section=request.title,
+        name=request.name,
+        variant=request.variant,
+        language=request.language,
+        category=request.category,
     )
 
 

@@ -31,10 +31,8 @@ from pruning.text.sources import fingerprint
 from ..frames import FRAMES, dense_columns, joined, read_frame, write_frame
 from ..metrics import accuracy as tasks
 from ..metrics import contrasts, lape, lsar, mask_overlap, perplexity, signal
-from ..metrics import recovery as diagnosis
-from ..plots import style as figures
-from ..report.catalogue import ReportFacts, gallery
-from ..report.page import write_report
+from ..plots import save
+from ..report import ReportFacts, diagnosis_findings, study_figures, write_report
 from . import diagnoses, harness
 from .configuration import Study, load_study
 from .progress import WorkProgress
@@ -134,7 +132,7 @@ def diagnose_study(folder: Path, request: diagnoses.Request, console: Console | 
         run = _load(study, folder, console, None)
         run.everything()
         place = diagnoses.carry_out(run, request, console)
-        return run.everything(), diagnosis.words(read_frame(place / "recovery.parquet"))
+        return run.everything(), diagnosis_findings(read_frame(place / "recovery.parquet"))
 
 
 def _prune_only(study: Study, folder: Path, ledger: Ledger, console: Console, memory: int | None) -> Path:
@@ -390,8 +388,8 @@ class Run:
         folder = self.folder / "figures"
         files: list[Path] = []
         with self._timed() as clock:
-            for shown in gallery(frames, self._facts, self._neurons_of):
-                files += figures.save(shown.draw(), folder, shown.name)
+            for shown in study_figures(frames, self._facts, self._neurons_of):
+                files += save(shown.draw(), folder, shown.name)
         self.ledger.finish("figures", key, files, clock.seconds)
 
     def _report(self, frames: dict[str, pd.DataFrame]) -> Path:
@@ -400,8 +398,8 @@ class Run:
         key = content_sha256([self._frames_key, "report", [request.model_dump(mode="json") for request in found]])
         if not self.ledger.finished("report", key):
             with self._timed() as clock:
-                shown = [*gallery(frames, self._facts, self._neurons_of), *diagnoses.shown(found)]
-                said = {request.title: diagnosis.words(frame) for request, frame in found.items()}
+                shown = [*study_figures(frames, self._facts, self._neurons_of), *diagnoses.shown(found)]
+                said = {request.title: diagnosis_findings(frame) for request, frame in found.items()}
                 write_report(path, frames, shown, self.folder / "figures", self._facts, said)
             self.ledger.finish("report", key, [path], clock.seconds)
         return path
@@ -409,7 +407,14 @@ class Run:
     @cached_property
     def _facts(self) -> ReportFacts:
         return ReportFacts(
-            study=self.study,
+            model=self.study.model_name,
+            languages=self.study.languages,
+            sets=self.study.calibration_sets(),
+            recipes=self.study.all_recipes(),
+            imported=self.study.imported,
+            segments=self.study.evaluation.segments,
+            fit_segments=self.study.evaluation.fit_segments,
+            rank=self.study.evaluation.rank or len(self.study.languages) - 1,
             heldout_tokens={lang: self._tokens_read(lang) for lang in self.study.languages},
             blocks=len(self.anatomy.blocks),
             neurons=self._neurons(),

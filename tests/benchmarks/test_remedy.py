@@ -19,9 +19,9 @@ import numpy as np
 from benchmarks.harness import number
 
 from analysis.frames import dense_columns
-from analysis.metrics import accuracy as tasks
 from analysis.stats.bootstrap import segment_interval
 from probes import DENSE, DamagedModel, ItemSource, Session, attribute, item_questions, score, text_questions
+from probes.items import CATEGORIES
 from probes.patching import role_weights
 from pruning import CalibrationSet, Corpus, Recipe, load_model, prune, text_source
 from pruning.text.sources import BUNDLED_LANGUAGES
@@ -150,7 +150,7 @@ def table(calibrated, groups, scores, losses, asked):
             f"  {kind} ({len(members)} variants) minus uniform: twins {interval(gained, cluster)}, "
             f"nat a token {interval(added, ids)}"
         )
-        for category in tasks.CATEGORIES:
+        for category in CATEGORIES:
             own = np.array([c == category for _, _, c in twins])
             print(f"    {category}: {interval(gained[own], np.unique(cluster[own], return_inverse=True)[1])}")
         each = [f"{(loss(name) - base_loss).mean():+.4f}" for name in members]

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.frames import dense_columns, joined, tidy
+from analysis import plots
+from analysis.frames import dense_columns, joined, labels, tidy
 from analysis.metrics import accuracy as tasks
-from analysis.plots import style as figures
 from probes import DENSE, ChoiceScores
 from probes.items import Item
 
@@ -232,15 +232,15 @@ def test_nothing_asked_is_an_empty_frame():
 
 def test_categories_are_listed_in_their_own_order():
     frame = pd.DataFrame({"category": ["zoology", "reasoning", "all", "fluency", "reasoning", None]})
-    assert tasks.categories_of(frame) == ["fluency", "reasoning", "all", "zoology"]
+    assert labels.categories_of(frame) == ["fluency", "reasoning", "all", "zoology"]
 
 
-@pytest.mark.parametrize("plot", [tasks.plot, tasks.plot_categories])
+@pytest.mark.parametrize("plot", [plots.accuracy.matrix, plots.accuracy.categories])
 def test_figures_show_every_category(asked, tmp_path, plot):
     items, scores = asked
     frame = tasks.analyze(tasks.item_frame(scores, items, COLUMNS, "mine"))
     recipe = {name: PRUNED[name] for name in ("method", "sparsity", "pattern", "allocation", "scope", "propagation")}
-    figure = plot(frame, recipe, "mine")
+    figure = plot(frame, recipe, task="mine")
     titles = [axes.get_title() for axes in figure.axes]
     assert {"knowledge", "reasoning"} <= set(titles)
-    assert min(file.stat().st_size for file in figures.save(figure, tmp_path, "f")) > 2000
+    assert min(file.stat().st_size for file in plots.save(figure, tmp_path, "f")) > 2000

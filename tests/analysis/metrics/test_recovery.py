@@ -10,11 +10,10 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from analysis import LSAR
+from analysis import LSAR, plots
 from analysis.frames import dense_columns, tidy
-from analysis.metrics import recovery as diagnosis
-from analysis.metrics.recovery import Asked, agreement, components_of, diagnose, importance, words
-from analysis.plots import style as figures
+from analysis.metrics.recovery import Asked, agreement, components_of, diagnose, importance
+from analysis.report import diagnosis_findings
 from probes import Session, item_questions, text_questions
 from probes.items import Item
 from probes.patching import DAMAGE, RESTORE, DamagedModel, attribute, patch
@@ -181,7 +180,7 @@ def test_damaged_neurons_come_back_with_the_neurons_of_the_language_and_not_with
     rows = frame[(frame["metric"] == "margin_recovery") & (frame["direction"] == RESTORE)].set_index("component")
     assert rows.loc["neurons", "value"] == pytest.approx(1, abs=1e-4)
     assert rows.loc["random_neurons", "value"] == pytest.approx(0, abs=1e-4)
-    sentence = next(said for said in words(frame) if said.startswith("The neurons that are specific"))
+    sentence = next(said for said in diagnosis_findings(frame) if said.startswith("The neurons that are specific"))
     assert "bring back 100 % [100, 100], as many random ones of the same blocks 0 % [" in sentence.replace("-0", "0")
 
 
@@ -214,7 +213,7 @@ def test_a_model_that_lost_nothing_has_no_causes(model, tokenizer):
     assert (frame[["value", "low", "high"]] == 0).all().all()
     assert frame["position"].isna().all()
     assert importance(frame) == {}
-    assert words(frame) == [
+    assert diagnosis_findings(frame) == [
         "Pruning changed the margin of the right choice (reasoning in Swahili, n = 16) by +0.00 nats "
         "[+0.00, +0.00]: no loss that could be told from nothing.",
         "So there is nothing to explain, and no causes are named.",
@@ -237,8 +236,8 @@ def test_a_model_that_gained_has_no_causes_either(model, tokenizer):
     assert row["high"] < 0
     assert len(frame) == 3
     gained = f"by {-row['value']:+.2f} nats [{-row['high']:+.2f}, {-row['low']:+.2f}]: no loss"
-    assert gained in words(frame)[0]
-    assert "by +" in words(frame)[0]
+    assert gained in diagnosis_findings(frame)[0]
+    assert "by +" in diagnosis_findings(frame)[0]
 
 
 # -- the numbers ----------------------------------------------------------------------------------------------------
@@ -369,7 +368,7 @@ def test_text_is_diagnosed_by_its_loss_alone(model, tokenizer, segments):
     assert lost.loc["loss_added", "low"] > 0
     assert set(frame["metric"]) == {"loss_added", "loss_recovery", "attributed_recovery"}
     assert exactly(frame, "residual", "loss_recovery")[2, None] == pytest.approx(1, abs=1e-4)
-    said = words(frame)
+    said = diagnosis_findings(frame)
     row = lost.loc["loss_added"]
     assert said[0] == (
         f"Pruning took {row['value']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}] of the log-likelihood of a "
@@ -420,7 +419,7 @@ PLANTED = (
 
 def test_sentences_say_what_the_frame_says():
     frame = planted_frame(*PLANTED)
-    assert words(frame)[:5] == [
+    assert diagnosis_findings(frame)[:5] == [
         "Pruning took 1.23 nats [0.50, 2.00] of the margin of the right choice (reasoning in Swahili, n = 64), and "
         "12.5% [5.0%, 20.0%] of accuracy.",
         "Restoring the whole residual stream brings back half of it from block 1 on (62 % [50, 70] after that block): "
@@ -442,7 +441,7 @@ def test_agreement_is_over_components_with_both_numbers():
     distance = np.square(rankdata(exact) - rankdata(estimated)).sum()
     rho = 1 - 6 * distance / (4 * (4**2 - 1))
     assert agreement(frame) == (pytest.approx(rho), 4, 4)
-    assert words(frame)[-1] == (
+    assert diagnosis_findings(frame)[-1] == (
         "Of the 4 components measured exactly, attribution and exact patching rank alike with Spearman's ρ = "
         f"{rho:.2f}; 4 of the ten that attribution puts first are among the first ten exactly."
     )
@@ -456,9 +455,9 @@ def test_agreement_counts_those_that_are_among_the_first_ten_both_ways():
     assert np.isnan(agreement(planted_frame(*rows[:2], *rows[14:]))[0])  # two say nothing of a rank
 
 
-@pytest.mark.parametrize("plot", [diagnosis.plot_map, diagnosis.plot_curves, diagnosis.plot_causes])
+@pytest.mark.parametrize("plot", [plots.recovery.heatmap, plots.recovery.curves, plots.recovery.causes])
 def test_figures_are_drawn_of_every_diagnosis(pruned_model, tmp_path, plot):
     *_, frame = pruned_model
     drawn = plot(frame)
     assert "reasoning, Swahili" in drawn.texts[0].get_text()
-    assert min(file.stat().st_size for file in figures.save(drawn, tmp_path, "f")) > 2000
+    assert min(file.stat().st_size for file in plots.save(drawn, tmp_path, "f")) > 2000

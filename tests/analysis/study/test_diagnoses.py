@@ -14,7 +14,8 @@ from conftest import tiny_model
 
 from analysis import load_study, read_frame
 from analysis.metrics import recovery as diagnosis
-from analysis.metrics.recovery import importance, words
+from analysis.metrics.recovery import importance
+from analysis.report import diagnosis_findings
 from analysis.study import run
 from probes import Session, item_questions, score
 from probes.items import Item
@@ -43,7 +44,7 @@ TITLE = f"Diagnosis: {VARIANT}, reasoning in Swahili"
 def _no_other_figures():
     """The figures of the study itself are drawn elsewhere, and take most of the time."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "gallery", lambda *_: iter(()))
+        patched.setattr(run, "study_figures", lambda *_: iter(()))
         yield
 
 
@@ -123,7 +124,7 @@ def test_a_diagnosis_is_printed_and_kept(diagnosed):
     assert set(frame["n"].dropna()) == {12}
     assert set(frame["task"]) == {"riddles"}
     *said, last = result.stdout.strip().splitlines()
-    assert said == [f"- {sentence}" for sentence in words(frame)]
+    assert said == [f"- {sentence}" for sentence in diagnosis_findings(frame)]
     assert said[0].startswith("- Pruning took ")
     assert last == f"report: {folder / 'report.html'}"
 

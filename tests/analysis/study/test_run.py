@@ -18,11 +18,8 @@ from checkpoints import CORPUS, checkpoint, saved
 from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from analysis import read_frame
+from analysis import plots, read_frame
 from analysis.frames import FRAMES, recipes_of
-from analysis.metrics import contrasts, lape, lsar, mask_overlap, perplexity
-from analysis.metrics import signal as signals
-from analysis.plots import style as figures
 from pruning import CalibrationSet, Recipe, load_model, prune
 from pruning.files import PARTIAL
 
@@ -201,13 +198,13 @@ def test_figures_are_there_as_pdf_and_png(finished):
 
 
 PLOTS = {
-    "perplexity": [perplexity.plot_matrix],
-    "signal": [signals.plot, signals.plot_matrix, signals.plot_roles],
-    "subspaces": [lsar.plot, lsar.plot_matrix, lsar.plot_knowledge],
-    "mask_overlap": [mask_overlap.plot, mask_overlap.plot_roles],
-    "contrasts": [contrasts.plot],
-    "language_neurons": [lape.plot],
-    "neurons": [lape.plot_entropy, lape.plot_shift],
+    "perplexity": [plots.perplexity.matrix],
+    "signal": [plots.signal.layers, plots.signal.matrix, plots.signal.roles],
+    "subspaces": [plots.lsar.layers, plots.lsar.matrix, plots.lsar.knowledge],
+    "mask_overlap": [plots.mask_overlap.heatmap, plots.mask_overlap.roles],
+    "contrasts": [plots.contrasts.effects],
+    "language_neurons": [plots.lape.layers],
+    "neurons": [plots.lape.entropy, plots.lape.shift],
 }
 
 
@@ -216,9 +213,9 @@ def test_figures_fit_a_column_too(finished, tmp_path, name):
     frame = read_frame(finished / "frames" / f"{name}.parquet")
     recipe = next(recipe for recipe in recipes_of(frame) if recipe["method"] == "wanda")
     for plot in PLOTS[name]:
-        figure = plot(frame, recipe, width=figures.COLUMN_WIDTH)
-        assert figure.get_size_inches()[0] == figures.COLUMN_WIDTH
-        files = figures.save(figure, tmp_path, plot.__name__)
+        figure = plot(frame, recipe, width=plots.COLUMN_WIDTH)
+        assert figure.get_size_inches()[0] == plots.COLUMN_WIDTH
+        files = plots.save(figure, tmp_path, plot.__name__)
         assert min(file.stat().st_size for file in files) > 2000
         renderer = FigureCanvasAgg(figure).get_renderer()
         for text in figure.texts:  # the title, and labels of the whole figure

@@ -1,0 +1,165 @@
+"""How models, calibration sets, languages and numbers are named and ordered in figures and reports."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from probes import DENSE
+from probes.items import CATEGORIES
+from pruning.allocation import UNIFORM
+from pruning.recipes import EVERYWHERE, UNCALIBRATED
+from pruning.text.languages import language_name
+from pruning.variants.variant import UNKNOWN
+
+from .schema import ALL, TEXT
+
+
+def language_title(tag: str) -> str:
+    """Return what figures write above the panel of a language."""
+    return f"{language_name(tag)} ({tag})"
+
+
+def in_order(languages: Iterable[str]) -> list[str]:
+    """Return languages in the order that all figures use: alphabetical by tag."""
+    return sorted(map(str, languages))
+
+
+def calibration_rank(name: str) -> tuple[int, str]:
+    """Sort key of calibration sets: uncalibrated, single languages, mixes, all."""
+    if name == UNCALIBRATED:
+        return 0, name
+    if name == "all":
+        return 3, name
+    return (2, name) if "+" in name else (1, name)
+
+
+def sets_of(rows: pd.DataFrame) -> list[tuple[str, int]]:
+    """Return the calibration sets of some rows with their seeds, in the order that all figures use."""
+    pairs = {(str(c), int(s)) for c, s in zip(rows["calibration"], rows["seed"], strict=True)}
+    return sorted(pairs, key=lambda pair: (calibration_rank(pair[0]), pair[1]))
+
+
+def set_label(calibration: str, seed: int) -> str:
+    """Return how figures call a calibration set; the first seed goes without saying."""
+    if calibration == UNCALIBRATED:
+        return "no text"
+    return str(calibration) if seed == 0 else f"{calibration} (seed {seed})"
+
+
+def variant_rank(row: pd.Series) -> tuple[Any, ...]:
+    """Sort key of models: the dense one, then by recipe, calibration set and seed."""
+    recipe = [
+        str(row["method"]),
+        float(row["sparsity"]),
+        *(str(row[name]) for name in ("pattern", "allocation", "scope", "propagation")),
+    ]
+    return row["method"] != DENSE, *recipe, calibration_rank(str(row["calibration"])), int(row["seed"])
+
+
+#: How papers write the names of methods.
+_METHOD_NAMES = {
+    "grasp": "GraSP",
+    "m-wanda": "M-Wanda",
+    "ria": "RIA",
+    "snip": "SNIP",
+    "sparsegpt": "SparseGPT",
+    "wanda": "Wanda",
+}
+
+
+def method_name(label: object) -> str:
+    """Return how figures call a method; `label` is that of a frame, with parameters that are not the default.
+
+    >>> method_name("ria power=1"), method_name("mine")
+    ('RIA power=1', 'mine')
+    """
+    first, blank, rest = str(label).partition(" ")
+    return _METHOD_NAMES.get(first, first) + blank + rest
+
+
+def variant_labels(frame: pd.DataFrame) -> list[str]:
+    """Return how figures call the model of every row: as short as tells them apart."""
+    calibrated = frame[frame["method"] != DENSE]
+    several = {
+        column: (calibrated.groupby("method", observed=True)[column].nunique() > 1).any()
+        for column in ("pattern", "allocation", "scope", "propagation")
+    }
+    labels = []
+    for row in frame.to_dict("records"):
+        if row["method"] == DENSE:
+            labels.append(DENSE)
+            continue
+        words = [f"{method_name(row['method'])} {row['sparsity']:g}"]
+        words += [_pattern_words(row["pattern"])] if several["pattern"] else []
+        words += [f"{row['allocation']} allocation"] if several["allocation"] else []
+        words += [f"in {row['scope']}"] if several["scope"] and row["scope"] != EVERYWHERE else []
+        words += [f"{row['propagation']} propagation"] if several["propagation"] else []
+        if row["calibration"] != UNCALIBRATED:
+            words += ["·", set_label(row["calibration"], row["seed"])]
+        labels.append(" ".join(words))
+    return labels
+
+
+def recipe_label(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe in a few words."""
+    words = [method_name(recipe["method"]), f"sparsity {recipe['sparsity']:g}", _pattern_words(recipe["pattern"])]
+    words += [f"{recipe['allocation']} allocation"] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
+    words += [f"in {recipe['scope']}"] if recipe["scope"] != EVERYWHERE else []
+    words += ["dense propagation"] if recipe["propagation"] == "dense" else []
+    return ", ".join(words)
+
+
+def recipe_slug(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe's part of a figure's file name."""
+    words = [str(recipe["method"]), f"{recipe['sparsity']:g}", str(recipe["pattern"]).replace(":", "of")]
+    words += [str(recipe["allocation"])] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
+    words += [str(recipe["scope"])] if recipe["scope"] != EVERYWHERE else []
+    return slug("-".join([*words, str(recipe["propagation"])]))
+
+
+def slug(text: str) -> str:
+    """Return text as part of a file's name."""
+    return re.sub(r"[^\w.=+-]+", "_", text)
+
+
+def _pattern_words(pattern: object) -> str:
+    if str(pattern) == UNKNOWN:
+        return "pruned elsewhere"
+    return str(pattern) if ":" in str(pattern) else f"per {pattern}"
+
+
+def three_digits(value: float) -> str:
+    """Return a number as short as it can be read.
+
+    >>> three_digits(23.456), three_digits(1234.5), three_digits(98765.0)
+    ('23.5', '1234', '99k')
+    """
+    if value < 100:
+        return f"{value:.1f}"
+    return f"{value:.0f}" if value < 10_000 else f"{value / 1000:.0f}k"
+
+
+def short(value: float) -> str:
+    """Return a factor with as many digits as can be read at a glance.
+
+    >>> short(1.234), short(123.4), short(1.2e29)
+    ('1.23', '123', '1.2e+29')
+    """
+    if value < 10:
+        return f"{value:.2f}"
+    return f"{value:.0f}" if value < 1e5 else f"{value:.2g}"
+
+
+def categories_of(frame: pd.DataFrame) -> list[str]:
+    """Return the categories of a frame, the bundled ones in their own order, others after them."""
+    there = list(dict.fromkeys(frame["category"].dropna().astype(str)))
+    return [c for c in CATEGORIES if c in there] + sorted(c for c in there if c not in CATEGORIES)
+
+
+def category_label(category: str) -> str:
+    """Return how figures and reports call the category of a diagnosis."""
+    return {TEXT: "the text", ALL: "all items"}.get(category, category)

@@ -1,0 +1,87 @@
+"""Figures of accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from probes.items import BUNDLED_ITEMS
+
+from ..frames import labels, of_recipe
+from . import charts, style
+
+
+def matrix(
+    frame: pd.DataFrame,
+    recipe: Mapping[str, Any],
+    *,
+    task: str = BUNDLED_ITEMS,
+    metric: str = "twin_accuracy_change",
+    width: float = style.PAGE_WIDTH,
+) -> Figure:
+    """Draw what each calibration set changed in each language, a table a category."""
+    shown = of_recipe(frame, {**recipe, "task": task, "metric": metric})
+    shown = shown[shown["language"].notna()]
+    points = 1 if metric.startswith("margin") else 100
+    tables = {
+        category: points * charts.by_calibration(shown[shown["category"] == category])
+        for category in labels.categories_of(shown)
+    }
+    return charts.heatmaps(
+        tables,
+        title=f"{_TITLES[metric]} ({labels.recipe_label(recipe)})",
+        colour_label=_LABELS[metric] + (" (points)" if points > 1 else ""),
+        diverging=True,
+        digits="{:.1f}" if points == 1 else "{:.0f}",
+        width=width,
+    )
+
+
+def categories(
+    frame: pd.DataFrame,
+    recipe: Mapping[str, Any],
+    *,
+    task: str = BUNDLED_ITEMS,
+    metric: str = "twin_accuracy_change",
+    width: float = style.PAGE_WIDTH,
+) -> Figure:
+    """Draw the change of each category over all languages with its interval, a panel a category."""
+    shown = of_recipe(frame, {**recipe, "task": task, "metric": metric})
+    shown = shown[shown["language"].isna()] if shown["language"].isna().any() else shown
+    panels = {}
+    for category in labels.categories_of(shown):
+        rows = shown[shown["category"] == category]
+        panels[category] = [
+            charts.Effect(
+                labels.set_label(row["calibration"], row["seed"]),
+                row["value"],
+                row["low"],
+                row["high"],
+                style.set_style(row["calibration"], row["seed"])[0],
+                found=row["low"] > 0 or row["high"] < 0,
+            )
+            for row in rows.to_dict("records")
+        ]
+        panels[category].sort(key=lambda effect: labels.calibration_rank(effect.label))
+    return charts.effect_panels(
+        panels,
+        title=f"{_TITLES[metric]}, all languages ({labels.recipe_label(recipe)})",
+        x_label=_LABELS[metric],
+        found="interval without zero",
+        width=width,
+    )
+
+
+_TITLES = {
+    "accuracy_change": "Items answered right, after minus before pruning",
+    "twin_accuracy_change": "Twins answered right, after minus before pruning",
+    "margin_change": "Margin of the right choice, after minus before pruning",
+}
+_LABELS = {
+    "accuracy_change": "change of the share of items",
+    "twin_accuracy_change": "change of the share of twins",
+    "margin_change": "change of the margin (nat)",
+}

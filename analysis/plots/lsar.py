@@ -1,0 +1,96 @@
+"""Figures of the language-specific and language-agnostic parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from probes import DENSE
+
+from ..frames import labels, of_recipe
+from ..metrics.lsar import LANGUAGE_METRICS, RETRIEVAL_METRICS
+from . import charts, style
+
+_PARTS = {"specific": "language-specific", "agnostic": "language-agnostic"}
+
+
+def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
+    """Draw the error of both parts by layer, relative to their spread; a panel a language."""
+    shown = of_recipe(frame, recipe)
+    panels = []
+    for language in labels.in_order(shown["language"].dropna().unique()):
+        lines = []
+        for part, colour in zip(_PARTS, style.TWO_COLOURS, strict=True):
+            rows = shown[(shown["metric"] == f"{part}_error_centred") & (shown["language"] == language)]
+            lines.append(charts.range_line(rows, "layer", _PARTS[part], colour))
+        panels.append(charts.Panel(labels.language_title(language), lines))
+    return charts.line_panels(
+        panels,
+        title=f"Error of the language-specific and -agnostic part ({labels.recipe_label(recipe)})",
+        x_label="layer",
+        y_label="error relative to the spread",
+        log_y=True,
+        width=width,
+    )
+
+
+def matrix(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
+    """Draw the error of both parts, median over layers, by calibration set and evaluation language."""
+    shown = of_recipe(frame, recipe)
+    tables = {}
+    for part, name in _PARTS.items():
+        rows = shown[shown["metric"] == f"{part}_error_centred"]
+        tables[f"{name} part"] = charts.by_calibration(rows, "median")
+    return charts.heatmaps(
+        tables,
+        title=f"Error relative to the spread, median over layers ({labels.recipe_label(recipe)})",
+        colour_label="error relative to the spread",
+        digits="{:.2g}",
+        width=width,
+    )
+
+
+def knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
+    """Draw what each part knows, in the dense and in the pruned models, and how much of the languages a rank takes in.
+
+    Means over languages; bands: lowest to highest over calibration sets.
+    """
+    pruned, dense = of_recipe(frame, recipe), frame[frame["method"] == DENSE]
+    languages = max(frame["language"].nunique(), 1)
+    blue, orange = style.TWO_COLOURS
+    named = {
+        "specific_language_accuracy": ("language-specific part", blue),
+        "agnostic_language_accuracy": ("language-agnostic part", orange),
+        "agnostic_retrieval": ("language-agnostic part", orange),
+        "whole_retrieval": ("whole state", style.GREY),
+    }
+    panels = []
+    retrieval = dense[dense["metric"].isin(RETRIEVAL_METRICS)]
+    guess = {
+        LANGUAGE_METRICS: 1 / languages,
+        RETRIEVAL_METRICS: 1 / float(retrieval["n"].max()) if len(retrieval) else None,
+    }
+    for metrics, title in ((LANGUAGE_METRICS, "language recognised"), (RETRIEVAL_METRICS, "translation found")):
+        lines = []
+        for metric in metrics:
+            label, colour = named[metric]
+            for rows, dash, model in ((dense, "-", "dense"), (pruned, "--", "pruned")):
+                keys = ["calibration", "seed", "layer"]
+                means = rows[rows["metric"] == metric].groupby(keys, observed=True)["value"].mean().reset_index()
+                lines.append(charts.range_line(means, "layer", f"{label}, {model}", colour, dash))
+        level = guess[metrics]
+        panels.append(charts.Panel(title, lines, {} if level is None else {"guessing": level}))
+    shares = dense[dense["metric"] == "explained_share"]
+    lines = [charts.range_line(shares, "rank", "between-language variance (band: layers)", style.GREEN)]
+    panels.append(charts.Panel("explained by rank", lines, x_label="rank of the subspace"))
+    return charts.line_panels(
+        [panel for panel in panels if any(len(line.x) for line in panel.lines)],
+        title=f"What the two parts know ({labels.recipe_label(recipe)})",
+        x_label="layer",
+        y_label="share",
+        width=width,
+        share=False,
+    )

@@ -1,0 +1,222 @@
+"""What the frames of a study say, in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from probes import DENSE
+from pruning.text.languages import language_name
+
+from ..frames import labels, of_recipe, recipes_of
+from ..metrics import mask_overlap
+from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
+from .catalogue import ALL_MODELS, Frames, section_of
+
+
+def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
+    """Yield what the frames say of all models and of each recipe, in plain sentences computed from the frames."""
+    perplexity = _metric(frames["perplexity"], "perplexity")
+    dense = perplexity[perplexity["method"] == DENSE].set_index("language")["value"]
+    bits = _metric(frames["perplexity"], "bits_per_byte")
+    per_byte = bits[bits["method"] == DENSE].set_index("language")["value"]
+    best, worst = str(per_byte.idxmin()), str(per_byte.idxmax())
+    before = (
+        f"Before pruning the model predicts {language_name(best)} best ({per_byte.min():.2f} bits per byte, perplexity "
+        f"{labels.three_digits(dense[best])}) and {language_name(worst)} worst ({per_byte.max():.2f} bits per byte, "
+        f"perplexity {labels.three_digits(dense[worst])})."
+    )
+    factors = []
+    for recipe in recipes_of(perplexity):
+        rows = of_recipe(perplexity, recipe)
+        ratio = rows["value"].to_numpy() / dense.loc[rows["language"].astype(str)].to_numpy()
+        factors.append(f"{labels.short(np.exp(np.log(ratio).mean()))} ({labels.recipe_label(recipe)})")
+    after = (
+        f"Pruning multiplies perplexity by {', '.join(factors)}: geometric means over languages and calibration sets."
+    )
+    yield ALL_MODELS, [before, after, *_knowledge(frames["subspaces"])]
+    for recipe in recipes_of(perplexity):
+        sentences = [sentence for part in _PARTS for sentence in part(frames, recipe)]
+        yield section_of(recipe), sentences
+
+
+def _knowledge(frame: pd.DataFrame) -> Iterator[str]:
+    dense = frame[frame["method"] == DENSE].groupby("metric", observed=True)["value"].mean()
+    if "specific_language_accuracy" in dense:
+        guess = 1 / max(frame["language"].nunique(), 1)
+        yield (
+            f"In the dense model the language of a segment is recognised from the language-specific part in "
+            f"{dense['specific_language_accuracy']:.0%} of the cases and from the language-agnostic part in "
+            f"{dense['agnostic_language_accuracy']:.0%} (guessing: {guess:.0%}), mean over layers."
+        )
+    if "agnostic_retrieval" in dense:
+        yield (
+            f"Its translation is the nearest neighbour of a segment in {dense['agnostic_retrieval']:.0%} of the cases "
+            f"by the language-agnostic part, and in {dense['whole_retrieval']:.0%} by the whole state."
+        )
+
+
+def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    rows = of_recipe(_metric(frames["perplexity"], "perplexity"), recipe)
+    residual = of_recipe(frames["signal"], {**recipe, "metric": "snr_db", "role": "residual"})
+    last = residual[residual["layer"] == residual["layer"].max()]
+    own, total = _own_language_best(rows, lowest=True)
+    signal_own, _ = _own_language_best(last, lowest=False)
+    tests = of_recipe(frames["contrasts"], {**recipe, "metric": "log_perplexity"})
+    if total:
+        yield (
+            f"Of the models calibrated on one language, the one calibrated on the evaluated language has the lowest "
+            f"perplexity in {own} of {total} languages, and the clearest signal after the last block in "
+            f"{signal_own} of {total}."
+        )
+    against = tests[tests["other_calibration"] == OTHERS]
+    for row in against[against["calibration"] == OWN].to_dict("records"):
+        yield (
+            f"Calibrating on the evaluated language multiplies its perplexity by {np.exp(row['value']):.2f} "
+            f"[{np.exp(row['low']):.2f}, {np.exp(row['high']):.2f}] against the other single languages (geometric mean "
+            f"over languages; p = {row['p_value']:.2g} when it is permuted which set belongs to which language)."
+        )
+    pairs = tests[tests["other_calibration"] != OTHERS]
+    if len(pairs):
+        found = int((pairs["p_adjusted"] < SIGNIFICANT).sum())
+        margin = pairs["seed_margin"].max()
+        if np.isnan(margin):
+            yield (
+                f"{found} of {len(pairs)} differences in perplexity between two calibration sets are larger than the "
+                "choice of held-out segments explains. No set was drawn with a second seed, so whether another draw of "
+                "the same text would change as much is not known: give calibration.seeds two values to find out."
+            )
+        else:
+            yield (
+                f"{found} of {len(pairs)} differences in perplexity between two calibration sets go beyond what "
+                f"another draw of the same text changes (a factor of {np.exp(margin):.2f}) by more than the choice of "
+                "held-out segments explains."
+            )
+
+
+def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    snr = of_recipe(frames["signal"], {**recipe, "metric": "snr_db"})
+    by_layer = snr[snr["role"] == "residual"].groupby("layer", observed=True)["value"].mean()
+    finite = by_layer[np.isfinite(by_layer)]
+    if len(finite) > 1:
+        fall = finite.diff().dropna()
+        yield (
+            f"The signal-to-noise ratio of the residual stream goes from {finite.iloc[0]:.1f} dB after the first "
+            f"block to {finite.iloc[-1]:.1f} dB after the last (lowest: {finite.min():.1f} dB after block "
+            f"{finite.idxmin()}); it falls most in block {fall.idxmin()} ({fall.min():+.1f} dB). Blocks count from 0."
+        )
+    roles = snr[snr["role"] != "residual"].groupby(["role", "layer"], observed=True)["value"].mean()
+    if len(roles):
+        role, layer = roles.idxmin()
+        yield f"The projection whose output is hurt most is {role} in block {layer} ({roles.min():.1f} dB)."
+    errors = of_recipe(frames["subspaces"], recipe)
+    middle = errors.groupby("metric", observed=True)["value"].median()
+    specific, agnostic = middle["specific_error_centred"], middle["agnostic_error_centred"]
+    yield (
+        f"Relative to its own spread the language-{'agnostic' if agnostic < specific else 'specific'} part of the "
+        f"hidden states is kept better: median squared error {specific:.2g} (specific) and {agnostic:.2g} (agnostic) "
+        "over layers, languages and calibration sets."
+    )
+    if "agnostic_language_accuracy" in middle:
+        before = _metric(frames["subspaces"], "agnostic_language_accuracy")
+        dense = before[before["method"] == DENSE]["value"].mean()
+        after = _metric(errors, "agnostic_language_accuracy")["value"].mean()
+        yield (
+            f"The language is recognised from the language-agnostic part in {after:.0%} of the cases, in the dense "
+            f"model in {dense:.0%}: "
+            + (
+                "the damage depends on the language and lies outside its subspace."
+                if after > dense + 0.1
+                else "the damage brings no language into it."
+            )
+        )
+    spread = {}
+    for part in ("specific", "agnostic"):
+        own = errors[errors["metric"] == f"{part}_error_centred"]
+        by_set = own.groupby(["calibration", "seed"], observed=True)["value"].median()
+        spread[part] = by_set.max() / by_set.min() if len(by_set) > 1 and by_set.min() > 0 else None
+    if spread["specific"] and spread["agnostic"]:
+        yield (
+            f"Between the calibration sets with most and least error lies a factor of {spread['specific']:.2f} for the "
+            f"language-specific and of {spread['agnostic']:.2f} for the language-agnostic part."
+        )
+
+
+def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    overlap = of_recipe(frames["mask_overlap"], recipe)
+    if not len(overlap):
+        return
+    iou, chance = _metric(overlap, "iou"), _metric(overlap, "iou_chance")["value"].mean()
+    same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
+    if same.any():
+        yield (
+            f"Masks of the same calibration set drawn with another seed overlap with a mean IoU of "
+            f"{iou['value'][same].mean():.3f} (independent masks {chance:.3f})."
+        )
+    if not same.all():
+        by_role = iou[~same].groupby("role", observed=True)["value"].mean()
+        matrix = mask_overlap.mean_matrix(iou[~same])
+        pairs = {(a, b): value for a, b in combinations(matrix.index, 2) if not np.isnan(value := matrix.loc[a, b])}
+        most, least = max(pairs, key=pairs.__getitem__), min(pairs, key=pairs.__getitem__)
+        yield (
+            f"Masks of different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
+            f"(independent masks {chance:.3f}); the least stable role is {by_role.idxmin()} "
+            f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f}). Most alike are "
+            f"{most[0]} and {most[1]} ({pairs[most]:.3f}), least {least[0]} and {least[1]} ({pairs[least]:.3f})."
+        )
+
+
+def _neurons(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    checks = frames["neuron_selection"]
+    if not len(checks):
+        return
+    own = of_recipe(checks, recipe).groupby("metric", observed=True)["value"].mean()
+    dense = checks[checks["method"] == DENSE].groupby("metric", observed=True)["value"].mean()
+    sets = of_recipe(frames["language_neurons"], recipe).groupby("metric", observed=True)["value"].sum()
+    before = sets.get("kept", 0) + sets.get("lost", 0)
+    if not before or "kept_share" not in own:
+        return
+    ceiling = ""
+    if "other_half_share" in dense:
+        ceiling = f"; two halves of the text agree on {dense['other_half_share']:.0%} in the dense model itself"
+    yield (
+        f"{own['kept_share']:.0%} of the dense model's language-specific neurons are selected again after pruning "
+        f"(drawn at random: {own['kept_by_chance']:.1%}{ceiling}), and {sets['still_firing'] / before:.0%} still fire "
+        "above the dense model's threshold."
+    )
+
+
+def _questions(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    changes = of_recipe(frames["accuracy"], recipe)
+    metric = "twin_accuracy" if (changes["metric"] == "twin_accuracy").any() else "accuracy"
+    changes = _metric(changes, f"{metric}_change")
+    everywhere = changes[changes["language"].isna()]
+    changes = everywhere if len(everywhere) else changes
+    for task, rows in changes.groupby("task", observed=True):
+        by_category = rows.groupby("category", observed=True)["value"].mean()
+        listed = ", ".join(f"{c} {by_category[c]:+.1%}" for c in labels.categories_of(rows))
+        what = "pairs of twins" if metric == "twin_accuracy" else "items"
+        yield f"Share of {what} answered right ({task}), after minus before pruning, mean over models: {listed}."
+
+
+_PARTS = (_text_matters, _questions, _where_the_damage_is, _masks, _neurons)
+
+
+def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:
+    """Count languages whose own calibration gives the best value (mean over seeds) among single-language sets."""
+    languages = set(rows["language"].astype(str))
+    single = rows[rows["calibration"].astype(str).isin(languages)]
+    table = single.pivot_table(index="calibration", columns="language", values="value", observed=True)
+    if len(table) < 2:
+        return 0, 0
+    best = table.idxmin() if lowest else table.idxmax()
+    own = [lang for lang in table.columns if lang in table.index]
+    return sum(best[lang] == lang for lang in own), len(own)
+
+
+def _metric(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return frame[frame["metric"] == metric]
