@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pruning.errors import TextError, first_line, shortened
 from pruning.files import content_sha256, is_file
 from pruning.text.languages import named
+from pruning.text.segments import whole_characters
 from pruning.text.sources import BUNDLED_LANGUAGES
 
 BUNDLED_ITEMS = "bundled"
@@ -171,7 +172,9 @@ def _read(path: Path) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            yield Item.model_validate(json.loads(line))
+            content = json.loads(line)
+            whole_characters(json.dumps(content, ensure_ascii=False), f"{path}, line {number}")
+            yield Item.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])

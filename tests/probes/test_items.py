@@ -227,3 +227,11 @@ def test_a_fingerprint_changes_with_everything_that_is_scored():
     prints = [items_fingerprint([Item(**GOOD | change)]) for change in changes]
     assert len({items_fingerprint([item]), items_fingerprint([item, item]), *prints}) == len(changes) + 2
     assert items_fingerprint([item]) == items_fingerprint([Item(**GOOD | {"twin": "1a", "remark": "none"})])
+
+
+def test_half_a_character_in_an_item_is_one_line_with_its_place(tmp_path):
+    item = {"id": "a", "category": "facts", "prompt": "half \ud83d", "choices": ["x", "y"], "answer": 0}
+    (tmp_path / "en.jsonl").write_text(json.dumps(item) + "\n")
+    with pytest.raises(TextError, match=r"en\.jsonl, line 1: \\ud83d is one half of a surrogate pair") as caught:
+        ItemSource(f"file:{tmp_path}/{{lang}}.jsonl").items("en")
+    assert "\n" not in str(caught.value)
