@@ -6,8 +6,9 @@ from . import frames, plots, report, stats
 from .frames import read_frame, write_frame
 from .metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal
 from .metrics.lsar import LSAR
-from .study.configuration import Study, demo_study, load_study
+from .study.configuration import Study
 from .study.run import run_study
+from .study.study_file import demo_study, load_study
 
 __all__ = [
     "LSAR",

@@ -42,8 +42,8 @@ def run(
     memory: Annotated[str | None, typer.Option(help=_MEMORY)] = None,
 ) -> None:
     """Carry out a study: prune, read, analyze, draw, report. Finished stages are skipped."""
-    from .study.configuration import resolved_study
     from .study.run import run_study
+    from .study.study_file import resolved_study
 
     report = run_study(resolved_study(study), out or Path("runs") / Path(study).stem, memory=_bytes(memory))
     typer.echo(f"report: {report}")
@@ -59,8 +59,8 @@ def prune(
     memory: Annotated[str | None, typer.Option(help=_MEMORY)] = None,
 ) -> None:
     """Make the pruned variants of a study, and nothing else. The model may be larger than memory."""
-    from .study.configuration import resolved_study
     from .study.run import run_study
+    from .study.study_file import resolved_study
 
     folder = out or Path("runs") / Path(study).stem
     variants = run_study(resolved_study(study), folder, memory=_bytes(memory), only_prune=True)
@@ -81,7 +81,7 @@ def compare(
     segments: Annotated[int, typer.Option(help="Held-out segments a language, and as many to fit subspaces.")] = 128,
 ) -> None:
     """Measure a model that was pruned elsewhere against its dense parent: all that needs no calibration sets."""
-    from .study.configuration import comparison_study
+    from .study.comparison import comparison_study
     from .study.run import run_study
 
     tags = [tag.strip() for tag in languages.split(",")]
@@ -132,8 +132,8 @@ def export(
     from pruning.errors import did_you_mean, shortened
     from pruning.files import is_folder
 
-    from .study.configuration import load_study
     from .study.run import STUDY_FILE
+    from .study.study_file import load_study
 
     resolved = load_study(folder / STUDY_FILE)
     place = folder / "variants" / variant

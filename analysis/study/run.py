@@ -34,11 +34,12 @@ from ..metrics import contrasts, lape, lsar, mask_overlap, perplexity, signal
 from ..plots import save
 from ..report import ReportFacts, diagnosis_findings, study_figures, write_report
 from . import diagnoses, harness
-from .configuration import Study, load_study
+from .configuration import Study
 from .progress import WorkProgress
 from .pruning_stage import VARIANTS, Grid, load_for_pruning, tell_loading
 from .questions import Asking
 from .records import Ledger
+from .study_file import load_study
 
 STUDY_FILE = "study.toml"
 REPORT_FILE = "report.html"

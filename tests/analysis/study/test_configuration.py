@@ -6,7 +6,8 @@ import tomllib
 import pytest
 
 from analysis import demo_study, load_study
-from analysis.study.configuration import comparison_study, parse_study
+from analysis.study.comparison import comparison_study
+from analysis.study.study_file import parse_study
 from pruning import Remedy
 from pruning.errors import StudyError
 

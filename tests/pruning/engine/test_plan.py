@@ -136,7 +136,7 @@ from pathlib import Path
 from rich.console import Console
 import analysis.study.pruning_stage
 from analysis.study.run import run_study
-from analysis.study.configuration import parse_study
+from analysis.study.study_file import parse_study
 
 study, out, stream = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "stream"
 make_plan, plans = analysis.study.pruning_stage.make_plan, []

@@ -1,0 +1,142 @@
+"""Study files: read, checked, their paths resolved, and what is wrong with one said in a line."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pruning.errors import StudyError, did_you_mean, first_line, shortened
+from pruning.files import is_folder
+from pruning.models.embedded import DEMO
+from pruning.text.sources import HubDataset
+
+from .configuration import Study
+from .sections import CalibrationConfig, EvaluationConfig, RecipeGrid, TasksConfig, TextConfig
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Relative paths in ``file:`` sources, of the model folder and of diagnoses are relative to the study file.
+
+    Raises
+    ------
+    StudyError
+        If the file is missing, not TOML, has an unknown key or a value that cannot be; or if a diagnosis that it
+        names cannot be read.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StudyError(f'there is no study file {path}; write one, or try "prunescope run demo"') from error
+    except IsADirectoryError as error:
+        raise StudyError(f"{path} is a folder; give the study file, such as {path / 'study.toml'}") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path} is not UTF-8; save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"{path} is not TOML: {first_line(error)}") from error
+    except OSError as error:
+        raise StudyError(f"cannot read the study file {shortened(path, 200)}: {error.strerror}") from error
+    return _anchored(parse_study(_diagnoses_anchored(content, path.parent), str(path)), path.parent)
+
+
+def resolved_study(name: str) -> Study:
+    """Return the embedded study if `name` is ``demo``, else the one in that file."""
+    return demo_study() if name == DEMO else load_study(Path(name))
+
+
+def demo_study() -> Study:
+    """Return the embedded study: a real model and real text that come with prunescope."""
+    text = (package_files("analysis.study") / "demo.toml").read_text(encoding="utf-8")
+    return parse_study(tomllib.loads(text), "demo.toml")
+
+
+def parse_study(content: dict[str, Any], where: str) -> Study:
+    """Check the content of a study file.
+
+    Raises
+    ------
+    StudyError
+        One line on the first thing that is wrong.
+    """
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        # A table that should be a dataset also fails to be a string; what it lacks as a dataset says more.
+        first = min(error.errors(), key=lambda e: e["type"] == "string_type")
+        raise StudyError(f"{where}: {_explained(first)}") from error
+
+
+#: What pydantic says of Python's types, in words of TOML.
+_IN_TOML = {
+    "tuple_type": 'should be a list in brackets, such as ["a", "b"] or [0, 1]',
+    "dict_type": "should be a table, such as { name = 0.5 }",
+    "string_type": 'should be text in quotes, such as "a"',
+}
+
+
+def _explained(error: Any) -> str:
+    kinds = ("str", "float", "HubDataset")
+    place = ".".join(shortened(part) for part in error["loc"] if part not in kinds and "tuple" not in str(part))
+    if error["type"] == "extra_forbidden":
+        section, _, key = place.rpartition(".")
+        return f'unknown key "{key}"{f" in [{section}]" if section else ""}; {did_you_mean(key, _keys(section))}'
+    if error["type"] == "missing":
+        return f'the key "{place}" is missing'
+    if place == "recipes" and error["type"] == "tuple_type":
+        return "recipes: every recipe begins with a line [[recipes]]"
+    message = _IN_TOML.get(error["type"], error["msg"].removeprefix("Value error, "))
+    return f"{place}: {message}" if place else message
+
+
+def _keys(section: str) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "": Study,
+        "text": TextConfig,
+        "calibration": CalibrationConfig,
+        "recipes": RecipeGrid,
+        "evaluation": EvaluationConfig,
+        "tasks": TasksConfig,
+    }
+    first = section.split(".")[0]
+    return list(sections[first].model_fields) if first in sections else list(HubDataset.model_fields)
+
+
+def _anchored(study: Study, folder: Path) -> Study:
+    """Resolve relative paths against the study file's folder."""
+
+    def anchor(spec: Any) -> Any:
+        if isinstance(spec, str) and spec.startswith("file:"):
+            return "file:" + os.path.normpath(folder / spec.removeprefix("file:"))
+        return spec
+
+    text = TextConfig(**{part: anchor(getattr(study.text, part)) for part in TextConfig.model_fields})
+
+    def checkpoint(name: str) -> str:
+        return os.path.normpath(folder / name) if name != DEMO and is_folder(folder / name) else name
+
+    imported = {name: checkpoint(source) for name, source in study.imported.items()}
+    folders = tuple(os.path.normpath(folder / name) for name in study.tasks.folders)
+    tasks = study.tasks.model_copy(update={"items": anchor(study.tasks.items), "folders": folders})
+    update = {"text": text, "model": checkpoint(study.model), "imported": imported, "tasks": tasks}
+    return study.model_copy(update=update)
+
+
+def _diagnoses_anchored(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Resolve the paths of diagnoses likewise, but before a study is checked: recipes are made of what they say."""
+    grids = content.get("recipes")
+    if not isinstance(grids, list):
+        return content
+    return content | {
+        "recipes": [
+            grid | {"diagnosis": str(folder / grid["diagnosis"])}
+            if isinstance(grid, dict) and isinstance(grid.get("diagnosis"), str)
+            else grid
+            for grid in grids
+        ]
+    }
