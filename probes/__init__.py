@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from .batches import Batch
 from .items import Item, ItemSource, first_twins
+from .lockstep import read_streams
 from .patching import Component, DamagedModel, attribute, patch
+from .readers.base import Reader
 from .readers.firing import NeuronFiring
 from .readers.hidden_states import PooledStates
+from .readers.keep import Keep
 from .readers.loss import TokenLoss
-from .readers.signal import DenseSignal, SignalError
-from .reading import DENSE, Readings, pooled_states, read_against_dense
+from .readers.signal import SignalError, SignalPower
+from .reading import pooled_states, read_against_dense
+from .reading_plan import ReadingPlan, plan_reading
+from .readings import Readings
 from .scoring import ChoiceScores, item_questions, score, text_questions
-from .session import Batch, Reader, Session
+from .session import Session
+from .streams import DENSE, FittingStream, HeldoutStream, QuestionStream
 
 __all__ = [
     "DENSE",
@@ -18,22 +25,29 @@ __all__ = [
     "ChoiceScores",
     "Component",
     "DamagedModel",
-    "DenseSignal",
+    "FittingStream",
+    "HeldoutStream",
     "Item",
     "ItemSource",
+    "Keep",
     "NeuronFiring",
     "PooledStates",
+    "QuestionStream",
     "Reader",
+    "ReadingPlan",
     "Readings",
     "Session",
     "SignalError",
+    "SignalPower",
     "TokenLoss",
     "attribute",
     "first_twins",
     "item_questions",
     "patch",
+    "plan_reading",
     "pooled_states",
     "read_against_dense",
+    "read_streams",
     "score",
     "text_questions",
 ]

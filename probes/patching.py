@@ -22,11 +22,22 @@ from torch import Tensor
 
 from pruning.models.anatomy import ROLES, Anatomy
 from pruning.variants.masks import Key
-from pruning.variants.variant import DenseCopy, Variant
+from pruning.variants.owner import DenseModel, write_weight
+from pruning.variants.variant import Variant
 
-from .reading import Progress
-from .scoring import ChoiceScores, Question, QuestionBatch, ScoreTable, final_states, objective, question_batches
-from .session import Batch, Session, within_memory
+from .batches import Batch, within_memory
+from .readers.keep import Keep
+from .scoring import (
+    ChoiceScores,
+    Progress,
+    Question,
+    QuestionBatch,
+    ScoreTable,
+    final_states,
+    objective,
+    question_batches,
+)
+from .session import Session
 
 Direction = Literal["restore", "damage"]
 RESTORE: Direction = "restore"
@@ -150,8 +161,8 @@ class DamagedModel:
 
     Parameters
     ----------
-    model
-        The dense model.
+    owner
+        Of the dense model (``session.owner``), which must be in memory.
     variant
         Of that model.
 
@@ -161,11 +172,10 @@ class DamagedModel:
         If the variant is of another model.
     """
 
-    def __init__(self, model: Any, variant: Variant) -> None:
-        self._copy = DenseCopy(model)
+    def __init__(self, owner: DenseModel, variant: Variant) -> None:
+        owner.check(variant)
+        self._owner = owner
         self._variant = variant
-        self._anatomy = Anatomy(model)
-        variant.check_belongs_to(self._anatomy.fingerprint())
 
     @property
     def projections(self) -> tuple[Key, ...]:
@@ -174,23 +184,31 @@ class DamagedModel:
 
     def damaged(self) -> AbstractContextManager[None]:
         """Make the model the pruned one inside a ``with`` block."""
-        return self._copy.pruned_to(self._variant)
+        return self._owner.pruned_to(self._variant)
 
-    def weight(self, key: Key, *, dense: bool) -> Tensor:
-        """Return a projection's weight in the dense or the pruned model."""
-        before = self._copy.dense[key]
-        return before if dense else self._variant.weight(key, before)
+    def change(self, key: Key) -> Tensor:
+        """Return a projection's dense weight minus its pruned one, on the model's device."""
+        dense = self._owner.dense[key].to(self._owner.anatomy.device)
+        pruned = torch.empty_like(dense)
+        self._variant.write(key, dense, pruned)
+        return dense - pruned
 
     @contextmanager
     def with_weights(self, keys: Sequence[Key], *, dense: bool) -> Iterator[None]:
         """Give some projections the weights of the dense, or of the pruned model, inside a ``with`` block."""
         try:
             for key in keys:
-                self._anatomy.set_weight(*key, self.weight(key, dense=dense))
+                self._write(key, dense=dense)
             yield
         finally:
             for key in keys:
-                self._anatomy.set_weight(*key, self.weight(key, dense=not dense))
+                self._write(key, dense=not dense)
+
+    def _write(self, key: Key, *, dense: bool) -> None:
+        if dense:
+            self._owner.anatomy.set_weight(*key, self._owner.dense[key])
+        else:
+            write_weight(self._owner.anatomy, key, self._variant, self._owner.dense[key])
 
 
 @dataclass(frozen=True)
@@ -298,8 +316,7 @@ def attribute(
                     if key in wanted:
                         summed[key] = summed[key].add_(gradient) if key in summed else gradient
         for key, gradient in summed.items():
-            change = damage.weight(key, dense=True) - damage.weight(key, dense=False)
-            effect = float((gradient * change).sum(dtype=torch.float64))
+            effect = float((gradient * damage.change(key)).sum(dtype=torch.float64))
             totals[key] += effect if direction == RESTORE else -effect
     attributed = {**effects}
     for i, component in enumerate(components):
@@ -340,19 +357,6 @@ class _Put:
         return self.place.put(value, self.other)
 
 
-class _Keep:
-    """Keeps some sites of one batch."""
-
-    def __init__(self, wanted: Mapping[Site, None]) -> None:
-        self.sites = frozenset(site for _, site in wanted)
-        self.wanted = wanted
-        self.values: dict[Site, Tensor] = {}
-
-    def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
-        if (layer, site) in self.wanted:
-            self.values[layer, site] = value
-
-
 def _run(
     session: Session,
     batch: QuestionBatch,
@@ -362,7 +366,7 @@ def _run(
     outputs: dict[int, Any] | None = None,
 ) -> dict[Site, Tensor]:
     """Score one batch with the model as it is, and return what it does at some sites."""
-    keep = _Keep(sites)
+    keep = Keep(sites)
     final = final_states(session, batch.batch, [keep], outputs=outputs)
     scores.take(batch, batch.scores(session.anatomy, final))
     progress(int(batch.batch.real.sum()))
@@ -384,7 +388,7 @@ def _differentiate(
     # Every site is touched by an edit that changes nothing: its value, which may be a part of a larger output, is then
     # a tensor of its own on the way to the end, which a gradient can be asked of.
     with session.differentiable() as parameters, torch.enable_grad():
-        keep = _Keep(sites)
+        keep = Keep(sites)
         touches = [_Touch(*site) for site in sites]
         final = final_states(session, batch.batch, [keep], touches)
         found = batch.scores(session.anatomy, final)

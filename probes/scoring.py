@@ -7,7 +7,7 @@ is ever fed to the model, so that choices of one token each cost one row togethe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,15 @@ from pruning.files import whole_file
 from pruning.models.anatomy import Anatomy
 from pruning.text.sources import Segment
 
+from .batches import Batch
 from .items import Item
+from .readers.base import Reader
+from .readers.keep import Keep
 from .readers.loss import log_likelihood
-from .reading import Progress
-from .session import Batch, Edit, Reader, Session
+from .session import Edit, Session
+
+#: Called with the tokens that a model has just read.
+Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def text_questions(session: Session, segments: Sequence[Segment]) -> list[Questi
     """Return segments of text as questions with one choice each: every token but the first, given those before it."""
     questions = []
     for segment in segments:
-        ids = session.tokenizer(segment.text, truncation=True, max_length=session.max_length)["input_ids"]
+        ids = session.tokenizer(segment.text, truncation=True, max_length=session.batcher.max_length)["input_ids"]
         if len(ids) < 2:
             raise TextError(f'segment "{segment.id}" has no token to predict: {segment.text!r}; leave it out')
         targets = tuple((0, position - 1, ids[position], 0) for position in range(1, len(ids)))
@@ -212,7 +217,7 @@ def question_batches(session: Session, questions: Sequence[Question], smaller: i
     rows = 0
     for i in order:
         rows += len(questions[i].rows)
-        if not groups or rows * longest[i] > session.batch_tokens // smaller:
+        if not groups or rows * longest[i] > session.batcher.batch_tokens // smaller:
             groups.append([])
             rows = len(questions[i].rows)
         groups[-1].append(i)
@@ -228,18 +233,6 @@ def score(session: Session, questions: Sequence[Question], progress: Progress = 
     return values.scores
 
 
-class _FinalStates:
-    """Keeps the final states of one batch."""
-
-    sites = frozenset({"final"})
-
-    def __init__(self) -> None:
-        self.states: list[Tensor] = []
-
-    def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
-        self.states.append(value)
-
-
 def final_states(
     session: Session, batch: Batch, readers: Sequence[Reader] = (), edits: Sequence[Edit] = (), **run: Any
 ) -> Tensor:
@@ -247,9 +240,9 @@ def final_states(
 
     Arguments are those of :meth:`probes.Session.read`.
     """
-    reader = _FinalStates()
-    session.read(batch, [*readers, reader], edits, **run)
-    return reader.states[0]
+    final = Keep({"final"})
+    session.read(batch, [*readers, final], edits, **run)
+    return final.values[len(session.anatomy.blocks), "final"]
 
 
 class ScoreTable:
@@ -278,10 +271,10 @@ def _question_batch(session: Session, group: Sequence[int], questions: Sequence[
             index.append(places.setdefault((first + row, position), len(places)))
             token.append(wanted)
             cell.append(number * width + choice)
-    batch = session.batch(owners, encoded)
+    batch = session.batcher.batch(owners, encoded)
     device = batch.ids.device
     lengths = torch.tensor([len(row) for row in encoded])
-    shift = batch.ids.shape[1] - lengths if session.padding == "left" else torch.zeros_like(lengths)
+    shift = batch.ids.shape[1] - lengths if session.batcher.padding == "left" else torch.zeros_like(lengths)
     state = torch.tensor([(row, position + int(shift[row])) for row, position in places])
     there = torch.tensor([[c < questions[i].choices for c in range(width)] for i in group])
     answers = torch.tensor([questions[i].answer for i in group])

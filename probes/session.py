@@ -1,69 +1,35 @@
-"""One model, one nnsight trace per batch, many readers.
+"""One model behind nnsight: traces of the whole model and of single blocks, with readers and edits.
 
 An *edit* puts another value into a site on the way; what comes after sees that one.
 
-A *reader* wants some sites of the model (the roles of every block, the MLP activation, the residual stream after a
-block, the final state) and reduces each value as it passes, inside the trace; nothing whole is kept unless a
-reader keeps it. However many readers there are, the model runs once. A block that lacks a site (the inside of experts,
-the gate of an MLP without one) is passed over.
+A *reader* (:mod:`probes.readers`) wants some sites of the model (the roles of every block, the MLP activation, the
+residual stream after a block, the final state) and reduces each value as it passes, inside the trace. However many
+readers there are, the model runs once. A block that lacks a site (the inside of experts, the gate of an MLP without
+one) is passed over.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pruning.errors import ModelError, TextError
+from pruning.engine.streams import Arguments, StackStarter
+from pruning.errors import ModelError
 from pruning.models.anatomy import Anatomy
 from pruning.text.sources import Segment
+from pruning.variants.owner import DenseModel
 
-_B = TypeVar("_B")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Segments as token ids, padded to one length.
-
-    Attributes
-    ----------
-    segments
-        Index of each row's segment in the list that the batches were made from.
-    ids
-        Token ids, int64 ``[batch, tokens]``.
-    real
-        1 where a token is real, 0 where it is padding, int64 ``[batch, tokens]``.
-    counted
-        1.0 where a token counts in means and frequencies: real, and not a special one such as BOS unless these were
-        asked for, float32 ``[batch, tokens]``.
-    """
-
-    segments: tuple[int, ...]
-    ids: Tensor
-    real: Tensor
-    counted: Tensor
-
-    @property
-    def positions(self) -> Tensor:
-        """Position of each token in its segment, whichever side is padded, int64 ``[batch, tokens]``."""
-        return (self.real.cumsum(dim=1) - 1).clamp(min=0)
-
-
-class Reader(Protocol):
-    """What a session needs of a reader."""
-
-    #: The sites it wants, where the model has them: roles, ``activation``, ``residual``, ``final``.
-    sites: frozenset[str]
-
-    def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
-        """Take in the output of one site, ``[batch, tokens, width]``; `layer` counts blocks from 0."""
+from .batches import Batch, Batcher, Side
+from .readers.base import Reader
+from .readers.keep import Keep
 
 
 class Edit(Protocol):
@@ -82,22 +48,27 @@ class Edit(Protocol):
 
 
 class Session:
-    """A model wrapped once by nnsight, and the batches it reads.
+    """The one owner of a loaded model: its nnsight wrapper, its dense weights, and how text becomes batches.
 
     Parameters
     ----------
     model, tokenizer
-        As :func:`pruning.load_model` gives them. Changing the model's weights afterwards (a variant applied, say)
-        changes what the session reads.
+        As :func:`pruning.load_model` gives them. The model may be streamed from its checkpoint: then it is read block
+        by block only (:func:`probes.read_streams`).
     max_length
         Segments are cut after this many tokens, special ones included.
     batch_tokens
         Tokens of a batch at most, padding included; bounds the memory.
     padding
-        Side that short segments are padded on. Makes no difference beyond rounding.
+        Side on which short segments are padded. Makes no difference beyond rounding.
     special_tokens
         Whether special tokens count in means, frequencies and signal. The first token (BOS) of every text has by far
         the largest states of all, the same in every text, and would swamp the rest.
+
+    Attributes
+    ----------
+    owner
+        The dense weights; it turns the model into a variant and back.
 
     Raises
     ------
@@ -112,39 +83,35 @@ class Session:
         *,
         max_length: int = 256,
         batch_tokens: int = 1024,
-        padding: Literal["left", "right"] = "right",
+        padding: Side = "right",
         special_tokens: bool = False,
     ) -> None:
-        from nnsight.modeling.transformers import TransformersModel
+        from nnsight import NNsight
 
         self.model = model
         self.tokenizer = tokenizer
-        self.anatomy = Anatomy(model)
+        self.owner = DenseModel(model)
+        self.anatomy = self.owner.anatomy
         if self.anatomy.encoder_decoder:
             raise ModelError(f'probes read decoder-only models; "{self.anatomy.kind}" can be pruned, not read')
-        self.max_length = max_length
-        self.batch_tokens = batch_tokens
-        self.padding = padding
-        self.special_tokens = special_tokens
+        self.batcher = Batcher(
+            tokenizer,
+            self.anatomy.device,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            padding=padding,
+            special_tokens=special_tokens,
+        )
         self._accepted = inspect.signature(type(model).forward).parameters.keys()
         self._differentiating = False
-        self._traced = TransformersModel(model, tokenizer=tokenizer, task="text-generation")
+        # Not nnsight's class for transformers: that one brings all parameters to a device, and they may be on disk.
+        self._traced = NNsight(model)
 
     def batches(self, segments: Sequence[Segment]) -> list[Batch]:
-        """Cut segments into batches of similar length.
+        """Cut segments into batches of similar length; see :meth:`probes.batches.Batcher.batches`."""
+        return self.batcher.batches(segments)
 
-        Raises
-        ------
-        TextError
-            If a segment has no tokens but special ones.
-        """
-        encoded = [self.tokenizer(s.text, truncation=True, max_length=self.max_length)["input_ids"] for s in segments]
-        special = self._special
-        for segment, ids in zip(segments, encoded, strict=True):
-            if special.issuperset(ids) and not self.special_tokens:
-                raise TextError(f'segment "{segment.id}" has no token to count: {segment.text!r}; leave it out')
-        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-        return [self.batch(rows, [encoded[i] for i in rows]) for rows in _grouped(order, encoded, self.batch_tokens)]
+    # -- the whole model -------------------------------------------------------------------------------------
 
     def read(
         self,
@@ -172,16 +139,22 @@ class Session:
         start
             The first block that runs, if `outputs` is of an earlier run on the same batch: those before it are left
             out, and the run goes on from what the last of them put out then. What is read and changed must come after.
+
+        Raises
+        ------
+        ModelError
+            If the model's weights stay on disk.
         """
-        inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
-        inputs = {name: value for name, value in inputs.items() if name in self._accepted}
-        spared = {"use_cache": False, "logits_to_keep": 1}
-        spared = {name: value for name, value in spared.items() if name in self._accepted}
+        if self.anatomy.streamed:
+            raise ModelError("this takes the whole model in memory, and its weights stay on disk; load it whole")
         keep = outputs if outputs is not None and not outputs else None
         goes_on_from = outputs[start - 1] if outputs is not None and start else None
         wanted = self._wanted(readers, edits, every_block=keep is not None)
-        skipped = [_envoy(self._traced, self.anatomy.path(layer, "residual")) for layer in range(start)]
-        with torch.set_grad_enabled(self._differentiating), self._traced.trace(inputs, **spared) as trace:
+        skipped = [self._envoy(self.anatomy.path(layer, "residual")) for layer in range(start)]
+        with (
+            torch.set_grad_enabled(self._differentiating),
+            self._traced.trace(**self.inputs(batch), **self._spared) as trace,
+        ):
             for block in skipped:
                 block.skip(goes_on_from)
             for module, visits in wanted:
@@ -194,6 +167,18 @@ class Session:
                 if output is not before:
                     module.output = output
             trace.stop()
+        for reader in readers:
+            reader.flush()
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the model is called with for a batch, as far as it accepts it."""
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
+        return {name: value for name, value in inputs.items() if name in self._accepted}
+
+    @property
+    def _spared(self) -> dict[str, Any]:
+        spared = {"use_cache": False, "logits_to_keep": 1}
+        return {name: value for name, value in spared.items() if name in self._accepted}
 
     @contextmanager
     def differentiable(self) -> Iterator[dict[str, Parameter]]:
@@ -215,40 +200,106 @@ class Session:
             for parameter, required in before.items():
                 parameter.requires_grad_(required)
 
+    # -- block by block --------------------------------------------------------------------------------------
+
+    def stack_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the stack of blocks is called with for a batch, as far as it accepts it."""
+        accepted = inspect.signature(type(self.anatomy.stack_module(self.anatomy.stacks[-1])).forward).parameters
+        return {name: value for name, value in self.inputs(batch).items() if name in accepted}
+
+    def starter(self) -> StackStarter:
+        """Return what brings batches to the first block; embeddings must be present (``anatomy.loaded_for_start``)."""
+        return StackStarter(self.anatomy, self.anatomy.stacks[-1])
+
+    def read_block(
+        self,
+        layer: int,
+        hidden: Tensor,
+        arguments: Arguments,
+        batch: Batch,
+        readers: Sequence[Reader] = (),
+        dense: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Run one block on a batch, in one nnsight trace, with whatever weights it has now.
+
+        Parameters
+        ----------
+        layer
+            Which block; its weights must be present.
+        hidden
+            States before it, ``[batch, tokens, hidden]``.
+        arguments
+            What else the block is called with.
+        batch
+            What is read.
+        readers
+            They are not flushed: a caller does that after several batches.
+        dense
+            Site to the dense model's value there, for readers that compare.
+
+        Returns
+        -------
+        Tensor
+            States after the block, likewise.
+        """
+        after = Keep({"residual"})
+        wanted = self._visits([layer], [*readers, after], (), dense or {})
+        block = self._envoy(self.anatomy.path(layer, "residual"))
+        with torch.no_grad(), block.trace(hidden, *arguments.positional, **arguments.named):
+            for module, visits in wanted:
+                output = module.output
+                for visit in visits:
+                    visit(output, batch)
+        return after.values[layer, "residual"]
+
+    def read_final(self, hidden: Tensor, batch: Batch, readers: Sequence[Reader]) -> None:
+        """Run the last normalisation on states after the last block, for readers of ``final``; they are not flushed."""
+        norm = self._envoy(self.anatomy.final_norm_path)
+        interested = [reader for reader in readers if "final" in reader.sites]
+        with torch.no_grad(), norm.trace(hidden):
+            value = norm.output
+            for reader in interested:
+                reader.read(len(self.anatomy.blocks), "final", value, batch)
+
+    # -- where things are ------------------------------------------------------------------------------------
+
     def _wanted(
         self, readers: Sequence[Reader], edits: Sequence[Edit], *, every_block: bool
     ) -> list[tuple[Any, list[_Visit]]]:
+        """List what to do at which module of the whole model."""
+        layers = len(self.anatomy.blocks)
+        wanted = self._visits(range(layers), readers, edits, {}, every_block=every_block)
+        interested = [reader for reader in readers if "final" in reader.sites]
+        if interested:
+            final = self._envoy(self.anatomy.final_norm_path)
+            wanted.append((final, [_Visit(self.anatomy, layers, "final", interested, [], {})]))
+        return wanted
+
+    def _visits(
+        self,
+        layers: Iterable[int],
+        readers: Sequence[Reader],
+        edits: Sequence[Edit],
+        dense: Mapping[str, Tensor],
+        *,
+        every_block: bool = False,
+    ) -> list[tuple[Any, list[_Visit]]]:
         """List what to do at which module in the order in which they run: nnsight accepts no other."""
-        anatomy, layers = self.anatomy, len(self.anatomy.blocks)
-        places = [(layer, site, anatomy.path(layer, site)) for layer in range(layers) for site in anatomy.sites(layer)]
-        places.append((layers, "final", anatomy.final_norm_path))
         wanted: dict[str, list[_Visit]] = {}
-        for layer, site, path in places:
-            interested = [reader for reader in readers if site in reader.sites]
-            editing = [edit for edit in edits if (edit.layer, edit.site) == (layer, site)]
-            if interested or editing or (every_block and site == "residual"):
-                wanted.setdefault(path, []).append(_Visit(anatomy, layer, site, interested, editing))
-        return [(_envoy(self._traced, path), visits) for path, visits in wanted.items()]
+        for layer in layers:
+            for site in self.anatomy.sites(layer):
+                interested = [reader for reader in readers if site in reader.sites]
+                editing = [edit for edit in edits if (edit.layer, edit.site) == (layer, site)]
+                if interested or editing or (every_block and site == "residual"):
+                    visit = _Visit(self.anatomy, layer, site, interested, editing, dense)
+                    wanted.setdefault(self.anatomy.path(layer, site), []).append(visit)
+        return [(self._envoy(path), visits) for path, visits in wanted.items()]
 
-    def batch(self, segments: Sequence[int], encoded: Sequence[Sequence[int]]) -> Batch:
-        """Pad token ids to one length; `segments` says which segment each row is of."""
-        width = max(map(len, encoded))
-        filler = self.tokenizer.pad_token_id or 0
-        ids = torch.full((len(encoded), width), filler)
-        real = torch.zeros_like(ids)
-        for row, tokens in enumerate(encoded):
-            place = slice(0, len(tokens)) if self.padding == "right" else slice(width - len(tokens), width)
-            ids[row, place] = torch.tensor(tokens)
-            real[row, place] = 1
-        counted = real.bool()
-        if not self.special_tokens:
-            counted &= ~torch.isin(ids, torch.tensor(sorted(self._special)))
-        device = self.model.device
-        return Batch(tuple(segments), ids.to(device), real.to(device), counted.float().to(device))
-
-    @property
-    def _special(self) -> set[int]:
-        return set(self.tokenizer.all_special_ids)
+    def _envoy(self, path: str) -> Any:
+        found = self._traced
+        for name in path.split("."):
+            found = found[int(name)] if name.isdigit() else attrgetter(name)(found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -260,6 +311,7 @@ class _Visit:
     site: str
     readers: list[Reader]
     edits: list[Edit]
+    dense: Mapping[str, Tensor]
 
     def __call__(self, output: Any, batch: Batch) -> Any:
         """Return the module's output with the edits made."""
@@ -269,37 +321,5 @@ class _Visit:
         if self.edits:
             output = self.anatomy.with_site(self.layer, self.site, output, value)
         for reader in self.readers:
-            reader.read(self.layer, self.site, value, batch)
+            reader.read(self.layer, self.site, value, batch, self.dense.get(self.site) if reader.compares else None)
         return output
-
-
-def _envoy(traced: Any, path: str) -> Any:
-    for name in path.split("."):
-        traced = traced[int(name)] if name.isdigit() else attrgetter(name)(traced)
-    return traced
-
-
-def _grouped(order: list[int], encoded: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield runs of `order` (by rising length) whose padded size stays within `batch_tokens`."""
-    group: list[int] = []
-    for i in order:
-        if group and (len(group) + 1) * len(encoded[i]) > batch_tokens:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
-
-
-def within_memory(batches: Sequence[_B], sizes: Sequence[int], limit: int) -> Iterator[list[_B]]:
-    """Yield runs of batches whose sizes, in bytes, add up to no more than `limit`; one batch at least."""
-    group: list[_B] = []
-    held = 0
-    for batch, size in zip(batches, sizes, strict=True):
-        if group and held + size > limit:
-            yield group
-            group, held = [], 0
-        group.append(batch)
-        held += size
-    if group:
-        yield group

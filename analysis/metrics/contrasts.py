@@ -107,7 +107,7 @@ def _scores(dense: Readings, pruned: Readings, subspaces: Sequence[LSAR]) -> Sco
     residual = SIGNAL_SITES.index("residual")
     nll, predicted = pruned.nll.numpy(), pruned.predicted.numpy()
     power, error = (sums[:, -1, residual].numpy() for sums in (pruned.power, pruned.error))
-    before, after = dense.pooled.numpy(), pruned.pooled.numpy()
+    before, after = dense.pooled.transpose(0, 1).numpy(), pruned.pooled.transpose(0, 1).numpy()
     norms = np.stack(
         [part_norms(s, before[:, i], after[:, i]) for i, s in enumerate(subspaces)]
     )  # [layers, 6, segments]

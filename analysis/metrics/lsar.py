@@ -151,11 +151,11 @@ def analyze(
     ]
     languages = list(dict.fromkeys(language for _, language in readings))
     for variant in dict.fromkeys(variant for variant, _ in readings):
-        states = {language: readings[variant, language].pooled.numpy() for language in languages}
+        states = {language: readings[variant, language].pooled.transpose(0, 1).numpy() for language in languages}
         estimates: list[tuple[str, Sequence[str], tuple[np.ndarray, ...], int]] = []
         if variant != DENSE:
             for language in languages:
-                dense = readings[DENSE, language].pooled.numpy()
+                dense = readings[DENSE, language].pooled.transpose(0, 1).numpy()
                 interval = _errors(subspaces, dense, states[language])
                 estimates.append((language, _METRICS, interval, len(dense)))
         if ids is not None:

@@ -90,7 +90,7 @@ def carry_out(run: Run, request: Request, console: Console) -> Path:
     began = time.monotonic()
     asked = _asked(run, request)
     variant = run.grid.open(request.variant)
-    damage = DamagedModel(run.model, variant)
+    damage = DamagedModel(run.session.owner, variant)
     components = components_of(run.anatomy, damage.projections, run.subspaces, _neurons(run, request.language))
     with WorkProgress(_work(run, asked, request.confirm), console) as progress:
         progress.stage(f"diagnosing {request.variant} ({request.category} in {request.language})")

@@ -35,7 +35,8 @@ from probes.reading import Progress
 from pruning.errors import StudyError, did_you_mean, shortened
 from pruning.files import disk_errors
 from pruning.text.languages import language_tag, language_tags, named
-from pruning.variants.variant import DenseCopy, Variant
+from pruning.variants.owner import DenseModel
+from pruning.variants.variant import Variant
 
 from ..frames import dense_columns, tidy
 
@@ -200,6 +201,7 @@ def evaluate(
     languages: Mapping[str, str] | None = None,
     model_name: str | None = None,
     batch_size: int = 8,
+    owner: DenseModel | None = None,
     progress: Progress = lambda tokens: None,
 ) -> pd.DataFrame:
     """Evaluate a dense model and variants of it on tasks of the harness, and return the frame ``items``.
@@ -232,6 +234,8 @@ def evaluate(
         What frames call the model; its ``name_or_path`` by default.
     batch_size
         Sequences that the model reads at a time.
+    owner
+        Of the model's dense weights, if there is one already (``session.owner``).
     progress
         Told of the tokens, padding included, as one model after another reads or writes them.
 
@@ -254,11 +258,11 @@ def evaluate(
             softmax_dtype="float32",
         )
     name = model_name or str(model.name_or_path)
-    copied = DenseCopy(model) if variants else None
+    owner = owner or DenseModel(model)
     rows: list[dict[str, Any]] = []
     for variant in (None, *variants):
         columns = variant.columns() | {"model": name} if variant else dense_columns(name)
-        pruned = copied.pruned_to(variant) if copied and variant else nullcontext()
+        pruned = owner.pruned_to(variant) if variant else nullcontext()
         with pruned, _counted(model, progress), _quiet(), _seeded(model):
             for task in loaded.values():
                 task.harness.set_fewshot_seed(_SEED)

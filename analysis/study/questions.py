@@ -15,7 +15,6 @@ from probes import DENSE, ChoiceScores, item_questions, score
 from probes.items import items_fingerprint
 from probes.reading import Progress
 from pruning.files import content_sha256
-from pruning.variants.variant import DenseCopy
 
 from ..frames import joined, read_frame, write_frame
 from ..metrics import accuracy as tasks
@@ -87,6 +86,7 @@ class Asking:
             limit=config.limit,
             folders=[Path(folder) for folder in config.folders],
             model_name=self.run.study.model_name,
+            owner=self.run.session.owner,
         )
         path = write_frame(self._harness_file.parent, "items", frame)
         self.run.ledger.finish("harness", self._harness_key, [path], time.monotonic() - began)
@@ -121,12 +121,8 @@ class Asking:
     @contextmanager
     def _as(self, model: str) -> Iterator[None]:
         """Make the loaded model one of the study's inside a ``with`` block."""
-        with nullcontext() if model == DENSE else self._dense.pruned_to(self.run.grid.open(model)):
+        with nullcontext() if model == DENSE else self.run.session.owner.pruned_to(self.run.grid.open(model)):
             yield
-
-    @cached_property
-    def _dense(self) -> DenseCopy:
-        return DenseCopy(self.run.model)
 
 
 def _stage(model: str, language: str) -> str:

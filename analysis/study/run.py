@@ -22,7 +22,18 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from probes import DENSE, Item, Readings, Session, first_twins, item_questions, pooled_states, read_against_dense
+from probes import (
+    DENSE,
+    HeldoutStream,
+    Item,
+    Readings,
+    Session,
+    first_twins,
+    item_questions,
+    plan_reading,
+    pooled_states,
+    read_streams,
+)
 from pruning import Anatomy, Corpus, Segment, load_model
 from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
@@ -328,17 +339,16 @@ class Run:
     def _read(self, language: str, missing: list[str], progress: WorkProgress) -> None:
         variants = [self.grid.open(name) for name in missing]
         with self._timed() as clock:
-            readings = read_against_dense(
-                self.session,
-                self.texts.heldout[language],
-                variants,
-                lambda tokens: progress.advance(tokens * self._read_work),
+            files = {name: self.readings_file(name, language) for name in (DENSE, *missing)}
+            stream = HeldoutStream(self.session, self.texts.heldout[language], missing, files)
+            plan = plan_reading(self.session, [stream], trial=False)
+            opened = {variant.id: variant for variant in variants}
+            read_streams(
+                self.session, [stream], opened, plan, lambda tokens: progress.advance(tokens * self._read_work)
             )
-        for name, read in readings.items():
-            path = self.readings_file(name, language)
-            read.save(path)
+        for name, path in files.items():
             stage = f"readings {name} {language}"
-            self.ledger.finish(stage, self._readings_key(name, language), [path], clock.seconds / len(readings))
+            self.ledger.finish(stage, self._readings_key(name, language), [path], clock.seconds / len(files))
 
     def _frames(self) -> dict[str, pd.DataFrame]:
         folder = self.folder / "frames"

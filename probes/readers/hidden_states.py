@@ -5,25 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..session import Batch
+from ..batches import Batch
+from .base import Reader
 
 
-class PooledStates:
+class PooledStates(Reader):
     """Mean over a segment's counted tokens of the residual stream after each block.
 
-    Attributes
+    Parameters
     ----------
     means
-        float32 ``[segments, layers, hidden]``.
+        Filled in, float32 ``[layers, segments, hidden]``.
     """
 
     sites = frozenset({"residual"})
 
-    def __init__(self, segments: int, layers: int, hidden: int) -> None:
-        self.means = torch.zeros(segments, layers, hidden)
+    def __init__(self, means: Tensor) -> None:
+        self.means = means
+        self._waiting: list[tuple[int, tuple[int, ...], Tensor]] = []
 
-    def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
+    def read(self, layer: int, site: str, value: Tensor, batch: Batch, dense: Tensor | None = None) -> None:
         """Pool one block's output over tokens."""
         weights = batch.counted / batch.counted.sum(dim=1, keepdim=True)
-        pooled = torch.bmm(weights[:, None], value.float())[:, 0]
-        self.means[list(batch.segments), layer] = pooled.cpu()
+        self._waiting.append((layer, batch.segments, torch.bmm(weights[:, None], value.float())[:, 0]))
+
+    def flush(self) -> None:
+        """Write the means of the batches that were read."""
+        for layer, segments, pooled in self._waiting:
+            self.means[layer, list(segments)] = pooled.cpu()
+        self._waiting.clear()

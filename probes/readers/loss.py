@@ -8,34 +8,38 @@ from torch.utils.checkpoint import checkpoint
 
 from pruning.models.anatomy import Anatomy
 
-from ..session import Batch
+from ..batches import Batch
+from .base import Reader
 
 #: Tokens of the vocabulary whose logits exist at one time: few enough for them to stay in the processor's cache.
 _TILE = 2048
 
 
-class TokenLoss:
+class TokenLoss(Reader):
     """Negative log-likelihood of each segment's tokens, every one but the first predicted from those before it.
 
     Logits are made here from the final state, a slice of the vocabulary at a time, so that they never exist whole:
     a vocabulary of 262 k would take 1 MiB a token.
 
-    Attributes
+    Parameters
     ----------
     nll
-        Sum over predicted tokens, in nats, float64 ``[segments]``.
+        Filled in with the sum over predicted tokens, in nats, float64 ``[segments]``.
     predicted
-        Number of predicted tokens, int64 ``[segments]``.
+        Filled in with the number of predicted tokens, int64 ``[segments]``.
+    anatomy
+        Of the model.
     """
 
     sites = frozenset({"final"})
 
-    def __init__(self, segments: int, anatomy: Anatomy) -> None:
-        self.nll = torch.zeros(segments, dtype=torch.float64)
-        self.predicted = torch.zeros(segments, dtype=torch.int64)
+    def __init__(self, nll: Tensor, predicted: Tensor, anatomy: Anatomy) -> None:
+        self.nll = nll
+        self.predicted = predicted
         self._anatomy = anatomy
+        self._waiting: list[tuple[tuple[int, ...], Tensor, Tensor]] = []
 
-    def read(self, layer: int, site: str, value: Tensor, batch: Batch) -> None:
+    def read(self, layer: int, site: str, value: Tensor, batch: Batch, dense: Tensor | None = None) -> None:
         """Score one batch."""
         predicts = (batch.real[:, :-1] * batch.real[:, 1:]).bool()
         hidden = value[:, :-1][predicts]
@@ -44,8 +48,14 @@ class TokenLoss:
         rows = predicts.nonzero()[:, 0]
         sums = torch.zeros(len(batch.segments), dtype=torch.float64, device=value.device)
         sums.index_add_(0, rows, losses.double())
-        self.nll[list(batch.segments)] = sums.cpu()
-        self.predicted[list(batch.segments)] = predicts.sum(dim=1).cpu()
+        self._waiting.append((batch.segments, sums, predicts.sum(dim=1)))
+
+    def flush(self) -> None:
+        """Write the sums of the batches that were read."""
+        for segments, sums, predicted in self._waiting:
+            self.nll[list(segments)] = sums.cpu()
+            self.predicted[list(segments)] = predicted.cpu()
+        self._waiting.clear()
 
 
 def log_likelihood(anatomy: Anatomy, hidden: Tensor, index: Tensor, tokens: Tensor) -> Tensor:

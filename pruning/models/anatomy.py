@@ -208,6 +208,10 @@ class Anatomy:
         """Have in memory, inside a ``with`` block, what is neither a block's nor the head's: embeddings and norms."""
         return residence_of(self.model).present(self._names_for_start(), to_read=True)
 
+    def loaded_for_end(self) -> AbstractContextManager[None]:
+        """Have in memory, inside a ``with`` block, what comes after the last block: the last norm and the head."""
+        return residence_of(self.model).present(self._names_for_end(), to_read=True)
+
     def parameter_names(self, layer: int) -> list[str]:
         """Return the paths, from the model's root, of all parameters of a block, pruned or not."""
         return [f"{self._blocks[layer].path}.{name}" for name, _ in self.blocks[layer].named_parameters()]
@@ -290,6 +294,10 @@ class Anatomy:
         roles are interleaved (GPT-NeoX, BLOOM): there it is a copy. :meth:`set_weight` writes to every storage.
         """
         return self._view(layer, role).flatten(0, -2)
+
+    def is_view(self, layer: int, role: str) -> bool:
+        """Whether :meth:`weight` gives a live view of the model's parameter, and not a copy."""
+        return self._view(layer, role).ndim == 2
 
     @torch.no_grad()
     def set_weight(self, layer: int, role: str, value: Float[Tensor, "outputs inputs"]) -> None:
@@ -435,6 +443,11 @@ class Anatomy:
     def _names_for_start(self) -> list[str]:
         head = {name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()}  # type: ignore[operator]
         return [name for name in self.other_names() if name.rpartition(".")[0] not in head]
+
+    def _names_for_end(self) -> list[str]:
+        after = (self.model.get_submodule(self.final_norm_path), head_of(self.model))
+        places = {name for name, module in self.model.named_modules() if any(module is one for one in after)}
+        return [name for name in self.other_names() if name.rpartition(".")[0] in places]
 
     def _parameter(self, layer: int, role: str) -> str:
         """Return the path, from the model's root, of the parameter that holds a projection."""

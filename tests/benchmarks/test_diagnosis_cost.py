@@ -15,6 +15,7 @@ from analysis.metrics.recovery import components_of
 from probes import DamagedModel, ItemSource, Session, attribute, item_questions, patch, score
 from probes.items import first_twins
 from pruning import Recipe, load_model, prune
+from pruning.variants.owner import DenseModel
 
 
 def test_the_map_and_its_confirmation(capsys):
@@ -23,7 +24,7 @@ def test_the_map_and_its_confirmation(capsys):
     session = Session(model, tokenizer)
     items = first_twins(ItemSource().items("en"), 26)[:100]
     questions = item_questions(session, items)
-    damage = DamagedModel(model, variant)
+    damage = DamagedModel(DenseModel(model), variant)
     anatomy = session.anatomy
     means = torch.randn(len(anatomy.blocks), 8, anatomy.hidden_size, dtype=torch.float64).numpy()
     components = components_of(anatomy, damage.projections, [LSAR().fit(of_layer) for of_layer in means])

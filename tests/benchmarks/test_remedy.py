@@ -25,7 +25,7 @@ from probes.items import CATEGORIES
 from probes.patching import role_weights
 from pruning import CalibrationSet, Corpus, Recipe, load_model, prune, text_source
 from pruning.text.sources import BUNDLED_LANGUAGES
-from pruning.variants.variant import DenseCopy
+from pruning.variants.owner import DenseModel
 
 SPREAD = float(os.environ.get("PRUNESCOPE_BENCH_SPREAD") or 0.08)
 ASKED = (os.environ.get("PRUNESCOPE_BENCH_ASKED") or " ".join(BUNDLED_LANGUAGES)).split()
@@ -69,7 +69,7 @@ def test_a_remedy_is_judged_on_what_it_has_not_seen(capsys):
 
     _, fit_items, fit_text = questions(0)
     asked, judged_items, judged_text = questions(1)
-    copy = DenseCopy(model)
+    copy = DenseModel(model)
     losses, scores = {}, {}
 
     def judge(name):
@@ -89,7 +89,7 @@ def test_a_remedy_is_judged_on_what_it_has_not_seen(capsys):
             )
             if seed == SEEDS[0]:
                 (plain,) = prune(model, tokenizer, Recipe(method="wanda", sparsity=0.5), corpus, chosen)
-                damage = DamagedModel(model, plain)
+                damage = DamagedModel(DenseModel(model), plain)
                 matrices = [role_weights(*key) for key in damage.projections]
                 importance = dict.fromkeys((f"{c.layer}.{c.role}" for c in matrices), 0.0)
                 for fitted in (fit_items, fit_text):

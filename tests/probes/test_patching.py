@@ -26,6 +26,7 @@ from probes.patching import (
 )
 from probes.scoring import item_questions, score, text_questions
 from pruning import Recipe, prune
+from pruning.variants.owner import DenseModel
 
 ITEMS = [
     Item(id="1a", twin="1", prompt="The cat sat on the", choices=(" mat", " hat"), answer=0),
@@ -110,7 +111,11 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
     item = ITEMS[2]
     for direction in (RESTORE, DAMAGE):
         patched = patch(
-            session, item_questions(session, [item]), DamagedModel(model, variant), components, direction=direction
+            session,
+            item_questions(session, [item]),
+            DamagedModel(DenseModel(model), variant),
+            components,
+            direction=direction,
         )
         for number, component in enumerate(components):
             for choice, text in enumerate(item.choices):
@@ -149,7 +154,7 @@ def test_restoring_weights_is_the_model_with_that_one_mask_undone(model, tokeniz
     variant = half_pruned(model, tokenizer)
     questions = item_questions(session, ITEMS)
     before = {key: session.anatomy.weight(*key).clone() for key in session.anatomy}
-    patched = patch(session, questions, DamagedModel(model, variant), [role_weights(1, "down")])
+    patched = patch(session, questions, DamagedModel(DenseModel(model), variant), [role_weights(1, "down")])
     with variant.applied(model):
         pruned = score(session, questions).values
         session.anatomy.set_weight(1, "down", before[1, "down"])
@@ -163,7 +168,7 @@ def test_restoring_weights_is_the_model_with_that_one_mask_undone(model, tokeniz
 def test_the_whole_stream_after_the_last_block_is_the_other_model(make_model, decoder, tokenizer):
     model = make_model(decoder)
     session = Session(model, tokenizer)
-    damage = DamagedModel(model, half_pruned(model, tokenizer))
+    damage = DamagedModel(DenseModel(model), half_pruned(model, tokenizer))
     questions = item_questions(session, ITEMS)
     restored = patch(session, questions, damage, [residual(2)])
     np.testing.assert_allclose(restored.exact[0].values, restored.dense.values, atol=1e-5)
@@ -202,20 +207,19 @@ class Disturbed(DamagedModel):
     """A model whose weights have all changed by a small share, another one for each."""
 
     def __init__(self, model, share):
-        from pruning.models.anatomy import Anatomy
-
-        self._anatomy = Anatomy(model)
-        self.dense = {key: self._anatomy.weight(*key).clone() for key in self._anatomy}
+        self._owner = DenseModel(model)
         self.share = share
 
-    def weight(self, key, *, dense):
-        before = self.dense[key]
-        if dense:
-            return before
+    def change(self, key):
+        before = self._owner.dense[key]
         noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(key[0]), dtype=before.dtype)
-        return before * (1 + self.share * noise)
+        return -before * self.share * noise
+
+    def _write(self, key, *, dense):
+        before = self._owner.dense[key]
+        self._owner.anatomy.set_weight(*key, before if dense else before - self.change(key))
 
     @contextmanager
     def damaged(self):
-        with self.with_weights(list(self.dense), dense=False):
+        with self.with_weights(list(self._owner.dense), dense=False):
             yield

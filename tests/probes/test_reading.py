@@ -4,11 +4,29 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from checkpoints import checkpoint
 
-from probes import DENSE, DenseSignal, Readings, Session, read_against_dense
+from probes import (
+    DENSE,
+    FittingStream,
+    HeldoutStream,
+    Item,
+    Keep,
+    QuestionStream,
+    Readings,
+    Session,
+    SignalPower,
+    item_questions,
+    plan_reading,
+    pooled_states,
+    read_against_dense,
+    read_streams,
+    score,
+)
 from probes.readers.firing import FOLDS
 from probes.readers.signal import SIGNAL_SITES
-from pruning import Anatomy, CalibrationSet, Corpus, MaskSet, Recipe, prune, text_source
+from pruning import Anatomy, CalibrationSet, Corpus, MaskSet, Recipe, Segment, load_model, prune, text_source
+from pruning.engine.plan import MemoryCapError
 from pruning.errors import StudyError
 
 
@@ -90,31 +108,148 @@ def test_activations_that_were_kept_are_those_that_were_read(make_model, decoder
     (batch,) = session.batches(segments)
     power = []
     for _ in range(2):
-        signal = DenseSignal(len(segments), 3)
-        session.read(batch, [signal])
-        power.append(signal.power)
-        for (layer, site), value in signal.take_activations().items():
+        power.append(torch.full((len(segments), 3, len(SIGNAL_SITES)), torch.nan, dtype=torch.float64))
+        keep = Keep(SIGNAL_SITES)
+        session.read(batch, [SignalPower([power[-1]]), keep])
+        for (layer, site), value in keep.values.items():
             norms = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
             squares = (norms.double().square() * batch.counted).sum(dim=1)
-            assert torch.equal(squares, signal.power[list(batch.segments), layer, SIGNAL_SITES.index(site)])
+            assert torch.equal(squares, power[-1][list(batch.segments), layer, SIGNAL_SITES.index(site)])
     assert torch.equal(*(sums.nan_to_num(-1) for sums in power))
 
 
-def test_readings_without_neurons_come_back_from_disk(tmp_path, make_model, tokenizer, segments):
-    readings = read(make_model("mixtral"), tokenizer, segments)[DENSE]
-    readings.save(tmp_path / "en.safetensors")
-    opened = Readings.open(tmp_path / "en.safetensors")
-    assert opened.fired.shape == (FOLDS, 3, 0)
-    assert torch.equal(opened.power.isnan(), readings.power.isnan())
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])  # with neurons, and without
+def test_readings_in_a_file_are_those_in_memory(tmp_path, make_model, kind, tokenizer, segments):
+    model = make_model(kind)
+    variants = {v.id: v for v in prune(model, tokenizer, [Recipe(method="magnitude", sparsity=0.4)])}
+    files = {name: tmp_path / name / "en.safetensors" for name in (DENSE, *variants)}
+    session = Session(model, tokenizer)
+    stream = HeldoutStream(session, segments, list(variants), files)
+    read_streams(session, [stream], variants, plan_reading(session, [stream]))
+    expected = read_against_dense(session, segments, list(variants.values()))
+    for name, path in files.items():
+        assert_same(Readings.open(path), expected[name])
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"en.safetensors"}
 
 
-def test_variants_read_together_equal_variants_read_alone(model, tokenizer, segments, variants, monkeypatch):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content + b"0",
+        lambda content: b"",
+        lambda content: content[:3],
+        lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content.replace(b"pooled", b"pulled"),
+    ],
+)
+def test_a_damaged_file_of_readings_is_told(tmp_path, model, tokenizer, segments, damage):
+    session, path = Session(model, tokenizer), tmp_path / "en.safetensors"
+    stream = HeldoutStream(session, segments, [], {DENSE: path})
+    read_streams(session, [stream], {}, plan_reading(session, [stream]))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(StudyError, match="is damaged"):
+        Readings.open(path)
+
+
+def assert_same(one, other):
+    for field in fields(Readings):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(left.isnan(), right.isnan()), field.name
+        assert torch.equal(left.nan_to_num(-1), right.nan_to_num(-1)), field.name
+
+
+def test_variants_read_together_equal_variants_read_alone(model, tokenizer, segments, variants):
     together = read(model, tokenizer, segments, variants, batch_tokens=60)
-    monkeypatch.setattr("probes.reading._DENSE_BYTES", 1)  # one batch of dense activations at a time
     for variant in variants:
         alone = read(model, tokenizer, segments, [variant], batch_tokens=60)[variant.id]
-        for field in fields(Readings):
-            assert torch.equal(getattr(together[variant.id], field.name), getattr(alone, field.name))
+        assert_same(together[variant.id], alone)
+
+
+@pytest.mark.parametrize("tight", [{"wave_bytes": 1}, {"compared_bytes": 1}, {"states_on_host": True}])
+def test_a_tight_plan_changes_no_number(model, tokenizer, segments, variants, tight):
+    session = Session(model, tokenizer, batch_tokens=60)  # three batches
+    stream = HeldoutStream(session, segments, [variant.id for variant in variants])
+    plan = replace(plan_reading(session, [stream]), **tight)
+    read_streams(session, [stream], {variant.id: variant for variant in variants}, plan)
+    for name, readings in read(model, tokenizer, segments, variants, batch_tokens=60).items():
+        assert_same(stream.readings[name], readings)
+
+
+def test_text_and_questions_of_all_kinds_go_through_together(model, tokenizer, segments, variants):
+    named = {variant.id: variant for variant in variants}
+    session = Session(model, tokenizer, batch_tokens=60)
+    items = [
+        Item(id=str(i), twin=str(i), category="x", prompt="ab" * i, choices=(" c", " de"), answer=0) for i in (1, 9)
+    ]
+    questions = item_questions(session, items)
+    heldout = HeldoutStream(session, segments, list(named))
+    fitting = FittingStream(session, segments[:3])
+    asked = QuestionStream(session, questions, [*named, DENSE])
+    others = QuestionStream(session, questions[:1], [variants[1].id])  # of one variant alone
+    streams = [heldout, fitting, asked, others]
+    read_streams(session, streams, named, plan_reading(session, streams))
+    for name, readings in read_against_dense(session, segments, variants).items():
+        assert_same(heldout.readings[name], readings)
+    assert torch.equal(fitting.pooled.transpose(0, 1), pooled_states(session, segments[:3]))
+    assert (asked.scores[DENSE].values == score(session, questions).values).all()
+    for variant in variants:
+        with variant.applied(model):
+            assert (asked.scores[variant.id].values == score(session, questions).values).all()
+    assert (others.scores[variants[1].id].values == asked.scores[variants[1].id].values[:1]).all()
+
+
+def test_a_variant_of_some_projections_leaves_the_others_dense(model, tokenizer, segments):
+    """Each block is the dense one where a variant prunes nothing, whatever the variant before it did there."""
+    recipes = [
+        Recipe(method="magnitude", sparsity=0.5),
+        Recipe(method="magnitude", sparsity=0.5, roles=("down",), blocks="1"),
+        Recipe(method="magnitude", sparsity=0.5, roles=("q",)),
+    ]
+    variants = prune(model, tokenizer, recipes)
+    together = read(model, tokenizer, segments, variants)
+    for variant in variants:
+        assert_same(together[variant.id], read(model, tokenizer, segments, [variant])[variant.id])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "cohere2", "gpt_neox"])
+def test_a_model_is_read_from_its_shards_as_from_memory(tmp_path, tokenizer, segments, kind):
+    folder = checkpoint(tmp_path, kind)
+    read_from = []
+    for stream in (True, False):
+        model, _ = load_model(str(folder), stream=stream)
+        variants = prune(model, tokenizer, [Recipe(method="magnitude", sparsity=0.5)])
+        read_from.append(read(model, tokenizer, segments, variants, batch_tokens=60))
+        if stream:
+            assert all(parameter.is_meta for parameter in model.parameters())
+    for name in read_from[1]:
+        assert_same(read_from[0][name], read_from[1][name])
+
+
+def test_a_cap_that_holds_no_block_says_how_much_it_takes(model, tokenizer, segments):
+    session = Session(model, tokenizer)
+    stream = HeldoutStream(session, segments, [])
+    with pytest.raises(MemoryCapError, match=r"1.0 MiB of memory cannot hold one block .* raise --memory"):
+        plan_reading(session, [stream], memory=1 << 20)
+
+
+def test_device_memory_of_a_cpu_is_refused(model, tokenizer, segments):
+    session = Session(model, tokenizer)
+    with pytest.raises(MemoryCapError, match="no device memory to cap: the model is on the CPU; use --memory"):
+        plan_reading(session, [FittingStream(session, segments)], device_memory=1 << 30)
+
+
+def test_a_smaller_cap_makes_more_waves_and_stays_below_it(model, tokenizer):
+    session = Session(model, tokenizer, batch_tokens=4096)
+    text = [Segment(str(i), "word " * 20) for i in range(4000)]
+    stream = HeldoutStream(session, text, ["a", "b", "c"])
+    generous = plan_reading(session, [stream])
+    cap = generous.memory - (generous.wave_bytes + generous.compared_bytes) * 2 // 3
+    tight = plan_reading(session, [stream], memory=cap)
+    assert generous.waves == 1
+    assert tight.waves > 1
+    assert tight.memory <= cap
+    assert "waves" in str(tight)
 
 
 def test_the_model_is_dense_again_afterwards(model, tokenizer, segments, variants):
@@ -139,14 +274,3 @@ def test_bytes_are_those_of_the_text_that_was_read(model, tokenizer, segments):
     cut = read(model, tokenizer, segments, max_length=9)[DENSE]
     assert (cut.utf8_bytes <= 9).all()
     assert (cut.predicted <= 8).all()
-
-
-def test_saved_readings_come_back_and_damage_is_noticed(tmp_path, model, tokenizer, segments):
-    readings = read(model, tokenizer, segments)[DENSE]
-    path = tmp_path / "en.safetensors"
-    readings.save(path)
-    opened = Readings.open(path)
-    assert all(torch.equal(getattr(opened, f.name), getattr(readings, f.name)) for f in fields(Readings))
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(StudyError, match="damaged"):
-        Readings.open(path)

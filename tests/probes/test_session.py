@@ -8,13 +8,14 @@ from tokenizers.processors import ByteLevel
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from probes import NeuronFiring, PooledStates, Session, TokenLoss
+from probes import NeuronFiring, PooledStates, Reader, Session, TokenLoss
+from probes.readers.firing import FOLDS
 from pruning import Segment
 from pruning.errors import ModelError, TextError
 from pruning.models.anatomy import ROLES
 
 
-class Recorder:
+class Recorder(Reader):
     """Keeps everything: what the probes see."""
 
     sites = frozenset({*ROLES, "activation", "residual", "final"})
@@ -22,8 +23,14 @@ class Recorder:
     def __init__(self):
         self.seen = {}
 
-    def read(self, layer, site, value, batch):
+    def read(self, layer, site, value, batch, dense=None):
         self.seen[layer, site] = value.detach().clone()
+
+
+def token_loss(segments, session):
+    return TokenLoss(
+        torch.zeros(segments, dtype=torch.float64), torch.zeros(segments, dtype=torch.int64), session.anatomy
+    )
 
 
 def hooked(model, anatomy, batch):
@@ -58,14 +65,26 @@ def test_architectures_that_are_not_in_the_table_are_read_too(make_model, kind, 
     check_all_sites(Session(make_model(kind), tokenizer), segments)
 
 
+def read_by_block(session, batch):
+    """What a reader sees if the model runs a block at a time."""
+    recorder = Recorder()
+    hidden, arguments = session.starter().begin(**session.stack_inputs(batch))
+    for layer in range(3):
+        hidden = session.read_block(layer, hidden, arguments[layer], batch, [recorder])
+    session.read_final(hidden, batch, [recorder])
+    return recorder.seen
+
+
 def check_all_sites(session, segments):
     (batch,) = session.batches(segments)
     recorder = Recorder()
     session.read(batch, [recorder])
     expected = hooked(session.model, session.anatomy, batch)
-    assert recorder.seen.keys() == expected.keys()
+    by_block = read_by_block(session, batch)
+    assert recorder.seen.keys() == by_block.keys() == expected.keys()
     for (layer, site), value in expected.items():
         assert torch.equal(recorder.seen[layer, site], value), (layer, site)
+        assert torch.equal(by_block[layer, site], value), (layer, site)
         if site in ROLES:
             assert value.shape == (*batch.ids.shape, session.anatomy.shape(layer, site)[0])
 
@@ -75,12 +94,13 @@ def test_pooled_states_and_firing_counts_equal_sums_over_hooked_values(make_mode
     (batch,) = session.batches(segments)
     seen = hooked(session.model, session.anatomy, batch)
     active = [layer for layer in range(3) if (layer, "activation") in seen]
-    pooled, firing = PooledStates(len(segments), 3, 32), NeuronFiring(3, 128 if decoder == "bloom" else 48)
+    pooled = PooledStates(torch.zeros(3, len(segments), 32))
+    firing = NeuronFiring(torch.zeros(FOLDS, 3, 128 if decoder == "bloom" else 48, dtype=torch.int32))
     session.read(batch, [pooled, firing])
     for row, index in enumerate(batch.segments):
         counted = batch.counted[row].bool()
         for layer in range(3):
-            torch.testing.assert_close(pooled.means[index, layer], seen[layer, "residual"][row, counted].mean(dim=0))
+            torch.testing.assert_close(pooled.means[layer, index], seen[layer, "residual"][row, counted].mean(dim=0))
     assert active == {"mixtral": [], "qwen2_moe": [0], "qwen3_moe": [1]}.get(decoder, [0, 1, 2])
     for layer in active:
         fired = (seen[layer, "activation"][batch.counted.bool()] > 0).sum(dim=0)
@@ -123,7 +143,7 @@ def test_an_encoder_decoder_is_refused(make_model, tokenizer):
 
 def test_token_loss_is_the_cross_entropy_of_the_models_own_logits(make_model, decoder, tokenizer, segments):
     session = Session(make_model(decoder), tokenizer)
-    loss = TokenLoss(len(segments), session.anatomy)
+    loss = token_loss(len(segments), session)
     for batch in session.batches(segments):
         session.read(batch, [loss])
     for index, segment in enumerate(segments):
@@ -164,7 +184,7 @@ def test_a_segment_of_one_token_is_read_but_predicts_nothing(model, tokenizer):
     tokenizer.backend_tokenizer.post_processor = ByteLevel()  # no BOS
     session = Session(model, tokenizer)
     (batch,) = session.batches([Segment("1", "a"), Segment("2", "ab")])
-    loss, pooled = TokenLoss(2, session.anatomy), PooledStates(2, 3, 32)
+    loss, pooled = token_loss(2, session), PooledStates(torch.zeros(3, 2, 32))
     session.read(batch, [loss, pooled])
     assert loss.predicted.tolist() == [0, 1]
     assert loss.nll[0] == 0

@@ -35,7 +35,7 @@ def study(effect: float, seeds: int, spread: float = 0.02, seed: int = 0):
         power = torch.full((SEGMENTS, 1, len(SIGNAL_SITES)), 100.0, dtype=torch.float64)
         noise = rng.normal(size=(SEGMENTS, 1, HIDDEN)) * np.sqrt(error / HIDDEN)
         return Readings(
-            pooled=torch.from_numpy((states[language] + noise).astype(np.float32)),
+            pooled=torch.from_numpy((states[language] + noise).transpose(1, 0, 2).astype(np.float32)),
             fired=torch.zeros(8, 1, 4, dtype=torch.int32),
             tokens=predicted,
             nll=torch.from_numpy(loss * 30),

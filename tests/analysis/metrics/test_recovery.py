@@ -20,6 +20,7 @@ from probes.patching import DAMAGE, RESTORE, DamagedModel, attribute, patch
 from probes.scoring import score
 from pruning import Anatomy, Recipe, Segment, prune
 from pruning.variants.masks import MaskSet
+from pruning.variants.owner import DenseModel
 from pruning.variants.variant import Variant, VariantRecord
 
 COLUMNS = dense_columns("m") | {"method": "planted", "sparsity": 0.1}
@@ -92,7 +93,7 @@ def first_cause(frame):
 )
 def test_a_removed_projection_is_the_first_cause_and_brings_back_everything(make_model, kind, layer, role, tokenizer):
     model = make_model(kind)
-    damage = DamagedModel(model, planted_variant(model, lambda masks: masks[layer, role].fill_(False)))
+    damage = DamagedModel(DenseModel(model), planted_variant(model, lambda masks: masks[layer, role].fill_(False)))
     frame = diagnosed(model, tokenizer, damage, confirm=EVERYTHING)
     assert first_cause(frame) == ("weights", layer, role)
     masks, outputs, stream = (exactly(frame, kind) for kind in ("weights", "output", "residual"))
@@ -110,7 +111,7 @@ def test_a_removed_projection_is_the_first_cause_and_brings_back_everything(make
 
 def test_a_removed_projection_is_found_by_attribution_alone(model, tokenizer):
     """A mask and an output are confirmed, beside the parts of the stream: which they are is what gradients say."""
-    damage = DamagedModel(model, planted_variant(model, lambda masks: masks[1, "down"].fill_(False)))
+    damage = DamagedModel(DenseModel(model), planted_variant(model, lambda masks: masks[1, "down"].fill_(False)))
     frame = diagnosed(model, tokenizer, damage, confirm=2)
     assert first_cause(frame) == ("weights", 1, "down")
     assert frame["position"].max() == 2 + 3
@@ -173,7 +174,7 @@ def test_damaged_neurons_come_back_with_the_neurons_of_the_language_and_not_with
             masks[layer, "gate"][own] = False
             masks[layer, "up"][own] = False
 
-    damage = DamagedModel(model, planted_variant(model, change))
+    damage = DamagedModel(DenseModel(model), planted_variant(model, change))
     session = Session(model, tokenizer)
     components = components_of(session.anatomy, damage.projections, subspaces_of(model), chosen)
     frame = diagnosed(model, tokenizer, damage, components=components, confirm=4)
@@ -207,7 +208,7 @@ def test_controls_are_of_the_same_size_and_lie_elsewhere(model):
 
 
 def test_a_model_that_lost_nothing_has_no_causes(model, tokenizer):
-    damage = DamagedModel(model, planted_variant(model, lambda masks: None))
+    damage = DamagedModel(DenseModel(model), planted_variant(model, lambda masks: None))
     frame = diagnosed(model, tokenizer, damage)
     assert frame["metric"].tolist() == ["margin_lost", "accuracy_lost", "loss_added"]
     assert (frame[["value", "low", "high"]] == 0).all().all()
@@ -221,7 +222,7 @@ def test_a_model_that_lost_nothing_has_no_causes(model, tokenizer):
 
 
 def test_a_model_that_gained_has_no_causes_either(model, tokenizer):
-    damage = DamagedModel(model, planted_variant(model, lambda masks: masks[1, "down"].fill_(False)))
+    damage = DamagedModel(DenseModel(model), planted_variant(model, lambda masks: masks[1, "down"].fill_(False)))
     session = Session(model, tokenizer)
     suffers = questions_that_suffer(session, damage)
     dense = score(session, suffers.questions).values
@@ -251,7 +252,7 @@ def pruned_model():
     model = tiny_model()
     (variant,) = prune(model, tiny_tokenizer(), Recipe(method="magnitude", sparsity=0.7))
     session = Session(model, tiny_tokenizer())
-    damage = DamagedModel(model, variant)
+    damage = DamagedModel(DenseModel(model), variant)
     asked = questions_that_suffer(session, damage)
     components = components_of(session.anatomy, damage.projections, subspaces_of(model), {1: [4, 5]})
     return session, damage, asked, components, diagnose(session, damage, asked, components, COLUMNS, confirm=6)
@@ -352,7 +353,7 @@ def test_batches_and_padding_change_no_diagnosis(pruned_model, settings):
 
 def test_text_is_diagnosed_by_its_loss_alone(model, tokenizer, segments):
     (variant,) = prune(model, tokenizer, Recipe(method="magnitude", sparsity=0.7))
-    session, damage = Session(model, tokenizer), DamagedModel(model, variant)
+    session, damage = Session(model, tokenizer), DamagedModel(DenseModel(model), variant)
     rng = np.random.default_rng(0)
     texts = [*segments, *(Segment(f"more {i}", "".join(rng.choice(list("abcdef "), 12 + i))) for i in range(35))]
     dense = score(session, text_questions(session, texts)).right

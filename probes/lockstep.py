@@ -1,0 +1,187 @@
+"""Reading in lockstep: dense model and variants advance together, a block at a time.
+
+The outer loop is over blocks. A block's dense weights are there once, in memory or read from the shards; for the dense
+model and each variant in turn the block becomes that model's, and all text of a wave flows through it in batches, each
+batch in one nnsight trace of the block. So a pass costs its forward passes and one application of each variant's block,
+whatever the amount of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pruning.engine.streams import Arguments
+from pruning.variants.owner import Block
+from pruning.variants.variant import Variant
+
+from .batches import Batch, within_memory
+from .readers.base import Reader
+from .readers.keep import Keep
+from .readers.signal import SIGNAL_SITES
+from .reading_plan import ReadingPlan
+from .session import Session
+from .streams import DENSE, Stream
+
+#: Called with the tokens that a model has read, as if it had read them whole: a block counts for its share of them.
+Progress = Callable[[float], None]
+
+
+@dataclass
+class _Passage:
+    """One batch of one stream on its way through the blocks.
+
+    Attributes
+    ----------
+    hidden
+        Model to its states before the present block, ``[batch, tokens, hidden]``.
+    arguments
+        What each block is called with beside them; the same for all models.
+    dense
+        Site to the dense model's value in the present block, while variants are compared with it.
+    """
+
+    stream: Stream
+    number: int
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+    arguments: list[Arguments] = field(default_factory=list)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> Batch:
+        return self.stream.batches[self.number]
+
+    def readers(self, model: str) -> Sequence[Reader]:
+        return self.stream.readers(model, self.number)
+
+
+def read_streams(
+    session: Session,
+    streams: Sequence[Stream],
+    variants: Mapping[str, Variant],
+    plan: ReadingPlan,
+    progress: Progress = lambda tokens: None,
+) -> None:
+    """Read all streams with all their models, and fill the streams with what was read.
+
+    Parameters
+    ----------
+    session
+        Of the dense model, in memory or streamed from its checkpoint.
+    streams
+        What to read.
+    variants
+        Id to variant, for all models of the streams but the dense one.
+    plan
+        As :func:`probes.plan_reading` makes it for these streams.
+    progress
+        Told of the tokens as they are read.
+
+    Raises
+    ------
+    VariantError
+        If a variant was not made from this model.
+    """
+    for variant in variants.values():
+        session.owner.check(variant)
+    passages = [_Passage(stream, number) for stream in streams for number in range(len(stream.batches))]
+    sizes = [plan.held(passage.batch, len(passage.stream.models)) for passage in passages]
+    with ExitStack() as places:
+        for stream in streams:
+            places.enter_context(stream.opened())
+        for wave in within_memory(passages, sizes, plan.wave_bytes):
+            _Wave(session, variants, plan, wave, progress).run()
+
+
+class _Wave:
+    """Passages that go through all blocks together."""
+
+    def __init__(
+        self,
+        session: Session,
+        variants: Mapping[str, Variant],
+        plan: ReadingPlan,
+        passages: Sequence[_Passage],
+        progress: Progress,
+    ) -> None:
+        self.session = session
+        self.anatomy = session.anatomy
+        self.plan = plan
+        self.passages = passages
+        self.progress = progress
+        wanted = dict.fromkeys(model for passage in passages for model in passage.stream.models)
+        self.variants = {model: variants[model] for model in wanted if model != DENSE}
+        self.shares = 1 / (len(self.anatomy.blocks) + 1)
+
+    def run(self) -> None:
+        self._begin()
+        for layer in range(len(self.anatomy.blocks)):
+            with self.session.owner.block(layer, changes=bool(self.variants)) as block:
+                for group in self._groups(layer):
+                    self._read_group(layer, block, group)
+        with self.anatomy.loaded_for_end():
+            for passage in self.passages:
+                self._end(passage)
+
+    def _begin(self) -> None:
+        with self.anatomy.loaded(0, to_read=True), self.anatomy.loaded_for_start():
+            starter = self.session.starter()
+            for passage in self.passages:
+                hidden, passage.arguments = starter.begin(**self.session.stack_inputs(passage.batch))
+                passage.hidden = dict.fromkeys(passage.stream.models, self._held(hidden))
+
+    def _groups(self, layer: int) -> Iterator[list[_Passage]]:
+        """Yield runs of passages whose dense values of a block, for variants to be compared with, fit into memory."""
+        width = self.plan.compared_width(layer)
+        sizes = [
+            passage.batch.ids.numel() * width if passage.stream.compares and self.variants else 0
+            for passage in self.passages
+        ]
+        return within_memory(self.passages, sizes, self.plan.compared_bytes)
+
+    def _read_group(self, layer: int, block: Block, group: Sequence[_Passage]) -> None:
+        for model in (DENSE, *self.variants):
+            reading = [passage for passage in group if model in passage.hidden]
+            if not reading:
+                continue
+            if model == DENSE:
+                block.restore()
+            else:
+                block.become(self.variants[model])
+            used: dict[int, Reader] = {}
+            for passage in reading:
+                readers = passage.readers(model)
+                used |= {id(reader): reader for reader in readers}
+                self._read_passage(layer, model, passage, readers)
+            for reader in used.values():
+                reader.flush()
+        for passage in group:
+            passage.dense = {}
+
+    def _read_passage(self, layer: int, model: str, passage: _Passage, readers: Sequence[Reader]) -> None:
+        hidden = passage.hidden[model].to(self.anatomy.device, non_blocking=True)
+        keep = Keep(SIGNAL_SITES if model == DENSE and passage.stream.compares and self.variants else ())
+        after = self.session.read_block(
+            layer, hidden, passage.arguments[layer], passage.batch, [*readers, keep], passage.dense
+        )
+        if keep.values:
+            passage.dense = {site: value for (_, site), value in keep.values.items()}
+        passage.hidden[model] = self._held(after)
+        self.progress(passage.batch.n_tokens * self.shares)
+
+    def _end(self, passage: _Passage) -> None:
+        for model in tuple(passage.hidden):
+            hidden = passage.hidden.pop(model).to(self.anatomy.device, non_blocking=True)
+            readers = passage.readers(model)
+            self.session.read_final(hidden, passage.batch, readers)
+            for reader in readers:
+                reader.flush()
+            self.progress(passage.batch.n_tokens * self.shares)
+        passage.arguments = []
+
+    def _held(self, hidden: Tensor) -> Tensor:
+        """Return states where they wait for the next block: on the device, or on the host where they do not fit."""
+        return hidden.cpu() if self.plan.states_on_host else hidden

@@ -1,0 +1,245 @@
+"""What a lockstep pass is asked for: text or questions, the models that read them, and what is kept of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pruning.errors import ModelError
+from pruning.files import whole_file
+from pruning.models.anatomy import Anatomy
+from pruning.text.sources import Segment
+
+from .batches import Batch
+from .readers.base import Reader
+from .readers.firing import NeuronFiring
+from .readers.hidden_states import PooledStates
+from .readers.loss import TokenLoss
+from .readers.signal import SIGNAL_SITES, SignalError, SignalPower
+from .readings import Readings
+from .scoring import ChoiceScores, Question, ScoreTable, question_batches
+from .session import Session
+
+#: The dense model's name among the variants.
+DENSE = "dense"
+
+
+class Stream(Protocol):
+    """Batches that some models read together.
+
+    Attributes
+    ----------
+    models
+        Ids of the models that read it: variants', and :data:`DENSE`.
+    batches
+        What they read.
+    compares
+        Whether variants are compared with the dense model's values of the same batch.
+    files
+        Model to the file that its results go to; those of other models stay in memory.
+    """
+
+    @property
+    def models(self) -> tuple[str, ...]: ...
+    @property
+    def batches(self) -> Sequence[Batch]: ...
+    @property
+    def compares(self) -> bool: ...
+    @property
+    def files(self) -> Mapping[str, Path]: ...
+
+    def opened(self) -> AbstractContextManager[object]:
+        """Have the place for results ready inside a ``with`` block; they are whole once it is left without an error."""
+
+    def readers(self, model: str, batch: int) -> Sequence[Reader]:
+        """Return the readers of one model for one batch; the same ones each time."""
+
+
+class HeldoutStream:
+    """Text on which models are compared: pooled states, firing, loss, and the signal against the dense model.
+
+    Parameters
+    ----------
+    session
+        Of the dense model.
+    segments
+        Text of one language.
+    models
+        Variants; the dense model is read too, since they are compared with it.
+    files
+        Model to the file that its readings are written to, block by block; those of other models stay in memory.
+
+    Attributes
+    ----------
+    readings
+        Model to what was read of it.
+    """
+
+    compares = True
+
+    def __init__(
+        self,
+        session: Session,
+        segments: Sequence[Segment],
+        models: Sequence[str],
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.models = tuple(dict.fromkeys((DENSE, *models)))
+        self.batches = session.batches(segments)
+        self.readings: dict[str, Readings] = {}
+        self._anatomy = session.anatomy
+        self.files = dict(files or {})
+        self._utf8 = torch.tensor([session.batcher.bytes_read(segment) for segment in segments])
+        self._readers: dict[str, list[Reader]] = {}
+
+    def opened(self) -> AbstractContextManager[object]:
+        """See :class:`Stream`."""
+        stack = ExitStack()
+        anatomy = self._anatomy
+        shape = (len(self._utf8), len(anatomy.blocks), anatomy.hidden_size, readable_neurons(anatomy))
+        for model in self.models:
+            path = stack.enter_context(whole_file(self.files[model])) if model in self.files else None
+            self.readings[model] = Readings.empty(*shape, path)
+        stack.callback(self._readers.clear)
+        for model in self.models:
+            self._readers[model] = self._readers_of(model)
+            self._fill(self.readings[model])
+        self._mark_sites()
+        return stack
+
+    def readers(self, model: str, batch: int) -> Sequence[Reader]:
+        """See :class:`Stream`."""
+        return self._readers[model]
+
+    def _readers_of(self, model: str) -> list[Reader]:
+        read = self.readings[model]
+        readers: list[Reader] = [PooledStates(read.pooled), TokenLoss(read.nll, read.predicted, self._anatomy)]
+        if read.fired.numel():
+            readers.append(NeuronFiring(read.fired))
+        if model == DENSE:
+            return [*readers, SignalPower([one.power for one in self.readings.values()])]
+        return [*readers, SignalError([read.error])]
+
+    def _fill(self, read: Readings) -> None:
+        """Write what needs no model."""
+        read.utf8_bytes[:] = self._utf8
+        for batch in self.batches:
+            read.tokens[list(batch.segments)] = batch.counted.sum(dim=1).long().cpu()
+
+    def _mark_sites(self) -> None:
+        """Note that the dense model has no error at the sites that it has."""
+        for layer in range(len(self._anatomy.blocks)):
+            there = [site in self._anatomy.sites(layer) for site in SIGNAL_SITES]
+            self.readings[DENSE].error[:, layer, there] = 0
+
+
+class FittingStream:
+    """Text that the LSAR subspaces are fitted on, read by the dense model only.
+
+    Attributes
+    ----------
+    pooled
+        Mean hidden state of each segment after each block, float32 ``[layers, segments, hidden]``.
+    """
+
+    compares = False
+    models: tuple[str, ...] = (DENSE,)
+    files: Mapping[str, Path] = {}
+
+    def __init__(self, session: Session, segments: Sequence[Segment]) -> None:
+        anatomy = session.anatomy
+        self.batches = session.batches(segments)
+        self.pooled = torch.zeros(len(anatomy.blocks), len(segments), anatomy.hidden_size)
+        self._readers = [PooledStates(self.pooled)]
+
+    @property
+    def means(self) -> Tensor:
+        """Mean over segments, float64 ``[layers, hidden]``."""
+        return self.pooled.double().mean(dim=1)
+
+    def opened(self) -> AbstractContextManager[object]:
+        """See :class:`Stream`."""
+        return ExitStack()
+
+    def readers(self, model: str, batch: int) -> Sequence[Reader]:
+        """See :class:`Stream`."""
+        return self._readers
+
+
+class QuestionStream:
+    """Questions that models are asked.
+
+    Parameters
+    ----------
+    session
+        Of the dense model.
+    questions
+        As from :func:`probes.item_questions`.
+    models
+        Who is asked, :data:`DENSE` or not.
+
+    Attributes
+    ----------
+    scores
+        Model to its scores.
+    """
+
+    compares = False
+    files: Mapping[str, Path] = {}
+
+    def __init__(self, session: Session, questions: Sequence[Question], models: Sequence[str]) -> None:
+        self.models = tuple(models)
+        self._groups = question_batches(session, questions)
+        self.batches = [group.batch for group in self._groups]
+        self._anatomy = session.anatomy
+        self._tables = {model: ScoreTable(questions) for model in self.models}
+        self._readers = {
+            model: [_Scoring(self, model, number) for number in range(len(self._groups))] for model in self.models
+        }
+
+    @property
+    def scores(self) -> dict[str, ChoiceScores]:
+        """Model to its scores."""
+        return {model: table.scores for model, table in self._tables.items()}
+
+    def opened(self) -> AbstractContextManager[object]:
+        """See :class:`Stream`."""
+        return ExitStack()
+
+    def readers(self, model: str, batch: int) -> Sequence[Reader]:
+        """See :class:`Stream`."""
+        return [self._readers[model][batch]]
+
+    def take(self, model: str, number: int, final: Tensor) -> None:
+        """Score one batch, given the normed final states of a model, ``[rows, tokens, hidden]``."""
+        group = self._groups[number]
+        self._tables[model].take(group, group.scores(self._anatomy, final))
+
+
+class _Scoring(Reader):
+    """Scores the questions of one batch."""
+
+    sites = frozenset({"final"})
+
+    def __init__(self, stream: QuestionStream, model: str, number: int) -> None:
+        self._stream = stream
+        self._model = model
+        self._number = number
+
+    def read(self, layer: int, site: str, value: Tensor, batch: Batch, dense: Tensor | None = None) -> None:
+        self._stream.take(self._model, self._number, value)
+
+
+def readable_neurons(anatomy: Anatomy) -> int:
+    """Return the MLP neurons of a block, 0 if they cannot be read in every block."""
+    if not all("activation" in anatomy.sites(layer) for layer in range(len(anatomy.blocks))):
+        return 0
+    try:
+        return anatomy.n_neurons
+    except ModelError:
+        return 0
