@@ -7,6 +7,7 @@ from .frames import read_frame, write_frame
 from .metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal
 from .metrics.lsar import LSAR
 from .study.configuration import Study
+from .study.results import open_readings
 from .study.run import run_study
 from .study.study_file import demo_study, load_study
 
@@ -21,6 +22,7 @@ __all__ = [
     "load_study",
     "lsar",
     "mask_overlap",
+    "open_readings",
     "perplexity",
     "plots",
     "read_frame",

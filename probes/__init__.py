@@ -14,7 +14,7 @@ from .readers.loss import TokenLoss
 from .readers.signal import SignalError, SignalPower
 from .reading import pooled_states, read_against_dense
 from .reading_plan import ReadingPlan, plan_reading
-from .readings import Readings
+from .readings import Readings, StoredReadings
 from .scoring import ChoiceScores, item_questions, score, text_questions
 from .session import Session
 from .streams import DENSE, FittingStream, HeldoutStream, QuestionStream
@@ -39,6 +39,7 @@ __all__ = [
     "Session",
     "SignalError",
     "SignalPower",
+    "StoredReadings",
     "TokenLoss",
     "attribute",
     "first_twins",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,35 @@ class Readings:
             return cls(**{name: torch.from_numpy(_mapped(path, start, header[name], "c")) for name in names})
         except (OSError, ValueError, KeyError, TypeError, IndexError, MemoryError, OverflowError) as error:
             raise StudyError(f"{path} is damaged; delete it and run again") from error
+
+
+class StoredReadings(Mapping[tuple[str, str], Readings]):
+    """Readings on disk by ``(model, language)``: each is opened when it is asked for, and none is kept.
+
+    Parameters
+    ----------
+    files
+        Where each of them is.
+    """
+
+    def __init__(self, files: Mapping[tuple[str, str], Path]) -> None:
+        self._files = dict(files)
+
+    def __getitem__(self, key: tuple[str, str]) -> Readings:
+        """Open the readings of one model in one language."""
+        return Readings.open(self._files[key])
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there are such readings."""
+        return key in self._files  # without opening them, which Mapping's own does
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Iterate over models and languages."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._files)
 
 
 def _created(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:

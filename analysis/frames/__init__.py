@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from . import labels
 from .files import read_frame, write_frame
-from .schema import ALL, FRAMES, RECIPE_COLUMNS, TEXT, VARIANT_COLUMNS, FrameSpec, Metric
+from .schema import ALL, FRAMES, RECIPE_COLUMNS, STUDY_FRAMES, TEXT, VARIANT_COLUMNS, FrameSpec, Metric
 from .tables import alike, check, dense_columns, joined, of_recipe, recipes_of, tidy
 
 __all__ = [
     "ALL",
     "FRAMES",
     "RECIPE_COLUMNS",
+    "STUDY_FRAMES",
     "TEXT",
     "VARIANT_COLUMNS",
     "FrameSpec",

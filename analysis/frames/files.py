@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
-from probes import DENSE
 from pruning.errors import StudyError
 from pruning.files import whole_file
 
@@ -38,15 +36,8 @@ def write_frame(folder: Path, name: str, frame: pd.DataFrame | Iterable[pd.DataF
     return path
 
 
-def read_frame(path: Path, recipe: Mapping[str, Any] | None = None) -> pd.DataFrame:
+def read_frame(path: Path) -> pd.DataFrame:
     """Read a frame that :func:`write_frame` wrote.
-
-    Parameters
-    ----------
-    path
-        Of the Parquet file.
-    recipe
-        Read the variants of this recipe and the dense model only; all of them by default.
 
     Raises
     ------
@@ -55,12 +46,8 @@ def read_frame(path: Path, recipe: Mapping[str, Any] | None = None) -> pd.DataFr
     """
     if not path.is_file():
         raise StudyError(f"there is no frame {path}")
-    wanted = None
-    if recipe is not None:
-        same = [(column, "==", value) for column, value in recipe.items()]
-        wanted = [same, [("method", "==", DENSE)]]
     try:
-        frame = parquet.read_table(path, filters=wanted).to_pandas()
+        frame = parquet.read_table(path).to_pandas()
     except (pa.ArrowInvalid, OSError) as error:
         raise StudyError(f"{path} is damaged; delete it and run again") from error
     return check(path.stem, frame, f"{path}: ")

@@ -36,6 +36,8 @@ _TYPES: dict[str, pa.DataType] = {
     "role": _WORD,
     "position": pa.int32(),
     "rank": pa.int32(),
+    "quantile": pa.float64(),
+    "dense_firing": pa.float64(),
     "neuron": pa.int32(),
     "other_calibration": _WORD,
     "other_seed": pa.int32(),
@@ -68,12 +70,25 @@ class Metric:
 
 @dataclass(frozen=True)
 class FrameSpec:
-    """One frame: its key columns beside the variant's, metrics, and whether it holds estimates and tests."""
+    """One frame.
+
+    Attributes
+    ----------
+    keys
+        Its key columns beside the variant's.
+    metrics
+        What it holds.
+    estimates, tests
+        Whether it has intervals, and tests of differences.
+    on_demand
+        Whether it is too large to lie in a study's folder, and is made in parts where it is wanted.
+    """
 
     keys: tuple[str, ...]
     metrics: Mapping[str, Metric]
     estimates: bool = True
     tests: bool = False
+    on_demand: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -182,6 +197,24 @@ FRAMES: dict[str, FrameSpec] = {
             ),
         },
         estimates=False,
+        on_demand=True,
+    ),
+    "neuron_entropy": FrameSpec(
+        ("quantile",),
+        {"lape": Metric("nat", "LAPE at this quantile of all neurons that fire in this model")},
+        estimates=False,
+    ),
+    "neuron_shift": FrameSpec(
+        ("language", "dense_firing"),
+        {
+            "specific_shift": Metric(
+                "",
+                "log2 of the mean firing probability over the dense model's, of the dense model's language-specific "
+                "neurons that fire about as often there (dense_firing: middle of a bin of a quarter of a decade)",
+            ),
+            "other_shift": Metric("", "the same of all other neurons"),
+        },
+        estimates=False,
     ),
     "language_neurons": FrameSpec(
         ("language", "layer"),
@@ -287,3 +320,5 @@ FRAMES: dict[str, FrameSpec] = {
     ),
     "sparsity": FrameSpec(("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False),
 }
+#: Those that lie in a study's folder; ``recovery`` lies beside each diagnosis.
+STUDY_FRAMES = [name for name, spec in FRAMES.items() if not spec.on_demand and name != "recovery"]

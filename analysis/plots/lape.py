@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from probes import DENSE
 
 from ..frames import VARIANT_COLUMNS, labels, of_recipe
-from ..metrics.lape import Probabilities, select
 from . import charts, style
 
 
@@ -60,17 +59,15 @@ def kept(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style
 
 def entropy(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the distribution of LAPE over neurons, dense and pruned: all of it, and its lowest twentieth."""
-    lape = frame[(frame["metric"] == "lape") & np.isfinite(frame["value"])]
-    dense = lape[lape["method"] == DENSE]["value"].to_numpy()
-    pruned = of_recipe(lape, recipe)
-    sets = labels.sets_of(pruned)
-    lowest = float(np.quantile(dense, 0.05))
+    dense = frame[frame["method"] == DENSE]
+    pruned = of_recipe(frame, recipe)
+    lowest = float(dense[dense["quantile"] == 0.05]["value"].iloc[0])
     panels = []
-    for title, top in (("all neurons", float(dense.max())), ("lowest LAPE", lowest)):
+    for title, top in (("all neurons", float(dense["value"].max())), ("lowest LAPE", lowest)):
         edges = np.linspace(0, top or 1.0, 101)
         lines = [_cumulated("dense", dense, edges, style.BLACK, "-")]
-        for calibration, seed in sets:
-            own = pruned[(pruned["calibration"] == calibration) & (pruned["seed"] == seed)]["value"].to_numpy()
+        for calibration, seed in labels.sets_of(pruned):
+            own = pruned[(pruned["calibration"] == calibration) & (pruned["seed"] == seed)]
             label = labels.set_label(calibration, seed)
             lines.append(_cumulated(label, own, edges, *style.set_style(calibration, seed)))
         panels.append(charts.Panel(title, lines, whole_x=False))
@@ -84,15 +81,10 @@ def entropy(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = st
     )
 
 
-def _cumulated(label: str, values: np.ndarray, edges: np.ndarray, colour: str, style: str) -> charts.Line:
-    shares = np.searchsorted(np.sort(values), edges, side="right") / max(len(values), 1)
-    return charts.Line(label, edges.tolist(), shares.tolist(), colour, style)
-
-
-#: Neurons that a mean shift is drawn from at the least.
-_FEW = 5
-#: Firing probabilities between which neurons are averaged, on a logarithmic scale.
-_BINS = np.logspace(-3, 0, 13)
+def _cumulated(label: str, rows: pd.DataFrame, edges: np.ndarray, colour: str, dash: str) -> charts.Line:
+    reached = rows.groupby("value")["quantile"].max()  # of neurons with the same LAPE the last
+    shares = np.interp(edges, reached.index, reached, left=0, right=1)
+    return charts.Line(label, edges.tolist(), shares.tolist(), colour, dash)
 
 
 def shift(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
@@ -101,40 +93,21 @@ def shift(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = styl
     Language-specific neurons of the dense model against all others; lines: means over calibration sets, bands: lowest
     to highest.
     """
-    rates = frame[frame["metric"] == "firing_probability"]
-    languages = labels.in_order(rates["language"].dropna().unique())
-    dense = _as_array(rates[rates["method"] == DENSE], languages)
-    members = select(dense).members
-    shifts: dict[tuple[str, bool], list[np.ndarray]] = {}
-    for _, own in of_recipe(rates, recipe).groupby(["calibration", "seed"], observed=True):
-        pruned = _as_array(own, languages)
-        for i, language in enumerate(languages):
-            where = np.digitize(dense[..., i], _BINS) - 1
-            for specific in (True, False):
-                group = members[..., i] == specific
-                of_bins = [group & (where == b) for b in range(len(_BINS) - 1)]
-                means = [
-                    np.log2(pruned[bin_, i].mean() / dense[bin_, i].mean())
-                    if bin_.sum() >= _FEW and pruned[bin_, i].any()
-                    else np.nan
-                    for bin_ in of_bins
-                ]
-                shifts.setdefault((language, specific), []).append(np.array(means))
-    middle = np.sqrt(_BINS[1:] * _BINS[:-1])
+    shown = of_recipe(frame, recipe)
+    sets = len(labels.sets_of(shown))
     panels = []
-    for language in languages:
+    for language in labels.in_order(shown["language"].unique()):
         lines = []
-        for specific, label, colour in (
-            (True, "language-specific neurons", style.TWO_COLOURS[0]),
-            (False, "all others", style.GREY),
+        for metric, label, colour in (
+            ("specific_shift", "language-specific neurons", style.TWO_COLOURS[0]),
+            ("other_shift", "all others", style.GREY),
         ):
-            stacked = np.stack(shifts[language, specific])
-            there = ~np.isnan(stacked).any(axis=0)
-            x, values = middle[there].tolist(), stacked[:, there]
-            low, high = values.min(axis=0).tolist(), values.max(axis=0).tolist()
-            lines.append(charts.Line(label, x, values.mean(axis=0).tolist(), colour, "-", low, high))
-        ends = float(_BINS[0]), float(_BINS[-1])
-        panels.append(charts.Panel(labels.language_title(language), lines, {"as often": 0.0}, log_x=True, x_range=ends))
+            rows = shown[(shown["language"] == language) & (shown["metric"] == metric)]
+            rows = rows[rows.groupby("dense_firing")["value"].transform("size") == sets]
+            lines.append(charts.range_line(rows, "dense_firing", label, colour))
+        panels.append(
+            charts.Panel(labels.language_title(language), lines, {"as often": 0.0}, log_x=True, x_range=(1e-3, 1.0))
+        )
     return charts.line_panels(
         panels,
         title=f"Shift of firing frequency by frequency before pruning ({labels.recipe_label(recipe)})",
@@ -142,10 +115,3 @@ def shift(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = styl
         y_label="log2 of the ratio, pruned over dense",
         width=width,
     )
-
-
-def _as_array(rates: pd.DataFrame, languages: Sequence[str]) -> Probabilities:
-    """Return one model's rows as an array."""
-    layers, neurons = int(rates["layer"].max()) + 1, int(rates["neuron"].max()) + 1
-    parts = [rates.loc[rates["language"] == lang].sort_values(["layer", "neuron"])["value"] for lang in languages]
-    return np.stack([part.to_numpy().reshape(layers, neurons) for part in parts], axis=-1)

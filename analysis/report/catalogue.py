@@ -19,8 +19,6 @@ from ..metrics import recovery
 from ..metrics.contrasts import OTHERS
 
 Frames = Mapping[str, pd.DataFrame]
-#: Gives the frame ``neurons`` of one recipe and of the dense model; whole it may be too large for the memory.
-NeuronsOf = Callable[[Mapping[str, Any]], pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def section_of(recipe: Mapping[str, Any]) -> str:
     return label[0].upper() + label[1:]
 
 
-def study_figures(frames: Frames, facts: ReportFacts, neurons: NeuronsOf) -> Iterator[ReportFigure]:
+def study_figures(frames: Frames, facts: ReportFacts) -> Iterator[ReportFigure]:
     """Yield every figure that the frames have data for, in the order of the report."""
     text = _text(facts)
     yield ReportFigure(
@@ -105,12 +103,12 @@ def study_figures(frames: Frames, facts: ReportFacts, neurons: NeuronsOf) -> Ite
         lambda: plots.perplexity.all_models(frames["perplexity"]),
     )
     for recipe in recipes_of(frames["signal"]):
-        for name, caption, draw in _of_recipe(frames, facts, neurons, recipe, text):
+        for name, caption, draw in _of_recipe(frames, facts, recipe, text):
             yield ReportFigure(section_of(recipe), f"{name}-{labels.recipe_slug(recipe)}", caption, draw)
 
 
 def _of_recipe(
-    frames: Frames, facts: ReportFacts, neurons: NeuronsOf, recipe: Mapping[str, Any], text: str
+    frames: Frames, facts: ReportFacts, recipe: Mapping[str, Any], text: str
 ) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
     def drawing(plot: Callable[..., Figure], frame: str, **more: Any) -> Callable[[], Figure]:
         return lambda: plot(frames[frame], recipe, **more)
@@ -249,14 +247,14 @@ def _of_recipe(
             "neurons-entropy",
             "Distribution of LAPE over all neurons that fire, dense and pruned; right: its lowest twentieth, where "
             "language-specific neurons are.",
-            lambda: plots.lape.entropy(neurons(recipe), recipe),
+            drawing(plots.lape.entropy, "neuron_entropy"),
         )
         yield (
             "neurons-shift",
             "How much more or less often neurons fire after pruning, by how often they fired in the dense model; "
             "language-specific neurons of the dense model against all others. Lines: means over calibration sets; "
             "bands: lowest to highest.",
-            lambda: plots.lape.shift(neurons(recipe), recipe),
+            drawing(plots.lape.shift, "neuron_shift"),
         )
 
 

@@ -33,7 +33,7 @@ def write_report(
     path
         Written whole or not at all.
     frames
-        All but ``neurons``.
+        Those of :data:`analysis.frames.STUDY_FRAMES`.
     shown
         The figures, drawn already.
     figure_folder

@@ -39,7 +39,7 @@ from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
 from pruning.text.sources import fingerprint
 
-from ..frames import FRAMES, dense_columns, joined, read_frame, write_frame
+from ..frames import STUDY_FRAMES, dense_columns, joined, read_frame, write_frame
 from ..metrics import accuracy as tasks
 from ..metrics import contrasts, lape, lsar, mask_overlap, perplexity, signal
 from ..plots import save
@@ -257,7 +257,9 @@ class Run:
     def _frames_key(self) -> str:
         readings = [self._readings_key(v, lang) for v in self.models for lang in self.study.languages]
         names = [self.study.model_name, list(self.study.languages), self.models]
-        return content_sha256([readings, self._fit_key, self.study.evaluation.rank, names, self.asking.key])
+        return content_sha256(
+            [readings, self._fit_key, self.study.evaluation.rank, names, self.asking.key, STUDY_FRAMES]
+        )
 
     @cached_property
     def asking(self) -> Asking:
@@ -356,9 +358,9 @@ class Run:
             with self._timed() as clock:
                 files = [write_frame(folder, name, frame) for name, frame in self._analyzed().items()]
             self.ledger.finish("frames", self._frames_key, files, clock.seconds)
-        return {name: read_frame(folder / f"{name}.parquet") for name in FRAMES if name not in ("neurons", "recovery")}
+        return {name: read_frame(folder / f"{name}.parquet") for name in STUDY_FRAMES}
 
-    def _analyzed(self) -> dict[str, pd.DataFrame | Iterable[pd.DataFrame]]:
+    def _analyzed(self) -> dict[str, pd.DataFrame]:
         variants = [self.grid.open(name) for name in self.grid.names]
         columns: dict[str, Mapping[str, Any]] = {DENSE: dense_columns(self.study.model_name)}
         columns |= {variant.id: variant.columns() for variant in variants}
@@ -372,14 +374,16 @@ class Run:
         ids = {language: [s.id for s in segments] for language, segments in self.texts.heldout.items()}
         asked = self.asking.frame(columns)
         language_neurons, neuron_selection = lape.analyze(readings, columns)
+        neuron_entropy, neuron_shift = lape.distributions(readings, columns)
         overlap = [mask_overlap.analyze(masks, columns), mask_overlap.agreement(variants, self.anatomy)]
         return {
             "perplexity": perplexity.analyze(readings, columns),
             "signal": signal.analyze(readings, columns),
             "subspaces": lsar.analyze(readings, columns, fitted, ids),
             "mask_overlap": joined("mask_overlap", overlap),
-            "neurons": lape.neurons(readings, columns),
             "language_neurons": language_neurons,
+            "neuron_entropy": neuron_entropy,
+            "neuron_shift": neuron_shift,
             "neuron_selection": neuron_selection,
             "items": asked,
             "accuracy": tasks.analyze(asked),
@@ -399,7 +403,7 @@ class Run:
         folder = self.folder / "figures"
         files: list[Path] = []
         with self._timed() as clock:
-            for shown in study_figures(frames, self._facts, self._neurons_of):
+            for shown in study_figures(frames, self._facts):
                 files += save(shown.draw(), folder, shown.name)
         self.ledger.finish("figures", key, files, clock.seconds)
 
@@ -409,7 +413,7 @@ class Run:
         key = content_sha256([self._frames_key, "report", [request.model_dump(mode="json") for request in found]])
         if not self.ledger.finished("report", key):
             with self._timed() as clock:
-                shown = [*study_figures(frames, self._facts, self._neurons_of), *diagnoses.shown(found)]
+                shown = [*study_figures(frames, self._facts), *diagnoses.shown(found)]
                 said = {request.title: diagnosis_findings(frame) for request, frame in found.items()}
                 write_report(path, frames, shown, self.folder / "figures", self._facts, said)
             self.ledger.finish("report", key, [path], clock.seconds)
@@ -431,9 +435,6 @@ class Run:
             neurons=self._neurons(),
             versions=_versions(),
         )
-
-    def _neurons_of(self, recipe: Mapping[str, Any]) -> pd.DataFrame:
-        return read_frame(self.folder / "frames" / "neurons.parquet", recipe)
 
     # -- work, time, facts ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from analysis.frames import dense_columns, joined
+from analysis.frames import dense_columns
 from analysis.metrics import contrasts, lape, lsar, perplexity, signal
 from probes import DENSE, Session, pooled_states, read_against_dense
 from pruning import CalibrationSet, Corpus, Recipe, prune, text_source
@@ -34,7 +34,7 @@ def all_frames(variants: list[Any], model: Any, tokenizer: Any, corpus: Corpus, 
         "signal": signal.analyze(readings, columns),
         "subspaces": lsar.analyze(readings, columns, subspaces, ids),
         "contrasts": contrasts.analyze(readings, columns, subspaces),
-        "neurons": joined("neurons", list(lape.neurons(readings, columns))),
+        "neurons": lape.neurons(readings, columns),
         "language_neurons": language_neurons,
         "neuron_selection": selection,
     }

@@ -155,3 +155,24 @@ def test_folds_add_up_to_the_whole():
     np.testing.assert_allclose(
         whole[..., 1], readings[DENSE, "b"].fired.sum(0).numpy() / readings[DENSE, "b"].tokens.sum().item()
     )
+
+
+def test_distributions_are_those_of_all_neurons_that_fire():
+    before = planted_rates()
+    doubled = {language: np.minimum(rates * 2, 1) for language, rates in before.items()}
+    before["a"][0, :100] = doubled["a"][0, :100] = 0
+    readings = {
+        (name, language): reading(rates[language], i)
+        for name, rates in ((DENSE, before), ("v", doubled))
+        for i, language in enumerate("abcd")
+    }
+    columns = {DENSE: COLUMNS, "v": COLUMNS | {"method": "wanda", "calibration": "en"}}
+    entropies, shifts = lape.distributions(readings, columns)
+    found = lape.entropy(lape.FiringCounts.of(readings, "v").probabilities())
+    own = entropies[entropies["method"] == "wanda"].set_index("quantile")["value"]
+    for quantile in (0.0, 0.005, 0.05, 0.5, 1.0):
+        assert own[quantile] == pytest.approx(np.quantile(found[np.isfinite(found)], quantile))
+    frequent = shifts[(shifts["metric"] == "other_shift") & (shifts["dense_firing"].between(0.05, 0.5))]
+    assert set(frequent["language"]) == set("abcd")
+    assert frequent["value"].to_numpy() == pytest.approx(1, abs=0.02)  # twice as often
+    assert (shifts["method"] == "wanda").all()

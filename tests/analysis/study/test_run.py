@@ -18,8 +18,8 @@ from checkpoints import CORPUS, checkpoint, saved
 from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from analysis import plots, read_frame
-from analysis.frames import FRAMES, recipes_of
+from analysis import lape, open_readings, plots, read_frame
+from analysis.frames import FRAMES, STUDY_FRAMES, VARIANT_COLUMNS, recipes_of
 from pruning import CalibrationSet, Recipe, load_model, prune
 from pruning.files import PARTIAL
 
@@ -95,8 +95,6 @@ def contents(folder: Path, *parts: str) -> dict[str, bytes]:
 
 
 RESULTS = ("variants", "readings", "frames", "figures")
-#: Those that a study writes; a diagnosis has a folder of its own.
-WRITTEN = [name for name in FRAMES if name != "recovery"]
 
 
 def test_study_folder_holds_what_the_readme_lists(finished):
@@ -110,16 +108,16 @@ def test_study_folder_holds_what_the_readme_lists(finished):
         "study.toml",
         "variants",
     ]
-    assert sorted(path.stem for path in (finished / "frames").iterdir()) == sorted(WRITTEN)
+    assert sorted(path.stem for path in (finished / "frames").iterdir()) == sorted(STUDY_FRAMES)
     assert not list(finished.rglob("*" + PARTIAL))
 
 
 def test_frames_have_a_row_for_everything_that_was_asked(finished):
-    frames = {name: read_frame(finished / "frames" / f"{name}.parquet") for name in WRITTEN}
-    variants, languages, layers, neurons = 4 + 1, 3, 3, 48
+    frames = {name: read_frame(finished / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
+    variants, languages, layers = 4 + 1, 3, 3
     assert len(frames["perplexity"]) == 2 * (variants + 1) * languages
     assert len(frames["signal"]) == 2 * variants * languages * layers * 8
-    assert len(frames["neurons"]) == (variants + 1) * layers * neurons * (languages + 1)
+    assert set(frames["neuron_entropy"].groupby(list(VARIANT_COLUMNS), observed=True).size()) == {101 + 95}
     assert len(frames["mask_overlap"]) == 2 * (4 * 3 // 2) * layers * 7
     assert len(frames["sparsity"]) == variants * layers * 7
     assert len(frames["language_neurons"]) == 4 * (variants + 1) * languages * layers
@@ -137,6 +135,19 @@ def test_frames_have_a_row_for_everything_that_was_asked(finished):
     sparsity = frames["sparsity"].groupby("method", observed=True)["value"].mean()
     assert sparsity["wanda"] == 0.5
     assert (frames["perplexity"]["low"] <= frames["perplexity"]["high"]).all()
+
+
+def test_neurons_are_made_of_the_readings_when_asked_for(finished):
+    readings, columns = open_readings(finished)
+    assert len(readings) == (1 + 5) * 3
+    part = lape.neurons(readings, columns, layers=[2, 0], languages=["sw"], models=["dense", "magnitude-0.3-matrix"])
+    assert len(part) == 2 * 2 * 48 * (1 + 1)
+    assert set(part["layer"]) == {0, 2}
+    whole = lape.neurons(readings, columns)
+    assert len(whole) == (1 + 5) * 3 * 48 * (3 + 1)
+    keys = [*VARIANT_COLUMNS, "language", "layer", "neuron", "metric"]
+    both = part.astype({"language": object}).merge(whole.astype({"language": object}), on=keys, how="left")
+    assert (both["value_x"] == both["value_y"]).all()
 
 
 def test_report_stands_alone(finished):
@@ -204,7 +215,8 @@ PLOTS = {
     "mask_overlap": [plots.mask_overlap.heatmap, plots.mask_overlap.roles],
     "contrasts": [plots.contrasts.effects],
     "language_neurons": [plots.lape.layers],
-    "neurons": [plots.lape.entropy, plots.lape.shift],
+    "neuron_entropy": [plots.lape.entropy],
+    "neuron_shift": [plots.lape.shift],
 }
 
 
@@ -303,7 +315,7 @@ def small(place, tmp_path, model, *lines):
 )
 def test_models_without_gates_or_with_experts_are_read_as_far_as_they_can_be(place, tmp_path, kind, roles):
     out = small(place, tmp_path, checkpoint(tmp_path / "model", kind))
-    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in WRITTEN}
+    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
     assert set(frames["signal"]["role"]) == roles | {"residual"}
     assert (len(frames["language_neurons"]) > 0) == (kind == "gpt2")
     kinds = {role.partition(".")[0] for role in frames["mask_overlap"]["role"]}

@@ -1,0 +1,137 @@
+"""How often neurons fire in each language, LAPE, and the published rule that selects language-specific neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+
+from probes import Readings
+from probes.readers.firing import FOLDS, fold_of
+
+Probabilities = Float[np.ndarray, "layers neurons languages"]
+
+#: A neuron counts for a language if it fires more often than this share of all neurons do in all languages.
+THRESHOLD_QUANTILE = 0.95
+#: Share of all neurons that are selected.
+SELECTED_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class FiringCounts:
+    """How often the neurons of one model fired, in each language and each fold of its text.
+
+    Attributes
+    ----------
+    languages
+        In the order in which they were read.
+    fired
+        Tokens on which each neuron fired, one ``[folds, layers, neurons]`` a language: those that were read, no copies.
+    tokens
+        Tokens that were counted, ``[languages, folds]``.
+    """
+
+    languages: tuple[str, ...]
+    fired: tuple[np.ndarray, ...]
+    tokens: Int64[np.ndarray, "languages folds"]
+
+    @classmethod
+    def of(cls, readings: Mapping[tuple[str, str], Readings], variant: str) -> FiringCounts:
+        """Take the counts of one model from what was read of all."""
+        languages = tuple(dict.fromkeys(language for _, language in readings))
+        fired, tokens = [], np.zeros((len(languages), FOLDS), dtype=np.int64)
+        for own, language in zip(tokens, languages, strict=True):
+            read = readings[variant, language]
+            fired.append(read.fired.numpy())
+            np.add.at(own, fold_of(torch.arange(len(read.tokens))).numpy(), read.tokens.numpy())
+        return cls(languages, tuple(fired), tokens)
+
+    def probabilities(
+        self, folds: Sequence[int] = range(FOLDS), layers: slice | Sequence[int] = slice(None)
+    ) -> Probabilities:
+        """Return the share of tokens on which each neuron fires, by language, on some folds of the text.
+
+        Parameters
+        ----------
+        folds
+            All by default.
+        layers
+            Blocks that are wanted; all by default.
+        """
+        shares = [
+            sum(fired[fold][layers] for fold in folds) / tokens[list(folds)].sum()
+            for fired, tokens in zip(self.fired, self.tokens, strict=True)
+        ]
+        return np.stack(shares, axis=-1)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Language-specific neurons of one model.
+
+    Attributes
+    ----------
+    members
+        Whether a neuron is specific to a language, ``[layers, neurons, languages]``.
+    threshold
+        Firing probability above which a neuron counts for a language.
+    """
+
+    members: Bool[np.ndarray, "layers neurons languages"]
+    threshold: float
+
+
+def entropy(probabilities: Float[np.ndarray, "*neurons languages"]) -> Float[np.ndarray, "*neurons"]:
+    """Return LAPE: the entropy in nats of each neuron's firing probabilities, normalised over languages.
+
+    A neuron that never fires has no distribution; its entropy is +inf, so that it is never taken for specific.
+
+    Examples
+    --------
+    >>> entropy(np.array([[[0.3, 0.0], [0.2, 0.2], [0.0, 0.0]]])).round(3).tolist()
+    [[0.0, 0.693, inf]]
+    """
+    ordered = np.sort(probabilities, axis=-1)  # the order of the languages cannot change a bit of the sums
+    total = ordered.sum(axis=-1)
+    share = ordered / np.where(total > 0, total, 1)[..., None]
+    logs = np.log(share, out=np.zeros_like(share), where=share > 0)
+    return np.where(total > 0, np.maximum(-(share * logs).sum(axis=-1), 0.0), np.inf)
+
+
+def select(
+    probabilities: Probabilities,
+    *,
+    threshold_quantile: float = THRESHOLD_QUANTILE,
+    selected_share: float = SELECTED_SHARE,
+) -> Selection:
+    """Select a model's language-specific neurons by the published rule.
+
+    The threshold is the k-th smallest of all probabilities, k = round(quantile · their number). Of all neurons,
+    round(share · their number) with the lowest entropy are selected, those left out that exceed the threshold in
+    no language; ties go by position. Each belongs to every language in which it exceeds the threshold.
+    """
+    threshold = firing_threshold(probabilities, threshold_quantile)
+    above = probabilities > threshold
+    scores = np.where(above.any(axis=-1), entropy(probabilities), np.inf).ravel()
+    wanted = np.argsort(scores, kind="stable")[: selection_size(scores.size, selected_share)]
+    chosen = np.zeros(scores.size, dtype=bool)
+    chosen[wanted[np.isfinite(scores[wanted])]] = True
+    return Selection(above & chosen.reshape(above.shape[:2])[..., None], threshold)
+
+
+def firing_threshold(probabilities: np.ndarray, quantile: float = THRESHOLD_QUANTILE) -> float:
+    """Return the firing probability above which a neuron counts for a language: a quantile of all of them."""
+    k = max(round(quantile * probabilities.size), 1) - 1
+    return float(np.partition(probabilities.ravel(), k)[k])
+
+
+def selection_size(neurons: int, selected_share: float = SELECTED_SHARE) -> int:
+    """Return how many neurons are selected of a model with `neurons` in all.
+
+    >>> selection_size(32 * 11008), selection_size(80 * 28672)  # LLaMA-2 7B and 70B
+    (3523, 22938)
+    """
+    return round(selected_share * neurons)
