@@ -22,7 +22,7 @@ from ..frames import RECIPE_COLUMNS, alike, labels, tidy
 from ..stats.bootstrap import mean_interval
 from ..stats.permutation import exchanged_models, pairings, sign_flips
 from ..stats.seeds import seed_margin, spread_between_draws
-from .lsar import LSAR, part_norms
+from .lsar import LSAR, norms_by_layer
 
 #: What a set is compared with when it is compared with all other single languages at once.
 OTHERS = "others"
@@ -58,6 +58,9 @@ def analyze(
     ``calibration`` = ``"own"`` without a language takes all languages together: there it is permuted which set belongs
     to which language, in K! ways, and ``value`` is the mean over languages.
 
+    Readings are opened one variant and language at a time, beside the dense model's in that language; what is kept of
+    them is four numbers a segment.
+
     Parameters
     ----------
     readings
@@ -76,11 +79,11 @@ def analyze(
         if len(sets) < 2:
             continue
         ordered = sorted(sets, key=labels.calibration_rank)
-        scores = {
-            (variant, language): _scores(readings[DENSE, language], readings[variant, language], subspaces)
-            for variant in variants
-            for language in languages
-        }
+        scores = {}
+        for language in languages:
+            dense = readings[DENSE, language]
+            for variant in variants:
+                scores[variant, language] = _scores(dense, readings[variant, language], subspaces)
         shared = {name: columns[variants[0]][name] for name in RECIPE_COLUMNS}
         for metric in next(iter(scores.values())):
             values = {place: of[metric] for place, of in scores.items()}
@@ -107,10 +110,7 @@ def _scores(dense: Readings, pruned: Readings, subspaces: Sequence[LSAR]) -> Sco
     residual = SIGNAL_SITES.index("residual")
     nll, predicted = pruned.nll.numpy(), pruned.predicted.numpy()
     power, error = (sums[:, -1, residual].numpy() for sums in (pruned.power, pruned.error))
-    before, after = dense.pooled.transpose(0, 1).numpy(), pruned.pooled.transpose(0, 1).numpy()
-    norms = np.stack(
-        [part_norms(s, before[:, i], after[:, i]) for i, s in enumerate(subspaces)]
-    )  # [layers, 6, segments]
+    norms = np.stack(norms_by_layer(subspaces, dense, pruned))  # [layers, 6, segments]
     parts = 10 * np.log10(np.maximum(norms[:, :2], tiny) / np.maximum(norms[:, 4:6].mean(axis=2, keepdims=True), tiny))
     specific, agnostic = parts.mean(axis=0)
     return {

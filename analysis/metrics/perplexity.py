@@ -15,7 +15,7 @@ from ..stats.bootstrap import segment_interval
 
 
 def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the frame ``perplexity``.
+    """Return the frame ``perplexity``. Readings are opened one at a time, and three numbers a segment taken of each.
 
     Parameters
     ----------

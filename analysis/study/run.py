@@ -28,6 +28,7 @@ from probes import (
     Item,
     Readings,
     Session,
+    StoredReadings,
     first_twins,
     item_questions,
     plan_reading,
@@ -364,11 +365,13 @@ class Run:
         variants = [self.grid.open(name) for name in self.grid.names]
         columns: dict[str, Mapping[str, Any]] = {DENSE: dense_columns(self.study.model_name)}
         columns |= {variant.id: variant.columns() for variant in variants}
-        readings = {
-            (model, language): Readings.open(self.readings_file(model, language))
-            for model in self.models
-            for language in self.study.languages
-        }
+        readings = StoredReadings(
+            {
+                (model, language): self.readings_file(model, language)
+                for model in self.models
+                for language in self.study.languages
+            }
+        )
         fitted = self.subspaces
         masks = {variant.id: variant.masks for variant in variants}
         ids = {language: [s.id for s in segments] for language, segments in self.texts.heldout.items()}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,7 @@ from conftest import tiny_model, tiny_tokenizer
 
 from analysis.frames import dense_columns
 from analysis.metrics import contrasts, lape, lsar, perplexity, signal
-from probes import DENSE, Session, pooled_states, read_against_dense
+from probes import DENSE, Readings, Session, pooled_states, read_against_dense
 from pruning import CalibrationSet, Corpus, Recipe, prune, text_source
 
 LANGUAGES = ("en", "sw", "zh")
@@ -81,3 +85,55 @@ def test_bfloat16_changes_values_by_its_rounding(study, reference):
     ):
         before, after = (f[name][f[name]["metric"] == metric]["value"].to_numpy() for f in (reference, frames))
         assert np.abs(after - before).mean() <= rounding * np.abs(before).mean(), metric
+
+
+class OneAtATime(Mapping[tuple[str, str], Readings]):
+    """Readings that count how many of them are open at once."""
+
+    def __init__(self, readings: Mapping[tuple[str, str], Readings]) -> None:
+        self.readings = readings
+        self.open: weakref.WeakSet[Readings] = weakref.WeakSet()
+        self.most = 0
+
+    def __getitem__(self, key: tuple[str, str]) -> Readings:
+        one = copy(self.readings[key])
+        self.open.add(one)
+        self.most = max(self.most, len(self.open))
+        return one
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.readings)
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+
+def test_no_analyzer_has_the_readings_of_all_models_open(study):
+    """Of two models at most, in all languages: those of one variant, and the dense model's."""
+    variants, model, tokenizer, corpus = study
+    several = [replace(variants[0], record=variants[0].record.model_copy(update={"id": f"v{i}"})) for i in range(5)]
+    seeds = [CalibrationSet.named(lang, samples=4, length=32, seed=i) for i, lang in enumerate(["en", "sw"] * 3)]
+    columns = {DENSE: dense_columns("m")}
+    session = Session(model, tokenizer, max_length=32)
+    held = {}
+    for language in LANGUAGES:
+        read = read_against_dense(session, corpus.take("heldout", language, 8), variants[:1])
+        held[DENSE, language] = read[DENSE]
+        for one, calibration in zip(several, seeds, strict=False):
+            held[one.id, language] = read[variants[0].id]
+            columns[one.id] = one.columns() | {"calibration": calibration.name, "seed": calibration.seed}
+    fitting = corpus.aligned("parallel", LANGUAGES, 8)
+    subspaces = lsar.fit_layers({lang: pooled_states(session, segments) for lang, segments in fitting.items()})
+    ids = {language: [s.id for s in corpus.take("heldout", language, 8)] for language in LANGUAGES}
+    for analyze in (
+        perplexity.analyze,
+        signal.analyze,
+        lambda *args: lsar.analyze(*args, subspaces, ids),
+        lambda *args: contrasts.analyze(*args, subspaces),
+        lape.analyze,
+        lape.distributions,
+        lape.neurons,
+    ):
+        watched = OneAtATime(held)
+        analyze(watched, columns)
+        assert 0 < watched.most <= 2 * len(LANGUAGES)
