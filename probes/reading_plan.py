@@ -14,7 +14,7 @@ from pruning.engine.plan import MemoryCapError
 from pruning.models.anatomy import Anatomy
 
 from .batches import Batch
-from .readers.loss import log_likelihood
+from .readers.loss import log_likelihood, tile_rows
 from .readers.signal import SIGNAL_SITES
 from .session import Session
 from .streams import DENSE, Stream, readable_neurons
@@ -28,8 +28,6 @@ _COMPARED = 0.4
 #: Readers' own work over a forward pass, measured on the embedded model.
 _READERS = 1.15
 _FLOAT = 4
-#: Bytes of logits, in float32, that are there at a time for each token that is scored: a tile of the vocabulary.
-_TILE_BYTES = 2048 * _FLOAT
 #: Of making a block a variant's: three passes over memory, at 5 GB/s.
 _SECONDS_A_BYTE = 6e-10
 #: Tokens whose loss is timed.
@@ -221,8 +219,8 @@ class _Needs:
     def _scoring(self) -> int:
         """Return what the logits of a batch take, a tile of the vocabulary at a time, with the head's own tile."""
         tokens = max((batch.ids.numel() for batch in self._batches()), default=0)
-        head = 2048 * self.anatomy.hidden_size * _FLOAT
-        return tokens * (3 * _TILE_BYTES + self.anatomy.hidden_size * _FLOAT) + head
+        tile = tile_rows(self.anatomy.device)
+        return (tokens * (3 * tile + self.anatomy.hidden_size) + tile * self.anatomy.hidden_size) * _FLOAT
 
     # -- what does ---------------------------------------------------------------------------------------------------
 

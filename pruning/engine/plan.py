@@ -11,7 +11,7 @@ from humanize import naturaldelta, naturalsize
 
 from ..errors import RecipeError
 from ..models.anatomy import Anatomy
-from ..models.layouts import head_of
+from ..models.head import head_of
 from ..patterns import MODEL, Shape
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..errors import ModelError
+from .head import head_logits, head_of, precise_head_logits
 from .layouts import (
     ROLES,
     SHARED_INPUTS,
     Experts,
     Fused,
-    head_logits,
-    head_of,
     layout_of,
     path_of,
     role_kind,
@@ -422,6 +421,20 @@ class Anatomy:
             The tokens whose logits are wanted; all by default.
         """
         return head_logits(self.model, hidden, vocabulary)
+
+    def precise_logits(
+        self, hidden: Float[Tensor, "*batch hidden"], vocabulary: slice = slice(None)
+    ) -> Float[Tensor, "*batch vocabulary"]:
+        """Turn normed final hidden states into logits that are at least float32, for a loss.
+
+        They are those of :meth:`logits` without its rounding in a 16-bit model.
+
+        Parameters
+        ----------
+        hidden, vocabulary
+            As in :meth:`logits`; a slice of the vocabulary is widened to float32 as a whole.
+        """
+        return precise_head_logits(self.model, hidden, vocabulary)
 
     def fingerprint(self) -> str:
         """Identify the model by shape and sampled values of every prunable weight (SHA-256, hexadecimal).

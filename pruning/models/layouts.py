@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..errors import ModelError
+from .head import head_logits
 
 #: Every kind of prunable projection. A role is a kind, or one expert's, as in ``"gate.3"``.
 ROLES = (
@@ -272,7 +272,7 @@ def register_architecture(kind: str, *layouts: Layout) -> None:
         Its ``model_type``.
     layouts
         Where its parts are; of several, a model has the first whose parts are all there. Its head must be linear, with
-        no more around it than :func:`head_logits` knows.
+        no more around it than :func:`~pruning.models.head.head_logits` knows.
     """
     _LAYOUTS[kind] = layouts
 
@@ -302,42 +302,8 @@ def layout_of(model: nn.Module) -> Layout:
     return _DISCOVERED[model]
 
 
-def head_of(model: nn.Module) -> Any:
-    """Return the linear module that turns final hidden states into logits."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        raise ModelError(f'this "{_kind(model)}" model has no language modelling head; load it with one')
-    return head
-
-
-def head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = slice(None)) -> Tensor:
-    """Turn normed final hidden states into logits exactly as the model's own forward does.
-
-    Covers the logit scales of Cohere and Granite, the soft cap of Gemma 2 and the scaled states of T5.
-    """
-    config = _text_config(model)
-    head = head_of(model)
-    if getattr(config, "scale_decoder_outputs", config.model_type == "umt5" and config.tie_word_embeddings):
-        hidden = hidden * config.d_model**-0.5
-    bias = None if head.bias is None else head.bias[vocabulary]
-    logits = linear(hidden, head.weight[vocabulary], bias)
-    if getattr(config, "logit_scale", None) is not None:
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None) is not None:
-        logits = logits / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
-
-
 def _kind(model: nn.Module) -> str:
     return str(model.config.model_type)  # type: ignore[union-attr]
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:
