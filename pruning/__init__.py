@@ -10,10 +10,11 @@ from .models.loading import load_model
 from .patterns import known_patterns
 from .recipes import Recipe
 from .remedy import Remedy
+from .runner import PruningRun, SetAsideWarning, prune
 from .text.calibration import CalibrationSet
 from .text.sources import Corpus, Segment, text_source
 from .variants.masks import MaskSet
-from .variants.variant import Variant, prune
+from .variants.variant import Variant
 
 __all__ = [
     "ROLES",
@@ -26,9 +27,11 @@ __all__ = [
     "MaskSet",
     "Method",
     "PrunescopeError",
+    "PruningRun",
     "Recipe",
     "Remedy",
     "Segment",
+    "SetAsideWarning",
     "Variant",
     "known_methods",
     "known_patterns",

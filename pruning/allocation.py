@@ -18,7 +18,7 @@ from .errors import RecipeError, unknown
 from .parameters import Parameter
 from .patterns import Pattern, Shape, _kth_lowest
 from .statistics import InputStatistics
-from .variants.masks import Key
+from .variants.key import Key
 
 Budgets = dict[Key, int]
 

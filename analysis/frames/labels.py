@@ -13,7 +13,7 @@ from probes.items import CATEGORIES
 from pruning.allocation import UNIFORM
 from pruning.recipes import EVERYWHERE, UNCALIBRATED
 from pruning.text.languages import language_name
-from pruning.variants.variant import UNKNOWN
+from pruning.variants.store import UNKNOWN
 
 from .schema import ALL, TEXT
 

@@ -10,14 +10,13 @@ from pydantic import Field, field_validator, model_validator
 
 from probes import DENSE, ItemSource
 from pruning import CalibrationSet, Recipe, Remedy, known_methods
-from pruning.engine import Job
+from pruning.engine import Job, planned_jobs
 from pruning.errors import ModelError, shortened
 from pruning.files import PARTIAL
 from pruning.models.embedded import DEMO, DEMO_NAME
 from pruning.models.loading import Dtype, check_model_name, device_named
 from pruning.text.languages import language_tags
 from pruning.text.sources import BUNDLED_LANGUAGES
-from pruning.variants.variant import planned_jobs
 
 from .sections import NO_ITEMS, CalibrationConfig, EvaluationConfig, RecipeGrid, Section, TasksConfig, TextConfig
 

@@ -1,11 +1,9 @@
-"""The first stage of a study: its pruned variants, each saved as soon as it is made."""
+"""The first stage of a study: its pruned variants, and models that were pruned elsewhere."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,23 +11,17 @@ from typing import Any
 
 from rich.console import Console
 
-from pruning import Anatomy, Corpus, Variant, load_model
-from pruning.engine import Job, Workspace, check_fits, sweep
-from pruning.engine.plan import Plan, make_plan
-from pruning.engine.sweep import sweep_work
-from pruning.errors import ModelError, RecipeError, VariantError
-from pruning.files import content_sha256, write_json
+from pruning import Anatomy, Corpus, PruningRun, Variant, load_model
+from pruning.engine.plan import Plan
+from pruning.errors import RecipeError, VariantError
+from pruning.files import content_sha256
 from pruning.models.embedded import DEMO
 from pruning.models.loading import checkpoint_bytes
-from pruning.text.calibration import CalibrationText, calibration_fingerprint
-from pruning.variants.variant import RECIPE_FILE, VariantRecord, variants_of
+from pruning.variants.store import RECIPE_FILE
 
 from .configuration import Study
 from .records import Ledger
 
-VARIANTS = "variants"
-SCRATCH = "scratch"
-WAVE_FILE = "wave.json"
 #: A model is read from its shards if a memory cap is less than so many times its size on disk.
 _ROOM = 6
 #: Called with the work done: tokens through a block, times the weights of a block.
@@ -45,8 +37,8 @@ class Grid:
         What to do, where, what is finished, and the text.
     anatomy, tokenizer
         Of the dense model.
-    memory
-        Cap on resident memory in bytes while pruning.
+    memory, device_memory
+        Caps in bytes on resident memory and on that of the model's device while pruning.
 
     Raises
     ------
@@ -63,13 +55,13 @@ class Grid:
         anatomy: Anatomy,
         tokenizer: Any,
         memory: int | None = None,
+        device_memory: int | None = None,
     ) -> None:
         self.study = study
         self.folder = folder
         self.ledger = ledger
         self.corpus = corpus
         self.anatomy = anatomy
-        self.tokenizer = tokenizer
         self.jobs = {job.id: job for job in study.jobs()}
         self.fingerprint = anatomy.fingerprint()
         for path, remedy in study.remedies().items():
@@ -77,72 +69,55 @@ class Grid:
                 raise RecipeError(
                     f"{path} is a diagnosis of another model than {study.model_name}; diagnose a variant of this one"
                 )
-        for job in self.jobs.values():
-            check_fits(anatomy, job.recipe)
-        self.keys = {name: self._job_key(job) for name, job in self.jobs.items()}
-        self.keys |= {name: self._import_key(name) for name in study.imported}
-        pending = [job for job in self.jobs.values() if not self._finished(job.id)]
-        sets = [job.calibration for job in self.jobs.values() if job.calibration]
-        self.text = CalibrationText.draw(tokenizer, corpus, sets) if pending and sets else None
-        self.plan: Plan | None = None
-        if pending:
-            self.plan = make_plan(anatomy, pending, self.text, memory=memory, begun=self._begun(pending))
+        self.run = PruningRun(
+            anatomy,
+            tokenizer,
+            list(self.jobs.values()),
+            corpus,
+            folder,
+            memory=memory,
+            device_memory=device_memory,
+            name=study.model_name,
+        )
+        self.keys = self.run.keys | {name: self._import_key(name) for name in study.imported}
+        self._known = {name for name in self.names if self._finished(name)}  # an altered file shows at once
+
+    @property
+    def plan(self) -> Plan | None:
+        """What it will take to make what is left."""
+        return self.run.plan
 
     @property
     def names(self) -> list[str]:
-        """Ids of all variants."""
-        return list(self.keys)
-
-    def place(self, variant: str) -> Path:
-        """Return the folder of a variant."""
-        return self.folder / VARIANTS / variant
+        """Ids of all variants but those that cannot be made."""
+        return [name for name in self.keys if name not in self.run.set_aside]
 
     def open(self, variant: str) -> Variant:
         """Open a finished variant."""
-        return Variant.open(self.place(variant), self.fingerprint)
+        return Variant.open(self.run.place(variant), self.fingerprint)
 
     @property
     def work(self) -> float:
         """Work that is left."""
-        waves = self.plan.waves if self.plan else ()
-        return self._block_weights * sum(sweep_work(self.anatomy, wave, self.text) for wave in waves)
+        return self._block_weights * sum(wave.tokens for wave in self.run.waves)
 
     def make(self, stage: Callable[[str], None], advance: Advance) -> None:
         """Make all variants that are missing."""
         for name, source in self.study.imported.items():
-            if not self._finished(name):
+            if name not in self._known:
                 stage(f"taking over {name}")
                 self._import(name, source)
-        waves = self.plan.waves if self.plan else ()
-        self._tidy(waves)
+        waves = self.run.waves
         for number, wave in enumerate(waves, start=1):
-            stage(f"pruning {_words(wave)}" + (f" (wave {number} of {len(waves)})" if len(waves) > 1 else ""))
-            self._sweep(wave, advance)
-        self._tidy()
-
-    def _sweep(self, wave: Sequence[Job], advance: Advance) -> None:
-        assert self.plan is not None
-        began = time.monotonic()
-        scratch = self._scratch(wave)
-        workspace = Workspace(scratch, scratch.name, spill=self.plan.spill)
-        write_json(scratch / WAVE_FILE, [job.id for job in wave])
-        try:
-            results = sweep(
-                self.anatomy,
-                wave,
-                self.text,
-                workspace=workspace,
-                progress=lambda tokens: advance(tokens * self._block_weights),
-            )
-        except (ModelError, RecipeError):  # it would end so again
-            self._tidy()
-            raise
-        for job in wave:  # one at a time, since weights may be large
-            if not self._finished(job.id):  # else it was saved before a kill
-                made = {job: results(job)}
-                (variant,) = variants_of(self.fingerprint, made, self.study.model_name, self.corpus)
-                self._save(variant, (time.monotonic() - began) / len(wave))
-        workspace.close()
+            stage(f"pruning {wave}" + (f" (wave {number} of {len(waves)})" if len(waves) > 1 else ""))
+            began = time.monotonic()
+            made = self.run.run(wave, lambda tokens: advance(tokens * self._block_weights))
+            for name in made:
+                self._note(name, (time.monotonic() - began) / len(made))
+        self.run.close()
+        for name in self.jobs:
+            if name not in self._known | self.run.set_aside.keys():
+                self._note(name, 0.0)  # made before, by a run that was killed before it could say so
 
     def _import(self, name: str, source: str) -> None:
         began = time.monotonic()
@@ -154,88 +129,42 @@ class Grid:
             raise VariantError(f"{source}: {error}") from error
         variant = replace(variant, record=variant.record.model_copy(update={"model": self.study.model_name}))
         self._check_unlike_others(variant)
-        self._save(variant, time.monotonic() - began)
+        variant.save(self.run.place(name))
+        self._note(name, time.monotonic() - began)
 
     def _check_unlike_others(self, variant: Variant) -> None:
         """Raise ``VariantError`` if frames could not tell a variant that is taken over from another one."""
         columns = variant.columns()
         for job in self.jobs.values():
-            made = VariantRecord(
-                id=job.id,
-                model=self.study.model_name,
-                model_fingerprint=self.fingerprint,
-                recipe=job.recipe,
-                calibration=job.calibration,
-            )
-            if made.columns(0.0) == columns:
+            if self.run.record(job).columns(0.0) == columns:
                 raise VariantError(
                     f'imported "{variant.id}" says that it is "{job.id}", which this study makes itself; '
                     f"leave one of them out, or remove the {RECIPE_FILE} beside that checkpoint"
                 )
         for name in self.study.imported:
-            if name != variant.id and self._finished(name) and self.open(name).columns() == columns:
+            if name != variant.id and name in self._known and self.open(name).columns() == columns:
                 raise VariantError(
                     f'imported "{variant.id}" and "{name}" say that they are the same variant; '
                     f"leave one of them out, or remove the {RECIPE_FILE} beside its checkpoint"
                 )
 
-    # -- scratch folders of waves ------------------------------------------------------------------------------
-
-    def _scratch(self, wave: Iterable[Job]) -> Path:
-        key = content_sha256(sorted(self.keys[job.id] for job in wave))
-        return self.folder / SCRATCH / key[:16]
-
-    def _begun(self, pending: Sequence[Job]) -> list[tuple[Job, ...]]:
-        """Return the waves that a killed run was in the middle of, if they are still wanted as they were."""
-        waves = []
-        for path in sorted((self.folder / SCRATCH).glob(f"*/{WAVE_FILE}")):
-            try:
-                wave = tuple(self.jobs[name] for name in json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, KeyError, TypeError):  # damaged, or of a study that was changed since
-                continue
-            if self._scratch(wave) == path.parent and set(wave) & set(pending):
-                waves.append(wave)
-        return waves
-
-    def _tidy(self, waves: Iterable[Iterable[Job]] = ()) -> None:
-        """Remove what other waves than these have left, and the scratch folder when it is empty."""
-        keep = {self._scratch(wave) for wave in waves}
-        for folder in (self.folder / SCRATCH).glob("*"):
-            if folder not in keep:
-                shutil.rmtree(folder, ignore_errors=True)
-        if not keep:
-            shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
-
-    # -- saving ------------------------------------------------------------------------------------------------
-
-    def _save(self, variant: Variant, seconds: float) -> None:
-        place = self.place(variant.id)
-        variant.save(place)
-        self.ledger.finish(f"variant {variant.id}", self.keys[variant.id], sorted(place.iterdir()), seconds)
+    def _note(self, name: str, seconds: float) -> None:
+        self.ledger.finish(f"variant {name}", self.keys[name], sorted(self.run.place(name).iterdir()), seconds)
+        self._known.add(name)
 
     def _finished(self, name: str) -> bool:
         return self.ledger.finished(f"variant {name}", self.keys[name])
-
-    def _job_key(self, job: Job) -> str:
-        text = calibration_fingerprint(self.corpus, job.calibration) if job.calibration else None
-        calibration = job.calibration.model_dump(mode="json") if job.calibration else None
-        return content_sha256(
-            {**self._common, "recipe": job.recipe.model_dump(mode="json"), "set": calibration, "text": text}
-        )
 
     def _import_key(self, name: str) -> str:
         source = Path(self.study.imported[name])
         found = [*source.glob("*.safetensors"), *source.glob(RECIPE_FILE)]
         files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found)
-        return content_sha256({**self._common, "imported": str(source), "files": files})
-
-    @property
-    def _common(self) -> dict[str, str]:
-        return {
+        common = {
             "prunescope": version("prunescope"),
             "model": self.fingerprint,
             "dtype": str(self.anatomy.model.dtype),
         }
+        return content_sha256({**common, "imported": str(source), "files": files})
 
     @property
     def _block_weights(self) -> float:
@@ -259,12 +188,3 @@ def tell_loading(study: Study, console: Console, note: str = "") -> None:
     """Say that the model is loaded."""
     note += " (converted on first use, about a minute)" if study.model == DEMO else ""
     console.print(f"loading the model {study.model_name}{note}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _words(wave: Sequence[Job]) -> str:
-    sets = list(dict.fromkeys(f"{j.calibration.name} (seed {j.calibration.seed})" for j in wave if j.calibration))
-    methods = ", ".join(dict.fromkeys(job.recipe.method for job in wave))
-    if not sets:
-        return f"{methods}, without text"
-    which = sets[0] if len(sets) == 1 else f"{len(sets)} calibration sets"
-    return f"{len(wave)} variant{'s' * (len(wave) > 1)}: {methods}; {which}"

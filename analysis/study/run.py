@@ -38,6 +38,7 @@ from probes import (
 from pruning import Anatomy, Corpus, Segment, load_model
 from pruning.errors import StudyError
 from pruning.files import content_sha256, disk_errors, remove_partials, whole_file, write_text
+from pruning.runner import VARIANTS
 from pruning.text.sources import fingerprint
 
 from ..frames import STUDY_FRAMES, dense_columns, joined, read_frame, write_frame
@@ -48,7 +49,7 @@ from ..report import ReportFacts, diagnosis_findings, study_figures, write_repor
 from . import diagnoses, harness
 from .configuration import Study
 from .progress import WorkProgress
-from .pruning_stage import VARIANTS, Grid, load_for_pruning, tell_loading
+from .pruning_stage import Grid, load_for_pruning, tell_loading
 from .questions import Asking
 from .records import Ledger
 from .study_file import load_study
@@ -160,8 +161,14 @@ def _prune_only(study: Study, folder: Path, ledger: Ledger, console: Console, me
     began = time.monotonic()
     with WorkProgress(grid.work, console) as progress:
         grid.make(progress.stage, progress.advance)
+    _tell_set_aside(grid, console)
     ledger.describe(**_facts_of_run(study, grid, time.monotonic() - began))
     return folder / VARIANTS
+
+
+def _tell_set_aside(grid: Grid, console: Console) -> None:
+    for name, reason in grid.run.set_aside.items():
+        console.print(f"set aside: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _tell_plan(grid: Grid, console: Console) -> None:
@@ -292,6 +299,10 @@ class Run:
         began = time.monotonic()
         with WorkProgress(sum(work.values()), self.console) as progress:
             self.grid.make(progress.stage, progress.advance)
+            if self.grid.run.set_aside:  # which nobody knew when the work was counted
+                _tell_set_aside(self.grid, self.console)
+                languages = {lang: [v for v in some if v in self.models] for lang, some in languages.items()}
+                questions = {lang: [v for v in some if v in self.models] for lang, some in questions.items()}
             if fit:
                 progress.stage("reading the fitting text")
                 self._fit(progress)
@@ -506,6 +517,7 @@ def _facts_of_run(study: Study, grid: Grid, seconds: float) -> dict[str, Any]:
         },
         "model": {"name": study.model, "fingerprint": grid.fingerprint},
         "text": {"calibration": {lang: fingerprint(grid.corpus.segments("calibration", lang)) for lang in languages}},
+        "set_aside": dict(grid.run.set_aside),
         "seeds": sorted({calibration.seed for calibration in sets}),
     }
 

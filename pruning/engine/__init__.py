@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .jobs import Job, Schedule, check_fits
-from .sweep import Pruned, sweep
+from .jobs import Job, Schedule, check_fits, planned_jobs
+from .sweep import Pruned, Swept, sweep
 from .workspace import Workspace
 
-__all__ = ["Job", "Pruned", "Schedule", "Workspace", "check_fits", "sweep"]
+__all__ = ["Job", "Pruned", "Schedule", "Swept", "Workspace", "check_fits", "planned_jobs", "sweep"]

@@ -26,7 +26,7 @@ from ..models.anatomy import Anatomy
 from ..patterns import MODEL
 from ..recipes import Recipe
 from ..statistics import POSITIVE, SQUARES, InputStatistics, Statistics
-from ..variants.masks import Key
+from ..variants.key import Key
 from .choosing import Derivatives, scored, unseen
 from .jobs import Job, covered_shapes, diagnosed_sparsities
 

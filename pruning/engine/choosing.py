@@ -14,7 +14,7 @@ from ..methods import magnitude
 from ..models.anatomy import Anatomy, InputGroup
 from ..recipes import Recipe
 from ..statistics import InputStatistics, Statistics
-from ..variants.masks import Key
+from ..variants.key import Key
 from .jobs import projection_seed
 
 

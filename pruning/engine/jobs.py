@@ -12,7 +12,7 @@ from ..models.anatomy import Anatomy
 from ..patterns import Shape
 from ..recipes import Recipe
 from ..text.calibration import CalibrationSet, CalibrationText, Piece
-from ..variants.masks import Key
+from ..variants.key import Key
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,24 @@ class Job:
     def id(self) -> str:
         """The name of the variant that it makes."""
         return self.recipe.variant_id(self.calibration)
+
+
+def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> list[Job]:
+    """Return a job for every recipe that needs no text, then one for every calibration set and other recipe.
+
+    Raises
+    ------
+    RecipeError
+        If two of them would have the same name.
+    """
+    recipes, sets = list(recipes), list(sets)
+    jobs = [Job(recipe) for recipe in recipes if not recipe.calibrated or not sets]
+    jobs += [Job(recipe, calibration) for calibration in sets for recipe in recipes if recipe.calibrated]
+    named: dict[str, Job] = {}
+    for job in jobs:
+        if named.setdefault(job.id, job) != job:
+            raise RecipeError(f'two variants would be called "{job.id}"; give their calibration sets other names')
+    return list(named.values())
 
 
 def covered_shapes(anatomy: Anatomy, recipe: Recipe) -> dict[Key, Shape]:
@@ -169,6 +187,23 @@ class Schedule:
             own = sum(size[piece] for piece in self.pieces_of(job))
             total += own * (int(job.recipe.covers_block(layer)) + int(self.goes_on(job, layer)))
         return total
+
+    def drop(self, job: Job, layer: int = -1) -> int:
+        """Take a job out that gets no further than choosing its weights of a block, or not even to the first one.
+
+        Returns
+        -------
+        int
+            Tokens that it would still have sent through blocks.
+        """
+        before = [self.tokens(later) for later in range(layer + 1, self.blocks)]
+        at_this = 0
+        if layer >= 0 and (self.departs(job, layer) or (not self.shares(job, layer) and self.goes_on(job, layer))):
+            assert job.calibration is not None
+            assert self.text is not None
+            at_this = self.text.size(job.calibration)
+        self.jobs.remove(job)
+        return at_this + sum(before) - sum(self.tokens(later) for later in range(layer + 1, self.blocks))
 
     @property
     def work(self) -> int:

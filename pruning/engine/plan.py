@@ -1,4 +1,4 @@
-"""What a grid of jobs will need, before it starts: memory, disk and time; and how to keep within a cap."""
+"""What a grid of jobs will need before it starts: memory of the machine and of the device, disk and time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from ..models.head import head_of
 from ..patterns import MODEL, Shape
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
-from ..variants.masks import Key
+from ..variants.key import Key
 from .jobs import Job, Schedule, covered_shapes
 from .streams import StackStarter, Stream, run_block
 from .sweep import GRADIENT_TOKENS
+from .workspace import Place
 
 #: Bytes that Python, torch, transformers and a tokenizer take before any model is there.
 _BASE = 700 << 20
+#: Bytes that a device's own libraries take of it.
+_CONTEXT = 500 << 20
 #: Memory that is taken over what is held: gaps that the allocator leaves.
 _SLACK = 1.4
 _FLOAT = 4
@@ -42,32 +45,34 @@ class Plan:
     ----------
     waves
         Jobs that go through the model together, one wave after the other.
-    spill
-        Whether hidden states go to disk.
-    memory
-        Bytes at the most, estimated.
+    states
+        Where hidden states wait for their next block.
+    memory, device_memory
+        Bytes at the most, estimated: of the machine, and of the model's device if that has its own (else 0).
     scratch, kept
         Bytes on disk: while it runs, and of the finished variants.
     seconds_a_block
-        Of one block with all its jobs, from a trial with a little text; 0 if no text is needed.
+        Of one block with all its jobs, from a trial with a little text; 0 if no text is needed or nothing is written.
     blocks
         Of the model.
     """
 
     waves: tuple[tuple[Job, ...], ...]
-    spill: bool
+    states: Place
     memory: int
     scratch: int
     kept: int
     seconds_a_block: float
     blocks: int
+    device_memory: int = 0
 
     def __str__(self) -> str:
         """Return the plan in one line."""
         jobs = sum(len(wave) for wave in self.waves)
         parts = [f"{jobs} variant{'s' * (jobs != 1)}" + (f" in {len(self.waves)} waves" if len(self.waves) > 1 else "")]
         parts.append(f"memory about {_size(self.memory)}")
-        parts += ["hidden states on disk"] if self.spill else []
+        parts += [f"on the device about {_size(self.device_memory)}"] if self.device_memory else []
+        parts += {"host": ["hidden states off the device"], "disk": ["hidden states on disk"]}.get(self.states, [])
         parts.append(f"disk {_size(self.kept)}" + (f" and {_size(self.scratch)} while it runs" if self.scratch else ""))
         if self.seconds_a_block:
             total = self.seconds_a_block * self.blocks
@@ -81,58 +86,87 @@ def make_plan(
     text: CalibrationText | None,
     *,
     memory: int | None = None,
+    device_memory: int | None = None,
     batch_tokens: int = 2048,
     begun: Sequence[tuple[Job, ...]] = (),
+    in_folder: bool = True,
 ) -> Plan:
-    """Work out what jobs will need, and split them so that they keep within a cap.
+    """Work out what jobs will need, and split them so that they keep within caps.
 
     Parameters
     ----------
     anatomy, jobs, text
         As for the sweep.
-    memory
-        Cap on resident memory in bytes; none by default.
+    memory, device_memory
+        Caps in bytes on resident memory and on that of the model's device; none by default.
     batch_tokens
         Tokens that go through a block at a time.
     begun
-        Waves that a killed run was in the middle of. They stay as they are, unless they do not keep within the cap.
+        Waves that a killed run was in the middle of. They stay as they are, unless they do not keep within the caps.
+    in_folder
+        Whether variants and hidden states may go to disk. If not, all variants are made in one wave and held.
 
     Raises
     ------
     MemoryCapError
-        If even one job after the other, with hidden states on disk, would need more.
+        If even one job after the other, with hidden states on disk, would need more; or if a device is given a cap
+        that has no memory of its own.
     """
-    needed = _Needs(anatomy, text, batch_tokens)
-    begun = [wave for wave in begun if memory is None or needed.peak(wave, spill=True) <= memory]
+    needed = _Needs(anatomy, text, batch_tokens, in_folder=in_folder)
+    if device_memory is not None and not needed.apart:
+        raise MemoryCapError(
+            f"this model is on the {anatomy.device.type}, which has no memory of its own to cap; "
+            "use the cap on memory (--memory), or load the model onto a GPU"
+        )
+    caps = (memory, device_memory)
+    places: list[Place] = ["device"]
+    places += ["host"] if needed.apart else []
+    places += ["disk"] if in_folder else []
+    begun = [wave for wave in begun if _within(needed.peak(wave, places[-1]), caps)]
     groups = _groups([job for job in jobs if not any(job in wave for wave in begun)])
-    waves, spill = [*begun, *groups], False
-    peak = max(needed.peak(wave, spill=False) for wave in waves)
-    if memory is not None and peak > memory:
-        spill = True
-        for count in _halvings(max(map(len, groups), default=0)):
-            waves = [*begun, *(part for group in groups for part in _cut(group, count))]
-            peak = max(needed.peak(wave, spill=True) for wave in waves)
-            if peak <= memory:
-                break
-        else:
-            whole = [job.recipe.method for job in jobs if job.recipe.scoring.differentiates]
-            hint = "" if anatomy.streamed else "; prunescope prune reads a checkpoint on disk a block at a time"
-            hint = f"; {whole[0]} needs the whole model in memory" if whole else hint
-            raise MemoryCapError(
-                f"a memory cap of {memory / _GIB:.2f} GiB cannot hold one block with what it needs: about "
-                f"{peak / _GIB:.2f} GiB for this model and these recipes{hint}"
-            )
-    rate = needed.seconds_a_token() if text is not None and any(job.recipe.scoring.needs for job in jobs) else 0.0
+    if not in_folder:
+        groups = [tuple(jobs)]
+    counts = list(_halvings(max(map(len, groups), default=0))) if in_folder else [1]
+    # First hidden states move away, then there are more waves; the last try needs least.
+    for place, count in [*((place, 1) for place in places), *((places[-1], count) for count in counts[1:])]:
+        waves = [*begun, *(part for group in groups for part in _cut(group, count))]
+        peaks = [needed.peak(wave, place) for wave in waves]
+        peak = (max(host for host, _ in peaks), max(device for _, device in peaks))
+        if _within(peak, caps):
+            break
+    else:
+        raise _cap_error(anatomy, jobs, peak, caps)
+    timed = in_folder and text is not None and any(job.recipe.scoring.needs for job in jobs)
+    rate = needed.seconds_a_token() if timed else 0.0
     seconds = sum(rate * needed.tokens_a_block(wave) for wave in waves)
-    scratch = max(needed.states(wave) + sum(map(needed.kept, wave)) for wave in waves)
+    scratch = max(needed.states(wave) + sum(map(needed.kept, wave)) for wave in waves) if in_folder else 0
     return Plan(
         tuple(waves),
-        spill,
-        peak,
+        place,
+        peak[0],
         scratch,
-        sum(needed.kept(job) for job in jobs),
+        sum(needed.kept(job) for job in jobs) if in_folder else 0,
         seconds,
         len(anatomy.blocks),
+        peak[1],
+    )
+
+
+def _within(peak: tuple[int, int], caps: tuple[int | None, int | None]) -> bool:
+    return all(cap is None or most <= cap for most, cap in zip(peak, caps, strict=True))
+
+
+def _cap_error(
+    anatomy: Anatomy, jobs: Sequence[Job], peak: tuple[int, int], caps: tuple[int | None, int | None]
+) -> MemoryCapError:
+    whole = [job.recipe.method for job in jobs if job.recipe.scoring.differentiates]
+    hint = "" if anatomy.streamed else "; prunescope prune reads a checkpoint on disk a block at a time"
+    hint = f"; {whole[0]} needs the whole model in memory" if whole else hint
+    kinds = ("memory cap", f"cap on the memory of the {anatomy.device.type} device")
+    kind, cap, most = next((k, c, m) for k, c, m in zip(kinds, caps, peak, strict=True) if c is not None and m > c)
+    return MemoryCapError(
+        f"a {kind} of {cap / _GIB:.2f} GiB cannot hold one block with what it needs: about "
+        f"{most / _GIB:.2f} GiB for this model and these recipes{hint}"
     )
 
 
@@ -170,8 +204,12 @@ def _size(number: float | int) -> str:
 class _Needs:
     """Estimates for one model and text; every number is in bytes unless it says otherwise."""
 
-    def __init__(self, anatomy: Anatomy, text: CalibrationText | None, batch_tokens: int) -> None:
+    def __init__(
+        self, anatomy: Anatomy, text: CalibrationText | None, batch_tokens: int, *, in_folder: bool = True
+    ) -> None:
         self.anatomy = anatomy
+        self.apart = anatomy.device.type not in ("cpu", "mps")
+        self.in_folder = in_folder
         self.text = text
         self.batch_tokens = batch_tokens
         self.element = anatomy.element_size
@@ -188,19 +226,25 @@ class _Needs:
         self.widest = max(anatomy.shape(layer, role)[0] for layer, role in anatomy)
         self.largest_matrix = max(out * inputs for out, inputs in (anatomy.shape(*key) for key in anatomy))
 
-    def peak(self, jobs: Sequence[Job], *, spill: bool) -> int:
-        """Return the most that a wave of jobs will hold at a time."""
-        differentiating = [job for job in jobs if job.recipe.scoring.differentiates]
+    def peak(self, jobs: Sequence[Job], states: Place) -> tuple[int, int]:
+        """Return the most that a wave of jobs will hold at a time: in memory, and on a device with its own."""
         weights = self.whole
         if self.anatomy.streamed:
             weights = self.largest_block + self.beside_blocks
         working = self._statistics(jobs) + self._choosing(jobs) + self._passing()
-        working += 2 * max(self._own_states(job) for job in jobs) if spill else self.states(jobs)
         working += self._encoded(jobs) + self._surveyed(jobs)
+        differentiating = [job for job in jobs if job.recipe.scoring.differentiates]
+        waiting = 0 if states == "disk" else self.states(jobs)
+        if states == "device":
+            working, waiting = working + waiting, 0
         if differentiating:
             working = max(working, self._differentiating(differentiating))
-        saving = max(self.removable(job) for job in jobs) // 8
-        return int(_BASE + weights + _SLACK * max(working, saving))
+        results = 0 if self.in_folder else sum(map(self.kept, jobs))
+        on_host = waiting + results + self.largest_matrix * (self.element + 1)
+        if not self.apart:
+            return int(_BASE + weights + _SLACK * (working + on_host)), 0
+        passing = self.largest_block if self.anatomy.streamed else 0  # from the shards to the device
+        return int(_BASE + _SLACK * (on_host + passing)), int(_CONTEXT + weights + _SLACK * working)
 
     def removable(self, job: Job) -> int:
         """Return how many weights a job chooses from."""
@@ -214,14 +258,10 @@ class _Needs:
         return max(self.batch_tokens, length) * width * max(self.element, _FLOAT)
 
     def _choosing(self, jobs: Sequence[Job]) -> int:
-        """Return what it takes to choose weights of a block, and what all jobs have chosen of it before it is saved."""
+        """Return what it takes to choose weights of a block for one job after the other."""
         solves = any(job.recipe.scoring.solve is not None for job in jobs)
         block = self.largest_block * (3 if solves else 2)  # a copy of the dense one, masks, corrected weights
-        chosen = self.largest_block / self.element / 8 * len(jobs)
-        for job in jobs:
-            if job.recipe.scoring.solve is not None:
-                chosen += self.largest_block * (1 - job.recipe.sparsity)
-        return int(block + chosen + self.largest_matrix * _FLOAT * 4)
+        return int(block + self.largest_matrix * _FLOAT * 4)
 
     def _surveyed(self, jobs: Sequence[Job]) -> int:
         """Return what the scores of the whole model take, for jobs with one threshold over all."""
@@ -282,11 +322,6 @@ class _Needs:
             own = sum(self.text.size(j.calibration) for j in schedule.on_their_own(layer) if j.calibration)
             tokens = max(tokens, shared + own)
         return 2 * tokens * self.anatomy.hidden_size * self.element
-
-    def _own_states(self, job: Job) -> int:
-        if self.text is None or job.calibration is None:
-            return 0
-        return self.text.size(job.calibration) * self.anatomy.hidden_size * self.element
 
     def kept(self, job: Job) -> int:
         """Return what a finished variant takes on disk."""

@@ -86,14 +86,16 @@ class StackStarter:
         self._checked = False
         self._tuples = True  # whether blocks return a tuple; known after the first batch
 
-    def __call__(self, stream: Stream) -> None:
-        """Give `stream` the hidden states and arguments at the beginning of the stack."""
-        stream.hidden, stream.arguments = [], []
+    def __call__(self, stream: Stream, sink: Callable[[Tensor], object] | None = None) -> None:
+        """Give `stream` the hidden states and arguments at the beginning of the stack; or the states to `sink`."""
+        stream.arguments = []
+        states: list[Tensor] = []
         for i, ids in enumerate(stream.tokens):
             memory = None if stream.memory is None else stream.memory[i]
             hidden, arguments = self.begin(**stack_inputs(self._anatomy, ids, memory))
-            stream.hidden.append(hidden)
+            (sink or states.append)(hidden)
             stream.arguments.append(arguments)
+        stream.hidden = states
 
     @torch.no_grad()
     def begin(self, **inputs: Tensor) -> tuple[Tensor, list[Arguments]]:
@@ -257,13 +259,12 @@ def gather(
     stream: Stream,
     wanted: dict[InputGroup, frozenset[str]],
     progress: Progress,
-    *,
-    to_the_end: bool,
-) -> tuple[dict[str, InputStatistics], list[Tensor]]:
-    """Run a dense block; return the statistics of the wanted inputs, by leading role, and the block's outputs.
+    sink: Callable[[Tensor], object] | None = None,
+) -> dict[str, InputStatistics]:
+    """Run a dense block; return the statistics of the wanted inputs, by leading role.
 
-    A block that is not wanted to its end is left as soon as all inputs have been seen, so that it is spared the
-    product that costs most.
+    `sink` takes the block's output for each batch. Without it, the block is left as soon as all inputs have been seen,
+    so that it is spared the product that costs most.
     """
     block, stack = anatomy.blocks[layer], anatomy.stack_of(layer)
     device = next(block.parameters()).device
@@ -285,10 +286,9 @@ def gather(
         else:
             _observe_experts(anatomy, layer, groups, inputs, statistics, language)
         seen.add(path)
-        if not to_the_end and len(seen) == len(places):
+        if sink is None and len(seen) == len(places):
             raise _EndOfStatistics
 
-    outputs: list[Tensor] = []
     with ExitStack() as hooks:
         for path in places:
             handle = anatomy.module(layer, path).register_forward_pre_hook(partial(observe, path=path))
@@ -297,12 +297,14 @@ def gather(
         for batch_language in stream.languages:
             language = batch_language
             seen.clear()
-            outputs.append(next(runs))
+            output = next(runs)
+            if sink is not None:
+                sink(output)
             if len(seen) < len(places):
                 missing = ", ".join(sorted(set(places) - seen))
                 raise ModelError(f"block {layer}: nothing was sent through {missing}; this model is not as expected")
         next(runs, None)  # lets it report the last batch
-    return statistics, outputs
+    return statistics
 
 
 def _observe_experts(

@@ -7,7 +7,7 @@ dense propagation); and by calibration sets, whose statistics are sums over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from ..allocation import Budgets
-from ..errors import RecipeError
-from ..models.anatomy import Anatomy, InputGroup, Stack
-from ..statistics import CURVATURE, GRADIENT, InputStatistics, together
-from ..text.calibration import CalibrationSet, CalibrationText, Piece
-from ..variants.masks import Key, MaskSet
+from ..errors import ModelError, RecipeError
+from ..models.anatomy import Anatomy
+from ..statistics import CURVATURE, GRADIENT, InputStatistics
+from ..text.calibration import CalibrationSet, CalibrationText
+from ..variants.key import Key
+from ..variants.masks import MaskSet
 from .budgets import Survey, needs_survey, settled, survey_needs
 from .choosing import Choice, Derivatives, choose
+from .flow import Flow, StatisticsOf
 from .gradients import differentiate
-from .jobs import Job, Schedule, check_fits
-from .streams import Progress, StackStarter, Stream, gather, run_block
+from .jobs import Job, Schedule, check_fits, covered_shapes
+from .streams import Progress
 from .workspace import Workspace
 
 _OF_THE_LOSS = frozenset({GRADIENT, CURVATURE})
-_Needs = Callable[[Job], frozenset[str]]
 #: Tokens whose loss is differentiated at a time: whole logits are held for them.
 GRADIENT_TOKENS = 256
 
@@ -42,14 +43,42 @@ class Pruned:
     masks
         Kept weights of every projection in the recipe's scope.
     values
-        For methods that correct weights, the values of the kept ones, in the order of the mask.
+        For methods that correct weights, the values of the kept ones, in the order of the mask; else empty.
     remarks
         What a reader of the recipe should know.
     """
 
     masks: MaskSet
-    values: Mapping[Key, Tensor] | None
+    values: Mapping[Key, Tensor]
     remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep came to.
+
+    Attributes
+    ----------
+    workspace
+        Where it is.
+    set_aside
+        The jobs that could not be carried out, each with the reason.
+    """
+
+    workspace: Workspace
+    set_aside: Mapping[Job, str]
+
+    def __call__(self, job: Job) -> Pruned:
+        """Return what a job came to, read from the workspace when it is asked for.
+
+        Raises
+        ------
+        ModelError
+            If the job was set aside.
+        """
+        if job in self.set_aside:
+            raise ModelError(f"{job.id}: {self.set_aside[job]}")
+        return Pruned(*self.workspace.results(job.id), self.workspace.remarks(job.id))
 
 
 def sweep(
@@ -60,10 +89,11 @@ def sweep(
     batch_tokens: int = 2048,
     workspace: Workspace | None = None,
     progress: Progress = lambda tokens: None,
-) -> Callable[[Job], Pruned]:
+) -> Swept:
     """Choose the masks, and the weights where a method corrects them, of any number of variants.
 
-    The model is changed while the sweep runs and is the dense model again afterwards, bit for bit.
+    The model is changed while the sweep runs and is the dense model again afterwards, bit for bit. A job whose scores
+    or corrected weights are not finite, or whose allocation cannot be met, is set aside, and the others go on.
 
     Parameters
     ----------
@@ -78,19 +108,12 @@ def sweep(
     workspace
         Where to keep what is done; a killed sweep that is started again with the same workspace goes on.
     progress
-        Told of the tokens as they go through a block; see :func:`sweep_work` for the total.
-
-    Returns
-    -------
-    callable
-        From a job to what it came to, read from the workspace when it is asked for.
+        Told of the tokens as they go through a block, or are spared; see :func:`sweep_work` for the total.
 
     Raises
     ------
     RecipeError
         If a recipe does not fit the model, or needs text and has none.
-    ModelError
-        If a weight or an activation is not finite.
     """
     jobs = list(dict.fromkeys(jobs))
     for job in jobs:
@@ -100,7 +123,8 @@ def sweep(
     run = _Sweep(anatomy, jobs, text, batch_tokens, workspace or Workspace(), progress)
     with torch.no_grad():
         run.everything()
-    return run.pruned
+    reasons = run.workspace.set_aside
+    return Swept(run.workspace, {job: reasons[job.id] for job in jobs if job.id in reasons})
 
 
 def sweep_work(anatomy: Anatomy, jobs: Sequence[Job], text: CalibrationText | None) -> int:
@@ -157,18 +181,40 @@ class _Sweep:
 
     def everything(self) -> None:
         differentiating, streaming = _split(self.jobs)
+        if self.workspace.is_complete:
+            self.progress(sweep_work(self.anatomy, self.jobs, self.text))
+            return
         self._survey()
         self._differentiate(differentiating)
         at_once = [job for job in self.jobs if not job.recipe.scoring.needs]
         self._stream(streaming, at_once)
+        self.workspace.complete()
 
-    def pruned(self, job: Job) -> Pruned:
-        packed = {key: tensor.numpy() for key, tensor in self.workspace.results(job.id, "mask").items()}
-        order = [key for key in self.anatomy if key in packed]
-        inputs = {key: self.anatomy.shape(*key)[1] for key in order}
-        masks = MaskSet({key: packed[key] for key in order}, inputs)
-        values = self.workspace.results(job.id, "kept")
-        return Pruned(masks, values or None, self.workspace.remarks(job.id))
+    def _left(self, jobs: Iterable[Job]) -> list[Job]:
+        """Return the jobs that were not set aside."""
+        return [job for job in jobs if job.id not in self.workspace.set_aside]
+
+    @contextmanager
+    def _or_set_aside(self, *jobs: Job) -> Iterator[None]:
+        """Set jobs aside if what is done for them cannot be done."""
+        try:
+            yield
+        except (ModelError, RecipeError) as error:
+            for job in jobs:
+                self.workspace.give_up(job.id, str(error))
+
+    def _flow(self, schedule: Schedule, workspace: Workspace, needs: Callable[[Job], frozenset[str]]) -> Flow:
+        return Flow(
+            self.anatomy,
+            schedule,
+            workspace,
+            needs=needs,
+            batch_tokens=self.batch_tokens,
+            progress=self.progress,
+        )
+
+    def _begin(self, job: Job) -> None:
+        self.workspace.begin(job.id, covered_shapes(self.anatomy, job.recipe))
 
     # -- the survey ------------------------------------------------------------------------------------------
 
@@ -178,29 +224,34 @@ class _Sweep:
         surveys = {dense: Survey(dense) for dense in reading}
         for layer, statistics in self._dense_pass(list(reading)):
             for dense, survey in surveys.items():
-                survey.look(self.anatomy, layer, statistics(dense))
+                readers = self._left(reading[dense])
+                if readers:
+                    with self._or_set_aside(*readers):
+                        survey.look(self.anatomy, layer, statistics(dense))
         for dense, survey in surveys.items():
-            for job in reading[dense]:
+            for job in self._left(reading[dense]):
                 self._settle(job, survey)
-        for job in self.jobs:
+        for job in self._left(self.jobs):
             if job not in self.budgets and not job.recipe.scoring.needs:
                 survey = Survey(job)
-                for layer in range(len(self.anatomy.blocks)):
-                    with self.anatomy.loaded(layer, to_read=True):
-                        survey.look(self.anatomy, layer, {})
-                self._settle(job, survey)
+                with self._or_set_aside(job):
+                    for layer in range(len(self.anatomy.blocks)):
+                        with self.anatomy.loaded(layer, to_read=True):
+                            survey.look(self.anatomy, layer, {})
+                    self._settle(job, survey)
 
     def _settle(self, job: Job, survey: Survey) -> None:
-        self.budgets[job], remarks = survey.budgets(self.anatomy)
-        self.workspace.remark(job.id, remarks)
+        with self._or_set_aside(job):
+            self.budgets[job], remarks = survey.budgets(self.anatomy)
+            self.workspace.remark(job.id, remarks)
 
-    def _dense_pass(self, jobs: Sequence[Job]) -> Iterator[tuple[int, _StatisticsOf]]:
+    def _dense_pass(self, jobs: Sequence[Job]) -> Iterator[tuple[int, StatisticsOf]]:
         """Send the text of jobs through the dense model; yield each block's statistics."""
         if not jobs:
             return
         schedule = Schedule(self.anatomy, jobs, self.text)
         aside = self.workspace.aside()
-        flow = _Flow(self, schedule, aside, needs=lambda job: survey_needs(job.recipe))
+        flow = self._flow(schedule, aside, lambda job: survey_needs(job.recipe))
         for layer in range(schedule.blocks):
             with self.anatomy.loaded(layer):
                 flow.enter(layer)
@@ -214,21 +265,28 @@ class _Sweep:
     def _differentiate(self, jobs: Sequence[Job]) -> None:
         for calibration, curvature in _differentiated(jobs).items():
             assert self.text is not None
+            readers = [job for job in jobs if job.calibration == calibration]
             batches = [
                 batch
                 for piece in self.text.pieces[calibration]
                 for batch in self.text.tokens[piece].split(max(1, GRADIENT_TOKENS // piece.length))
             ]
-            with torch.enable_grad():
-                derivatives = differentiate(
-                    self.anatomy, batches, curvature=curvature, progress=self._derivatives_progress
-                )
-            for job in jobs:
-                if job.calibration == calibration:
-                    self._choose_by_derivatives(job, derivatives)
+            left = self.text.size(calibration) * (1 + curvature)
 
-    def _derivatives_progress(self, tokens: int) -> None:
-        self.progress(3 * tokens * len(self.anatomy.blocks))  # a pass back costs about two forwards
+            def told(tokens: int) -> None:
+                nonlocal left
+                left -= tokens
+                self.progress(3 * tokens * len(self.anatomy.blocks))  # a pass back costs about two forwards
+
+            derivatives = None
+            with self._or_set_aside(*readers), torch.enable_grad():
+                derivatives = differentiate(self.anatomy, batches, curvature=curvature, progress=told)
+            if derivatives is None:
+                told(left)
+                continue
+            for job in readers:
+                with self._or_set_aside(job):
+                    self._choose_by_derivatives(job, derivatives)
 
     def _choose_by_derivatives(self, job: Job, derivatives: Derivatives) -> None:
         layers = range(len(self.anatomy.blocks))
@@ -236,209 +294,57 @@ class _Sweep:
             survey = Survey(job)
             for layer in layers:
                 survey.look(self.anatomy, layer, {}, derivatives)
-            self._settle(job, survey)
+            self.budgets[job], remarks = survey.budgets(self.anatomy)
+            self.workspace.remark(job.id, remarks)
+        self._begin(job)
         for layer in layers:
             if job.recipe.covers_block(layer):
-                self._put(job, layer, choose(self.anatomy, layer, job.recipe, self.budgets[job], {}, derivatives))
-        self.workspace.finish_block(-1 - self.jobs.index(job))
+                choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], {}, derivatives)
+                self.workspace.put(job.id, layer, choice)
 
     # -- block by block --------------------------------------------------------------------------------------
 
     def _stream(self, jobs: Sequence[Job], at_once: Sequence[Job]) -> None:
         schedule = Schedule(self.anatomy, jobs, self.text)
-        flow = _Flow(self, schedule, self.workspace, needs=lambda job: job.recipe.scoring.needs - _OF_THE_LOSS)
-        start = flow.resume() if jobs else 0
+        spared = sum(schedule.drop(job) for job in jobs if job.id in self.workspace.set_aside)
+        if spared:
+            self.progress(spared)
+        flow = self._flow(schedule, self.workspace, lambda job: job.recipe.scoring.needs - _OF_THE_LOSS)
+        start = flow.resume() if schedule.jobs else 0
         if start:
             self.progress(sum(schedule.tokens(layer) for layer in range(start)))
+        else:
+            for job in self._left([*at_once, *jobs]):
+                self._begin(job)
         for layer in range(start, schedule.blocks):
+            if not self._left([*at_once, *jobs]):
+                break
             with self.anatomy.loaded(layer):
-                for job in at_once:
+                for job in self._left(at_once):
                     if job.recipe.covers_block(layer):
-                        self._put(job, layer, choose(self.anatomy, layer, job.recipe, self.budgets[job], {}))
+                        self._choose(job, layer, {})
                 flow.enter(layer)
                 statistics = flow.through_dense(layer)
                 for job in schedule.on_pieces(layer):
-                    self._choose(job, layer, statistics(job), flow)
+                    self._choose_and_go_on(job, layer, statistics(job), flow)
                 del statistics
                 for job in schedule.on_their_own(layer):
-                    self._choose(job, layer, flow.own_statistics(job, layer), flow)
+                    self._choose_and_go_on(job, layer, flow.own_statistics(job, layer), flow)
                 flow.leave(layer)
-            self.workspace.finish_block(layer)
             if jobs and layer + 1 < schedule.blocks:
                 self.workspace.checkpoint(layer + 1, flow.states())
 
-    def _choose(self, job: Job, layer: int, statistics: Mapping[str, InputStatistics], flow: _Flow) -> None:
-        choice = Choice()
-        if job.recipe.covers_block(layer):
+    def _choose(self, job: Job, layer: int, statistics: Mapping[str, InputStatistics]) -> Choice | None:
+        """Choose a job's weights of a block; ``None`` if it had to be set aside."""
+        with self._or_set_aside(job):
             choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], statistics)
-            self._put(job, layer, choice)
-        flow.through_pruned(job, layer, choice)
+            self.workspace.put(job.id, layer, choice)
+            return choice
+        return None
 
-    def _put(self, job: Job, layer: int, choice: Choice) -> None:
-        self.workspace.put(job.id, layer, choice)
-
-
-class _StatisticsOf:
-    """Statistics of one block, by job: those of its pieces together, worked out once for each calibration set."""
-
-    def __init__(self, schedule: Schedule, by_piece: Mapping[Piece, Mapping[str, InputStatistics]]) -> None:
-        self._schedule = schedule
-        self._by_piece = by_piece
-        self._by_set: dict[CalibrationSet, dict[str, InputStatistics]] = {}
-
-    def __call__(self, job: Job) -> dict[str, InputStatistics]:
-        assert job.calibration is not None
-        if job.calibration not in self._by_set:
-            pieces = [self._by_piece[piece] for piece in self._schedule.pieces_of(job)]
-            self._by_set[job.calibration] = {
-                leader: together(piece[leader] for piece in pieces) for leader in pieces[0]
-            }
-        return self._by_set[job.calibration]
-
-
-class _Flow:
-    """The streams of a schedule on their way through the blocks."""
-
-    def __init__(self, run: _Sweep, schedule: Schedule, workspace: Workspace, *, needs: _Needs) -> None:
-        self.anatomy = run.anatomy
-        self.schedule = schedule
-        self.workspace = workspace
-        self.needs = needs
-        self.progress = run.progress
-        self.batch_tokens = run.batch_tokens
-        self.pieces: dict[Piece, Stream] = {}
-        self.own: dict[Job, Stream] = {}
-        self._next: dict[Piece, Sequence[Tensor]] = {}
-        self._next_own: dict[Job, Stream] = {}
-        self._starter: tuple[Stack, StackStarter] | None = None
-        for piece in schedule.pieces(0):
-            self.pieces[piece] = self._stream([piece])
-
-    def _stream(self, pieces: Sequence[Piece]) -> Stream:
-        assert self.schedule.text is not None
-        stream = Stream([], [])
-        for piece in pieces:
-            batches = self.schedule.text.tokens[piece].split(max(1, self.batch_tokens // piece.length))
-            stream.tokens += batches
-            stream.languages += [piece.language] * len(batches)
-        return stream
-
-    def enter(self, layer: int) -> None:
-        """Bring all streams to a block that begins a stack."""
-        stack = self.anatomy.stack_of(layer)
-        if layer == stack.first:
-            with self.anatomy.loaded_for_start():
-                for name, stream in self._named():
-                    if stack.first > 0:  # a decoder, which reads what the encoder before it has made
-                        stream.memory = [self.anatomy.encoded(hidden) for hidden in stream.hidden]
-                    self._start(stack, stream)
-                    # Under a name of its own: what came before it must stay, to go on from after a kill.
-                    stream.hidden = self.workspace.keep(layer, name, "begun", stream.hidden)
-
-    def _start(self, stack: Stack, stream: Stream) -> None:
-        if self._starter is None or self._starter[0] is not stack:
-            self._starter = (stack, StackStarter(self.anatomy, stack))
-        self._starter[1](stream)
-
-    def through_dense(self, layer: int) -> _StatisticsOf:
-        """Send every shared piece of text through the dense block."""
-        jobs = self.schedule.on_pieces(layer)
-        go_on = set(self.schedule.pieces(layer + 1)) if layer + 1 < self.schedule.blocks else set()
-        by_piece = {}
-        for piece in self.schedule.pieces(layer):
-            readers = [job for job in jobs if piece in self.schedule.pieces_of(job)]
-            wanted = self._wanted(layer, readers)
-            by_piece[piece], outputs = gather(
-                self.anatomy, layer, self.pieces[piece], wanted, self.progress, to_the_end=piece in go_on
-            )
-            if piece in go_on:
-                self._next[piece] = self.workspace.keep(layer + 1, _piece_name(piece), "hidden", outputs)
-        return _StatisticsOf(self.schedule, by_piece)
-
-    def own_statistics(self, job: Job, layer: int) -> dict[str, InputStatistics]:
-        """Send the states of one job through the dense block."""
-        wanted = self._wanted(layer, [job])
-        if not wanted:
-            return {}
-        return gather(self.anatomy, layer, self.own[job], wanted, self.progress, to_the_end=False)[0]
-
-    def through_pruned(self, job: Job, layer: int, choice: Choice) -> None:
-        """Send a job's states through the block that it has pruned, if it has states of its own from here on."""
-        if self.schedule.departs(job, layer):
-            stream = self._stream(self.schedule.pieces_of(job))
-            parts = [self.pieces[piece] for piece in self.schedule.pieces_of(job)]
-            stream.hidden = [hidden for part in parts for hidden in part.hidden]
-            stream.arguments = [arguments for part in parts for arguments in part.arguments]
-            if parts[0].memory is not None:
-                stream.memory = [memory for part in parts for memory in part.memory or ()]
-        elif job in self.own and self.schedule.goes_on(job, layer):
-            stream = self.own[job]
+    def _choose_and_go_on(self, job: Job, layer: int, statistics: Mapping[str, InputStatistics], flow: Flow) -> None:
+        choice = self._choose(job, layer, statistics) if job.recipe.covers_block(layer) else Choice()
+        if choice is None:
+            self.progress(flow.schedule.drop(job, layer))
         else:
-            return
-        with _pruned(self.anatomy, layer, choice):
-            runs = run_block(self.anatomy.blocks[layer], stream, layer, self.anatomy.stack_of(layer), self.progress)
-            outputs = list(runs)
-        kept = self.workspace.keep(layer + 1, job.id, "hidden", outputs)
-        self._next_own[job] = Stream(stream.tokens, stream.languages, kept, stream.memory, stream.arguments)
-
-    def leave(self, layer: int) -> None:
-        """Go on to the next block."""
-        self.pieces = {piece: self.pieces[piece] for piece in self._next}
-        for piece, hidden in self._next.items():
-            self.pieces[piece].hidden = hidden
-        self.own, self._next_own, self._next = self._next_own, {}, {}
-
-    def states(self) -> dict[str, dict[str, Sequence[Tensor]]]:
-        """Return all that is needed to go on before the next block."""
-        return {
-            name: {"hidden": stream.hidden} | ({"memory": stream.memory} if stream.memory else {})
-            for name, stream in self._named()
-        }
-
-    def resume(self) -> int:
-        """Take up the states that a killed sweep has left; return the block to go on with."""
-        found = self.workspace.resumed()
-        if found is None:
-            return 0
-        layer, states = found
-        stack = self.anatomy.stack_of(layer)
-        self.pieces = {piece: self._stream([piece]) for piece in self.schedule.pieces(layer)}
-        self.own = {job: self._stream(self.schedule.pieces_of(job)) for job in self.schedule.on_their_own(layer)}
-        with self.anatomy.loaded(stack.first), self.anatomy.loaded_for_start():
-            for name, stream in self._named():
-                parts = states[name]
-                stream.memory = list(parts["memory"]) if "memory" in parts else None
-                if layer != stack.first:
-                    self._start(stack, stream)
-                stream.hidden = parts["hidden"]
-        return layer
-
-    def _wanted(self, layer: int, jobs: Sequence[Job]) -> dict[InputGroup, frozenset[str]]:
-        wanted: dict[InputGroup, frozenset[str]] = {}
-        for group in self.anatomy.groups(layer):
-            readers = [job for job in jobs if any(job.recipe.covers(layer, role) for role in group.roles)]
-            if readers:
-                wanted[group] = frozenset().union(*(self.needs(job) for job in readers))
-        return wanted
-
-    def _named(self) -> list[tuple[str, Stream]]:
-        pieces = [(_piece_name(piece), stream) for piece, stream in self.pieces.items()]
-        return pieces + [(job.id, stream) for job, stream in self.own.items()]
-
-
-def _piece_name(piece: Piece) -> str:
-    return f"{piece.language}-s{piece.seed}-{piece.length}-{piece.start}-{piece.stop}"
-
-
-@contextmanager
-def _pruned(anatomy: Anatomy, layer: int, choice: Choice) -> Iterator[None]:
-    """Make a block what a job has made of it, for a while."""
-    dense = {role: anatomy.weight(layer, role).clone() for role in choice.masks}
-    try:
-        for role, mask in choice.masks.items():
-            weight = choice.weights[role] if role in choice.weights else dense[role].masked_fill(~mask, 0)
-            anatomy.set_weight(layer, role, weight)
-        yield
-    finally:
-        for role, weight in dense.items():
-            anatomy.set_weight(layer, role, weight)
+            flow.through_pruned(job, layer, choice)

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DiskError
-from ..files import PARTIAL, content_sha256, disk_errors, file_sha256, whole_file, write_json
-from ..variants.masks import Key, pack_bits
+from ..files import PARTIAL, content_sha256, disk_errors, file_sha256, write_json
+from ..patterns import Shape
+from ..variants.key import Key
+from ..variants.masks import MaskSet, pack_bits
+from ..variants.store import MASKS_FILE, RECIPE_FILE, WEIGHTS_FILE, VariantWriter, open_values
+from ..variants.tensors import GrowingTensors, StoredTensors, room_for
 from .choosing import Choice
 
 #: Seconds of work that a kill may cost, about.
 CHECKPOINT_SECONDS = 60.0
-_WORK, _POSITION = "work.json", "position.json"
+#: Where hidden states wait for their next block.
+Place = Literal["device", "host", "disk"]
+_WORK, _POSITION, _RESULTS, _ASIDE = "work.json", "position.json", "results", "aside"
+_FORMAT: Final = "prunescope-workspace-1"
+#: What a workspace writes, below its folder: nothing else is ever removed.
+_FILES = re.compile(
+    rf"({_ASIDE}/)?({_WORK}|{_POSITION}|states-\d+/[^/]+\.safetensors|"
+    rf"{_RESULTS}/[^/]+/({RECIPE_FILE}|{MASKS_FILE}|{WEIGHTS_FILE}))"
+)
+_FOLDERS = re.compile(rf"{_ASIDE}|({_ASIDE}/)?(states-\d+|{_RESULTS}(/[^/]+)?)")
 
 
 class Workspace:
@@ -31,12 +43,18 @@ class Workspace:
     Parameters
     ----------
     folder
-        For what is finished block by block, and for hidden states to go on with after a kill; ``None`` keeps everything
-        in memory. New, empty, or a workspace already. Removed by :meth:`close`.
+        For the variants as they grow, and for hidden states to go on with after a kill; ``None`` keeps everything in
+        memory. New, empty, or a workspace already. What was put there is removed by :meth:`close`.
     key
         Of all that the work depends on; what another key left in the folder is removed.
-    spill
-        Whether hidden states live in the folder instead of in memory.
+    model
+        Fingerprint of the dense model.
+    jobs
+        Names of the variants that are made here, for :func:`begun`.
+    states
+        Where hidden states wait: on the model's device, in the memory of the machine, or in the folder.
+    finished
+        Names of the variants that were taken from the folder already.
 
     Raises
     ------
@@ -44,147 +62,217 @@ class Workspace:
         If the folder holds something else.
     """
 
-    def __init__(self, folder: Path | None = None, key: str = "", *, spill: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        key: str = "",
+        *,
+        model: str = "",
+        jobs: Sequence[str] = (),
+        states: Place = "device",
+        finished: Collection[str] = (),
+    ) -> None:
         self.folder = folder
-        self.spill = spill and folder is not None
-        self._results: dict[str, Tensor] = {}
-        self._block: dict[str, Tensor] = {}
+        self.model = model
+        self.states_place: Place = "host" if states == "disk" and folder is None else states
+        self._finished = frozenset(finished)
+        self._writers: dict[str, VariantWriter] = {}
+        self._masks: dict[str, dict[Key, Tensor]] = {}
+        self._inputs: dict[str, dict[Key, int]] = {}
+        self._values: dict[str, dict[Key, Tensor]] = {}
         self._remarks: dict[str, list[str]] = {}
         self._digests: dict[str, str] = {}
         self._position: dict[str, Any] | None = None
         self._saved = time.monotonic()
+        #: Name of a variant that cannot be made to the reason.
+        self.set_aside: dict[str, str] = {}
         if folder is not None:
-            self._open(folder, key)
+            self._open(folder, {"format": _FORMAT, "key": key, "jobs": list(jobs)})
 
-    def _open(self, folder: Path, key: str) -> None:
-        if _read(folder / _WORK).get("key") != key:
-            leftovers = [path for path in folder.glob("*") if not path.name.endswith(PARTIAL)]
-            if leftovers and not (folder / _WORK).is_file():
+    def _open(self, folder: Path, work: dict[str, Any]) -> None:
+        if _read(folder / _WORK) != work:
+            foreign = [path for path in folder.rglob("*") if not _is_ours(folder, path)] if folder.is_dir() else []
+            if foreign or (folder.exists() and not folder.is_dir()):
                 raise DiskError(f"{folder} holds something else than a workspace; choose a new or empty folder")
             with disk_errors(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _clear(folder)
                 folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / _WORK, {"key": key})
+            write_json(folder / _WORK, work)
         self._position = self._trusted_position()
         if self._position is not None:
             self._remarks = self._position["remarks"]
             self._digests = self._position["files"]
+            self.set_aside = self._position["set_aside"]
 
     # -- results ---------------------------------------------------------------------------------------------
+
+    def begin(self, job: str, shapes: Mapping[Key, Shape]) -> None:
+        """Begin a variant; what was there of it is forgotten.
+
+        Parameters
+        ----------
+        job
+            Its name.
+        shapes
+            Of the projections that it may prune.
+        """
+        self._forget(job)
+        if self.folder is not None:
+            place = self.place(job)
+            with disk_errors(place):
+                place.mkdir(parents=True, exist_ok=True)
+            self._writers[job] = VariantWriter.at(place, shapes)
 
     def put(self, job: str, layer: int, choice: Choice) -> None:
         """Take in what a job made of a block."""
         for role, mask in choice.masks.items():
-            self._block[f"{job}/mask/{layer}.{role}"] = pack_bits(mask)
-        for role, weight in choice.weights.items():
-            self._block[f"{job}/kept/{layer}.{role}"] = _kept(weight, choice.masks[role])
-        if choice.remarks:
-            self._remarks.setdefault(job, []).extend(choice.remarks)
+            packed, inputs = pack_bits(mask), mask.shape[1]
+            values = _kept(choice.weights[role], mask) if role in choice.weights else None
+            if self.folder is None:
+                self._masks.setdefault(job, {})[layer, role] = packed
+                self._inputs.setdefault(job, {})[layer, role] = inputs
+                if values is not None:
+                    self._values.setdefault(job, {})[layer, role] = values
+            else:
+                with disk_errors(self.place(job)):
+                    self._writers[job].add((layer, role), packed, inputs, values)
+        self.remark(job, choice.remarks)
 
     def remark(self, job: str, remarks: Sequence[str]) -> None:
-        """Take in remarks on a job as a whole."""
-        if remarks and not set(remarks) <= set(self._remarks.get(job, [])):
-            self._remarks.setdefault(job, []).extend(remarks)
+        """Take in remarks on a job that are not there yet."""
+        known = self._remarks.setdefault(job, [])
+        known += [remark for remark in remarks if remark not in known]
 
-    def finish_block(self, layer: int) -> None:
-        """Note that every job has had its block."""
-        if self.folder is None:
-            self._results |= self._block
-        elif self._block:
-            path = self.folder / f"block-{layer}.safetensors"
-            with whole_file(path) as partial:
-                save_file(self._block, partial)
-            self._note(path)
-        self._block = {}
+    def give_up(self, job: str, reason: str) -> None:
+        """Set a variant that cannot be made aside, with the reason."""
+        self.set_aside[job] = reason
+        self._forget(job)
 
-    def results(self, job: str, kind: str) -> Mapping[Key, Tensor]:
-        """Return the packed masks (`kind` ``mask``) or kept values (``kept``) of a job, each read when asked for."""
-        prefix = f"{job}/{kind}/"
+    def place(self, job: str) -> Path:
+        """Return the folder in which a variant grows."""
+        assert self.folder is not None
+        return self.folder / _RESULTS / job
+
+    def results(self, job: str) -> tuple[MaskSet, Mapping[Key, Tensor]]:
+        """Return a finished variant's masks and kept values; from a folder, each is read when it is asked for."""
         if self.folder is None:
-            return {_key(name, prefix): t for name, t in self._results.items() if name.startswith(prefix)}
-        places: dict[Key, tuple[Path, str]] = {}
-        for path in self.folder.glob("block-*.safetensors"):
-            with safe_open(path, "pt") as file:
-                places |= {_key(name, prefix): (path, name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
-        return _Results(places)
+            packed = {key: bits.numpy() for key, bits in self._masks[job].items()}
+            return MaskSet(packed, self._inputs[job]), self._values.get(job, {})
+        place = self.place(job)
+        if job in self._writers:
+            with disk_errors(place):
+                self._writers[job].finish(self.model)
+        masks = MaskSet.open(place / MASKS_FILE, self.model)
+        return masks, open_values(place, masks, self.model)
 
     def remarks(self, job: str) -> tuple[str, ...]:
         """Return what is to be said of a job."""
         return tuple(self._remarks.get(job, ()))
 
+    def _forget(self, job: str) -> None:
+        for results in (self._writers, self._masks, self._inputs, self._values):
+            results.pop(job, None)
+        if self.folder is not None:
+            _clear(self.folder, self.place(job))
+
     # -- hidden states, and going on after a kill --------------------------------------------------------------
 
     def aside(self) -> Workspace:
-        """Return a workspace for states that are not to be gone on with, in memory or in the folder as this one's."""
-        if not self.spill or self.folder is None:
-            return Workspace()
-        shutil.rmtree(self.folder / "aside", ignore_errors=True)
-        return Workspace(self.folder / "aside", spill=True)
+        """Return a workspace for states that are not to be gone on with, which wait where this one's do."""
+        if self.states_place != "disk" or self.folder is None:
+            return Workspace(states=self.states_place)
+        _clear(self.folder, self.folder / _ASIDE)
+        return Workspace(self.folder / _ASIDE, states="disk")
 
-    def keep(self, layer: int, stream: str, part: str, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Take the states of a stream before a block; they come back as they are, or to be read from the folder."""
-        return self._write(layer, stream, part, batches) if self.spill else batches
+    def shelf(self, layer: int, stream: str, part: str, batches: int) -> Shelf:
+        """Return where to put the states of a stream before a block, a batch at a time."""
+        if self.states_place == "disk":
+            return self._file(layer, stream, part, batches)
+        return _InMemory(on_host=self.states_place == "host")
 
     def checkpoint(self, layer: int, states: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
         """Make sure that a killed sweep can go on before a block, if the last such point is a while ago."""
-        if self.folder is None or not (self.spill or time.monotonic() - self._saved >= CHECKPOINT_SECONDS):
+        spilled = self.states_place == "disk"
+        if self.folder is None or not (spilled or time.monotonic() - self._saved >= CHECKPOINT_SECONDS):
             return
         for stream, parts in states.items():
             for part, batches in parts.items():
-                if not (isinstance(batches, _OnDisk) and batches.path == self._place(layer, stream, part)):
-                    self._write(layer, stream, part, batches)
-        states_before = f"{self._states(layer).name}/"
-        self._digests = {n: d for n, d in self._digests.items() if n.startswith(("block-", states_before))}
+                if not (isinstance(batches, _OnDisk) and batches.path == self._state_file(layer, stream, part)):
+                    file = self._file(layer, stream, part, len(batches))
+                    for batch in batches:
+                        file.add(batch)
+                    file.done()
+        self._record(layer, {stream: sorted(parts) for stream, parts in states.items()})
+        self._remove_states(but=layer)
+
+    def complete(self) -> None:
+        """Note that everything was done."""
+        if self.folder is not None:
+            self._record(None, {})
+            self._remove_states()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything was done before a kill."""
+        return self._position is not None and self._position["layer"] is None
+
+    def _record(self, layer: int | None, streams: Mapping[str, Sequence[str]]) -> None:
+        assert self.folder is not None
+        with disk_errors(self.folder):
+            results = {job: writer.state() for job, writer in self._writers.items()}
+        states = "" if layer is None else f"{self._states(layer).name}/"
+        self._digests = {name: d for name, d in self._digests.items() if states and name.startswith(states)}
         position = {
             "layer": layer,
-            "streams": {stream: sorted(parts) for stream, parts in states.items()},
+            "streams": streams,
             "remarks": self._remarks,
+            "set_aside": self.set_aside,
+            "results": results,
             "files": self._digests,
         }
         write_json(self.folder / _POSITION, {"position": position, "sha256": content_sha256(position)})
-        self._remove_states(but=layer)
         self._saved = time.monotonic()
 
     def resumed(self) -> tuple[int, dict[str, dict[str, Sequence[Tensor]]]] | None:
         """Return the block to go on with and the states before it, or ``None`` to begin at the beginning."""
-        if self._position is None:
+        if self._position is None or self.is_complete:
             return None
         layer = self._position["layer"]
         self._remove_states(but=layer)
         states: dict[str, dict[str, Sequence[Tensor]]] = {}
         for stream, parts in self._position["streams"].items():
-            found = {part: _OnDisk(self._place(layer, stream, part)) for part in parts}
-            states[stream] = {part: batches if self.spill else list(batches) for part, batches in found.items()}
+            found = {part: _OnDisk(self._state_file(layer, stream, part)) for part in parts}
+            on_disk = self.states_place == "disk"
+            states[stream] = {part: batches if on_disk else list(batches) for part, batches in found.items()}
         return layer, states
 
     def close(self) -> None:
-        """Remove the folder."""
+        """Remove what was put into the folder, and the folder if nothing else is in it."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _clear(self.folder)
 
-    def _write(self, layer: int, stream: str, part: str, batches: Sequence[Tensor]) -> Sequence[Tensor]:
-        path = self._place(layer, stream, part)
-        with whole_file(path) as partial:
-            save_file({str(i): batch.cpu().contiguous() for i, batch in enumerate(batches)}, partial)
-        self._note(path)
-        return _OnDisk(path)
+    def _file(self, layer: int, stream: str, part: str, batches: int) -> _Spill:
+        path = self._state_file(layer, stream, part)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return _Spill(path, batches, self._note)
 
-    def _note(self, path: Path) -> None:
+    def _note(self, path: Path, digest: str) -> None:
         assert self.folder is not None
-        self._digests[str(path.relative_to(self.folder))] = file_sha256(path)
+        self._digests[path.relative_to(self.folder).as_posix()] = digest
 
-    def _place(self, layer: int, stream: str, part: str) -> Path:
+    def _state_file(self, layer: int, stream: str, part: str) -> Path:
         return self._states(layer) / f"{stream}.{part}.safetensors"
 
     def _states(self, layer: int) -> Path:
         assert self.folder is not None
         return self.folder / f"states-{layer}"
 
-    def _remove_states(self, *, but: int) -> None:
+    def _remove_states(self, *, but: int | None = None) -> None:
         assert self.folder is not None
         for folder in self.folder.glob("states-*"):
-            if folder != self._states(but):
-                shutil.rmtree(folder, ignore_errors=True)
+            if but is None or folder != self._states(but):
+                _clear(self.folder, folder)
 
     def _trusted_position(self) -> dict[str, Any] | None:
         """Return where a killed sweep was, if its record and all files that it left are there, unaltered."""
@@ -197,7 +285,45 @@ class Workspace:
             path = self.folder / name
             if not path.is_file() or file_sha256(path) != digest:
                 return None
+        for job, state in position["results"].items():
+            if not (position["layer"] is None and job in self._finished):
+                writer = VariantWriter.resumed(self.place(job), state)
+                if writer is None:
+                    self._writers = {}
+                    return None
+                self._writers[job] = writer
         return position
+
+
+def begun(folder: Path) -> list[str] | None:
+    """Return which variants a killed sweep was making in a folder, or ``None`` if it is no workspace."""
+    work = _read(folder / _WORK)
+    jobs = work.get("jobs")
+    if work.get("format") != _FORMAT or not isinstance(jobs, list) or not all(isinstance(job, str) for job in jobs):
+        return None
+    return jobs
+
+
+def clear(folder: Path) -> None:
+    """Remove what workspaces have put into a folder, and the folder if nothing else is in it."""
+    _clear(folder)
+
+
+def _is_ours(folder: Path, path: Path) -> bool:
+    names = _FOLDERS if path.is_dir() and not path.is_symlink() else _FILES
+    return names.fullmatch(path.relative_to(folder).as_posix().removesuffix(PARTIAL)) is not None
+
+
+def _clear(folder: Path, below: Path | None = None) -> None:
+    """Remove what a workspace has put into its folder, or into one below it; what is left empty goes, too."""
+    below = below or folder
+    for path in [*sorted(below.rglob("*"), reverse=True), below]:
+        if path == folder or _is_ours(folder, path):
+            with suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    path.unlink()
 
 
 def _kept(weight: Tensor, mask: Tensor) -> Tensor:
@@ -218,29 +344,46 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _key(name: str, prefix: str) -> Key:
-    layer, _, role = name.removeprefix(prefix).partition(".")
-    return int(layer), role
+@runtime_checkable
+class Shelf(Protocol):
+    """Where the states of a stream are put, a batch at a time."""
+
+    def add(self, batch: Tensor) -> None:
+        """Take a batch."""
+
+    def done(self) -> Sequence[Tensor]:
+        """Return all batches, each read when it is asked for if they are in a file."""
 
 
-class _Results(Mapping[Key, Tensor]):
-    """Results of one job, each read from its file when it is asked for."""
+class _InMemory:
+    def __init__(self, *, on_host: bool) -> None:
+        self._on_host = on_host
+        self._batches: list[Tensor] = []
 
-    def __init__(self, places: Mapping[Key, tuple[Path, str]]) -> None:
-        self._places = places
+    def add(self, batch: Tensor) -> None:
+        self._batches.append(batch.cpu() if self._on_host else batch)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._places  # without reading it, which Mapping's own does
+    def done(self) -> Sequence[Tensor]:
+        return self._batches
 
-    def __getitem__(self, key: Key) -> Tensor:
-        path, name = self._places[key]
-        return _read_tensor(path, name)
 
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._places)
+class _Spill:
+    """A file of states; its name is the final one, since only what is on record is ever read again."""
 
-    def __len__(self) -> int:
-        return len(self._places)
+    def __init__(self, path: Path, batches: int, note: Callable[[Path, str], None]) -> None:
+        sizes = {str(number): 1 << 40 for number in range(batches)}
+        self._file = GrowingTensors(path, room_for(sizes, {}))
+        self._note = note
+
+    def add(self, batch: Tensor) -> None:
+        with disk_errors(self._file.path):
+            self._file.add(str(len(self._file)), batch)
+
+    def done(self) -> Sequence[Tensor]:
+        with disk_errors(self._file.path):
+            self._file.finish({})
+        self._note(self._file.path, file_sha256(self._file.path))
+        return _OnDisk(self._file.path)
 
 
 class _OnDisk(Sequence[Tensor]):
@@ -248,19 +391,28 @@ class _OnDisk(Sequence[Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with safe_open(path, "pt") as file:
-            self._count = len(file.keys())
+        self._file = StoredTensors(path)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._file.shapes)
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self._count:
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        return _read_tensor(self.path, str(index))
+        return self._file.read(str(index))
 
 
-def _read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor.clone()  # else the whole file stays mapped
+class Joined(Sequence[Tensor]):
+    """Batches of several streams, one after the other, without reading those that are in files."""
+
+    def __init__(self, parts: Sequence[Sequence[Tensor]]) -> None:
+        self._places = [(part, number) for part in parts for number in range(len(part))]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one batch."""
+        part, number = self._places[index]
+        return part[number]

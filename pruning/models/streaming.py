@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,6 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .checkpoint import AGAIN, Plan, Shards, foreign
-
-#: What safetensors calls the dtypes of weights.
-_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class Residence:
@@ -40,46 +35,6 @@ _IN_MEMORY = Residence()
 def residence_of(model: nn.Module) -> Residence:
     """Return where the parameters of a model are."""
     return _RESIDENCES.get(model, _IN_MEMORY)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors, holding one at a time, which the library's own function does not.
-
-    Parameters
-    ----------
-    tensors
-        Each is asked for twice.
-    path
-        The file.
-    metadata
-        For its header.
-    """
-    facts = {name: _facts(tensors[name]) for name in tensors}
-    order = sorted(facts, key=lambda name: -facts[name].itemsize)  # so that each begins at a multiple of its items
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        begin, end = end, end + facts[name].size
-        header[name] = {"dtype": facts[name].kind, "shape": facts[name].shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in order:
-            values = tensors[name].detach().cpu().contiguous()
-            file.write(values.flatten().view(torch.uint8).numpy().data)
-
-
-@dataclass(frozen=True)
-class _Facts:
-    kind: str
-    shape: list[int]
-    itemsize: int
-    size: int
-
-
-def _facts(tensor: Tensor) -> _Facts:
-    return _Facts(_KINDS[tensor.dtype], list(tensor.shape), tensor.itemsize, tensor.nbytes)
 
 
 @dataclass

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 from jinja2 import Environment, StrictUndefined
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ..files import write_json, write_text
 from ..models.anatomy import Anatomy, role_kind
@@ -18,16 +21,39 @@ from ..models.checkpoint import INDEX
 from ..models.quiet import no_progress_bars
 from ..models.streaming import Streamed, residence_of
 from ..text.languages import named
-
-if TYPE_CHECKING:
-    from .variant import Variant
+from .key import Key
+from .masks import MaskSet
+from .store import VariantRecord
 
 CARD_FILE = "README.md"
 #: What a hub accepts as the base of another model; the path of a folder is none.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def write_checkpoint(variant: Variant, anatomy: Anatomy, tokenizer: Any, folder: Path) -> None:
+@runtime_checkable
+class Exportable(Protocol):
+    """What an export needs to know of a variant."""
+
+    @property
+    def record(self) -> VariantRecord:
+        """What was done."""
+
+    @property
+    def masks(self) -> MaskSet:
+        """The kept weights."""
+
+    @property
+    def values(self) -> Mapping[Key, Tensor]:
+        """Their values, where they were corrected."""
+
+    def weight(self, key: Key, dense: Tensor) -> Tensor:
+        """Return the weight of one projection, given the dense model's."""
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Make a model the variant for a while."""
+
+
+def write_checkpoint(variant: Exportable, anatomy: Anatomy, tokenizer: Any, folder: Path) -> None:
     """Write a variant as a checkpoint into a folder that is there."""
     model: Any = anatomy.model
     residence = residence_of(model)
@@ -42,7 +68,7 @@ def write_checkpoint(variant: Variant, anatomy: Anatomy, tokenizer: Any, folder:
     write_text(folder / CARD_FILE, model_card(variant))
 
 
-def model_card(variant: Variant) -> str:
+def model_card(variant: Exportable) -> str:
     """Return a model card in Markdown with the metadata that a hub reads."""
     record, masks = variant.record, variant.masks
     kinds: dict[str, list[int]] = {}
@@ -67,7 +93,7 @@ def model_card(variant: Variant) -> str:
     )
 
 
-def _write_shards(variant: Variant, anatomy: Anatomy, residence: Streamed, folder: Path) -> None:
+def _write_shards(variant: Exportable, anatomy: Anatomy, residence: Streamed, folder: Path) -> None:
     """Write a shard for each block and one for everything else, under the names that the checkpoint had."""
     from transformers.core_model_loading import revert_weight_conversion
 

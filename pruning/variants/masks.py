@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from ..errors import VariantError
 from ..files import whole_file
+from ..patterns import Shape
+from .key import Key, key_of, name_of
+from .tensors import GrowingTensors, StoredTensors, damaged, room_for
 
-Key = tuple[int, str]
 _FORMAT = "prunescope-masks-1"
+Bits = NDArray[np.uint8]
+#: ``rows(key, start, stop)`` gives packed rows of one projection.
+_Rows = Callable[[Key, int, int], Bits]
 
 
 class MaskSet(Mapping[Key, Tensor]):
     """The kept weights of every pruned projection of a model, as a set.
 
     A mapping from ``(layer, role)`` to a boolean mask (``True`` = kept) that holds eight weights a byte and
-    combines like a set: ``a & b``, ``a | b``, ``a ^ b``, ``a == b``, ``~a``.
+    combines like a set: ``a & b``, ``a | b``, ``a ^ b``, ``a == b``, ``~a``. Masks that were opened from a file stay
+    there, and what is combined is worked out when it is asked for, a projection at a time.
 
     Parameters
     ----------
@@ -41,9 +47,20 @@ class MaskSet(Mapping[Key, Tensor]):
     (0.5, 0, {(0, 'q'): 1.0})
     """
 
-    def __init__(self, packed: Mapping[Key, NDArray[np.uint8]], inputs: Mapping[Key, int]) -> None:
-        self._packed = dict(packed)
-        self._inputs = dict(inputs)
+    def __init__(self, packed: Mapping[Key, Bits], inputs: Mapping[Key, int]) -> None:
+        held = dict(packed)
+        self._become(partial(_held, held), {key: (bits.shape[0], inputs[key]) for key, bits in held.items()}, {})
+
+    def _become(self, rows: _Rows, shapes: Mapping[Key, Shape], counts: Mapping[Key, int]) -> None:
+        self._rows = rows
+        self._shapes = dict(shapes)
+        self._counts = dict(counts)  # of kept weights, as far as they are known
+
+    @classmethod
+    def _of(cls, rows: _Rows, shapes: Mapping[Key, Shape], counts: Mapping[Key, int] | None = None) -> MaskSet:
+        masks = cls.__new__(cls)
+        masks._become(rows, shapes, counts or {})
+        return masks
 
     @classmethod
     def pack(cls, masks: Mapping[Key, Bool[Tensor, "outputs inputs"]]) -> MaskSet:
@@ -55,19 +72,19 @@ class MaskSet(Mapping[Key, Tensor]):
 
     def __getitem__(self, key: Key) -> Bool[Tensor, "outputs inputs"]:
         """Return one mask, unpacked."""
-        return self.rows(key, 0, len(self._packed[key]))
+        return self.rows(key, 0, self._shapes[key][0])
 
     def __iter__(self) -> Iterator[Key]:
         """Iterate over the ``(layer, role)`` of all masks."""
-        return iter(self._packed)
+        return iter(self._shapes)
 
     def __contains__(self, key: object) -> bool:
         """Whether a projection was pruned."""
-        return key in self._inputs
+        return key in self._shapes
 
     def __len__(self) -> int:
         """Return the number of projections."""
-        return len(self._packed)
+        return len(self._shapes)
 
     def __and__(self, other: MaskSet) -> MaskSet:
         """Return the weights that both keep."""
@@ -83,40 +100,44 @@ class MaskSet(Mapping[Key, Tensor]):
 
     def __invert__(self) -> MaskSet:
         """Return the removed weights."""
-        everything = {
-            key: np.packbits(np.ones((packed.shape[0], self._inputs[key]), dtype=bool), axis=1)
-            for key, packed in self._packed.items()
-        }
-        return self ^ MaskSet(everything, self._inputs)
+        inputs = {key: shape[1] for key, shape in self._shapes.items()}
+        return MaskSet._of(partial(_inverted, self._rows, inputs), self._shapes)
 
     def __eq__(self, other: object) -> bool:
         """Whether both keep exactly the same weights of the same projections."""
         if not isinstance(other, MaskSet):
             return NotImplemented
-        return self._inputs == other._inputs and all(
-            np.array_equal(packed, other._packed[key]) for key, packed in self._packed.items()
+        return self._shapes == other._shapes and all(
+            np.array_equal(self.packed(key), other.packed(key)) for key in self
         )
 
     __hash__ = None  # type: ignore[assignment]
 
-    def shape(self, key: Key) -> tuple[int, int]:
+    def shape(self, key: Key) -> Shape:
         """Return ``(outputs, inputs)`` of one projection."""
-        return self._packed[key].shape[0], self._inputs[key]
+        return self._shapes[key]
+
+    def packed(self, key: Key) -> UInt8[np.ndarray, "outputs bytes"]:
+        """Return one mask with eight weights a byte, as ``numpy.packbits`` makes it."""
+        return self._rows(key, 0, self._shapes[key][0])
 
     def rows(self, key: Key, start: int, stop: int) -> Bool[Tensor, "rows inputs"]:
         """Return some rows of one mask, unpacked."""
-        bits = np.unpackbits(self._packed[key][start:stop], axis=1, count=self._inputs[key])
+        bits = np.unpackbits(self._rows(key, start, stop), axis=1, count=self._shapes[key][1])
         return torch.from_numpy(bits.view(np.bool_))
 
     def kept(self, key: Key | None = None) -> int:
         """Return how many weights are kept, of one projection or of all."""
-        keys = self if key is None else (key,)
-        return sum(int(np.bitwise_count(self._packed[k]).sum(dtype=np.int64)) for k in keys)
+        if key is None:
+            return sum(map(self.kept, self))
+        if key not in self._counts:
+            self._counts[key] = _count(self.packed(key))
+        return self._counts[key]
 
     def sparsity(self, key: Key | None = None) -> float:
         """Return the share of weights removed, of one projection or of all."""
         keys = self if key is None else (key,)
-        return 1 - self.kept(key) / sum(self._packed[k].shape[0] * self._inputs[k] for k in keys)
+        return 1 - self.kept(key) / sum(outputs * inputs for outputs, inputs in map(self.shape, keys))
 
     def iou(self, other: MaskSet) -> dict[Key, float]:
         """Return intersection over union of the kept weights, for every projection (1.0 where both keep nothing)."""
@@ -132,16 +153,15 @@ class MaskSet(Mapping[Key, Tensor]):
         model
             Fingerprint of the dense model they belong to.
         """
-        layers = {_name(key): packed for key, packed in self._packed.items()}
-        inputs = {_name(key): count for key, count in self._inputs.items()}
-        # In one entry, since safetensors writes several in any order, and equal masks should be equal bytes.
-        header = json.dumps({"model": model, "inputs": inputs})
-        with whole_file(path) as partial:
-            save_file(layers, partial, metadata={_FORMAT: header})
+        with whole_file(path) as partial_path:
+            file = GrowingMasks.at(partial_path, self._shapes)
+            for key, (_, inputs) in self._shapes.items():
+                file.add(key, torch.from_numpy(self.packed(key)), inputs)
+            file.finish(model)
 
     @classmethod
     def open(cls, path: Path, model: str | None = None) -> MaskSet:
-        """Read masks.
+        """Open masks; each is read from the file when it is asked for.
 
         Parameters
         ----------
@@ -157,38 +177,109 @@ class MaskSet(Mapping[Key, Tensor]):
         """
         if not path.is_file():
             raise VariantError(f"there is no mask file {path}")
+        file = StoredTensors(path)
+        if _FORMAT not in file.metadata:
+            raise VariantError(f"{path} is not a prunescope mask file")
         try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                packed = {_key(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if _FORMAT not in metadata:
-                raise VariantError(f"{path} is not a prunescope mask file")
-            header = json.loads(metadata[_FORMAT])
+            header = json.loads(file.metadata[_FORMAT])
             belongs_to = str(header["model"])
-            inputs = {_key(name): int(count) for name, count in header["inputs"].items()}
-            whole = inputs.keys() == packed.keys() and all(
-                packed[key].dtype == np.uint8 and packed[key].shape[1:] == (-(-count // 8),)
-                for key, count in inputs.items()
-            )
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise VariantError(f"{path} is damaged ({error}); delete the variant's folder and run again") from error
-        if not whole:
-            raise VariantError(f"{path} is damaged; delete the variant's folder and run again")
+            inputs = {key_of(name): int(count) for name, count in header["inputs"].items()}
+            counts = {key_of(name): int(count) for name, count in header.get("kept", {}).items()}
+            shapes = {key: (file.shapes[name_of(key)][0], count) for key, count in inputs.items()}
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            raise damaged(path, error) from error
+        if (
+            len(shapes) != len(file.shapes)
+            or (counts and counts.keys() != shapes.keys())
+            or any(file.kinds[name_of(key)] != "U8" for key in shapes)
+            or any(file.shapes[name_of(key)] != (o, -(-i // 8)) for key, (o, i) in shapes.items())
+            or any(not 0 <= n <= shapes[key][0] * shapes[key][1] for key, n in counts.items())
+        ):
+            raise damaged(path)
         if model is not None and belongs_to != model:
             raise VariantError(f"{path} belongs to another model; open it with the dense model it was made from")
-        return cls({key: packed[key] for key in inputs}, inputs)
+        return cls._of(partial(_stored, file), shapes, counts)
 
-    def _combined(
-        self, other: MaskSet, operation: Callable[[NDArray[np.uint8], NDArray[np.uint8]], NDArray[np.uint8]]
-    ) -> MaskSet:
+    def _combined(self, other: MaskSet, operation: Callable[[Bits, Bits], Bits]) -> MaskSet:
         self._check_same_shapes(other)
-        return MaskSet(
-            {key: operation(packed, other._packed[key]) for key, packed in self._packed.items()}, self._inputs
-        )
+        return MaskSet._of(partial(_together, operation, self._rows, other._rows), self._shapes)
 
     def _check_same_shapes(self, other: MaskSet) -> None:
-        if {k: self.shape(k) for k in self} != {k: other.shape(k) for k in other}:
+        if self._shapes != other._shapes:
             raise VariantError("these masks are of different models: their projections or shapes differ")
+
+
+def _held(packed: Mapping[Key, Bits], key: Key, start: int, stop: int) -> Bits:
+    return packed[key][start:stop]
+
+
+def _stored(file: StoredTensors, key: Key, start: int, stop: int) -> Bits:
+    return file.bytes(name_of(key), start, stop)
+
+
+def _together(operation: Callable[[Bits, Bits], Bits], one: _Rows, other: _Rows, key: Key, a: int, b: int) -> Bits:
+    return operation(one(key, a, b), other(key, a, b))
+
+
+def _inverted(rows: _Rows, inputs: Mapping[Key, int], key: Key, start: int, stop: int) -> Bits:
+    return rows(key, start, stop) ^ np.packbits(np.ones(inputs[key], dtype=bool))
+
+
+class GrowingMasks:
+    """A mask file that grows by one projection at a time.
+
+    Parameters
+    ----------
+    file
+        To write to; see :meth:`at`.
+    inputs, kept
+        Of the projections that are in it.
+    """
+
+    def __init__(self, file: GrowingTensors, inputs: Mapping[str, int], kept: Mapping[str, int]) -> None:
+        self._file = file
+        self._inputs = dict(inputs)
+        self._kept = dict(kept)
+
+    @classmethod
+    def at(cls, path: Path, shapes: Mapping[Key, Shape]) -> GrowingMasks:
+        """Begin a file; `shapes` are those of the projections that may be added."""
+        sizes = {name_of(key): outputs * inputs for key, (outputs, inputs) in shapes.items()}
+        return cls(GrowingTensors(path, room_for(sizes, _metadata("0" * 64, sizes, sizes))), {}, {})
+
+    def add(self, key: Key, packed: UInt8[Tensor, "outputs bytes"], inputs: int) -> None:
+        """Write one projection's mask."""
+        name = name_of(key)
+        self._file.add(name, packed)
+        self._inputs[name], self._kept[name] = inputs, _count(packed.numpy())
+
+    def state(self) -> dict[str, Any]:
+        """Make sure that what was added is on disk, and return what :meth:`resumed` needs."""
+        return {"file": self._file.state(), "inputs": self._inputs, "kept": self._kept}
+
+    @classmethod
+    def resumed(cls, path: Path, state: Mapping[str, Any]) -> GrowingMasks | None:
+        """Return the file as it was when `state` was taken; ``None`` if it is not there or was altered."""
+        file = GrowingTensors.resumed(path, state["file"])
+        return None if file is None else cls(file, state["inputs"], state["kept"])
+
+    def finish(self, model: str) -> None:
+        """Write what makes the file whole."""
+        self._file.finish(_metadata(model, self._inputs, self._kept))
+
+
+def _metadata(model: str, inputs: Mapping[str, int], kept: Mapping[str, int]) -> dict[str, str]:
+    # In one entry, since safetensors gives several in any order, and equal masks should be equal bytes.
+    header = {"model": model, "inputs": dict(inputs), "kept": dict(kept)}
+    return {_FORMAT: json.dumps(header, separators=(",", ":"))}
+
+
+def is_mask_file(path: Path) -> bool:
+    """Whether a file says that it was written as masks."""
+    try:
+        return _FORMAT in StoredTensors(path).metadata
+    except VariantError:
+        return False
 
 
 #: Words of a mask that are compared at a time: with those of some other masks they fit into a processor's cache.
@@ -209,7 +300,7 @@ def overlaps(masks: Sequence[MaskSet]) -> dict[Key, NDArray[np.int64]]:
         masks[0]._check_same_shapes(other)
     counts = {}
     for key in masks[0]:
-        words = [_words(one._packed[key]) for one in masks]
+        words = [_words(one.packed(key)) for one in masks]
         both = np.zeros((len(masks), len(masks)), dtype=np.int64)
         for start in range(0, len(words[0]), _WORDS):
             piece = [one[start : start + _WORDS] for one in words]
@@ -231,31 +322,36 @@ def intersection_over_union(both: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.divide(both, either, out=np.ones(both.shape), where=either > 0)
 
 
-def _words(packed: NDArray[np.uint8]) -> NDArray[np.uint64]:
+def _words(packed: Bits) -> NDArray[np.uint64]:
     flat = packed.reshape(-1)
     if len(flat) % 8:
         flat = np.concatenate([flat, np.zeros(8 - len(flat) % 8, dtype=np.uint8)])
     return flat.view(np.uint64)
 
 
-def is_mask_file(path: Path) -> bool:
-    """Whether a file says that :meth:`MaskSet.save` wrote it."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return _FORMAT in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
+def _count(packed: Bits) -> int:
+    return int(np.bitwise_count(_words(packed)).sum(dtype=np.int64))
 
 
 def pack_bits(mask: Bool[Tensor, "outputs inputs"]) -> UInt8[Tensor, "outputs bytes"]:
-    """Return a mask with eight weights a byte, each row filled up with zeros."""
-    return torch.from_numpy(np.packbits(np.ascontiguousarray(mask.cpu().numpy()), axis=1))
+    """Return a mask with eight weights a byte, each row filled up with zeros, on the CPU.
+
+    It is packed where it is, so that an eighth of it travels.
+    """
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(np.ascontiguousarray(mask.numpy()), axis=1))
+    return _pack_there(mask).cpu()
 
 
-def _name(key: Key) -> str:
-    return f"{key[0]}.{key[1]}"
+def _pack_there(mask: Bool[Tensor, "outputs inputs"]) -> UInt8[Tensor, "outputs bytes"]:
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8)).view(torch.uint8).unflatten(1, (-1, 8))
+    return (padded << _places(mask.device)).sum(dim=2, dtype=torch.uint8)
 
 
-def _key(name: str) -> Key:
-    layer, _, role = name.partition(".")
-    return int(layer), role
+def unpack_bits(packed: UInt8[Tensor, "outputs bytes"], inputs: int) -> Bool[Tensor, "outputs inputs"]:
+    """Return the mask that was packed, on the device of the packed one."""
+    return ((packed[:, :, None] >> _places(packed.device)) & 1).flatten(1)[:, :inputs].bool()
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)

@@ -133,6 +133,7 @@ class Clock:
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         """Count the parts of the engine's sweeps from now on, until `patch` is undone."""
         engine = import_module("pruning.engine.sweep")  # the package has a function of that name
+        flow = import_module("pruning.engine.flow")
         streams = import_module("pruning.engine.streams")
         choices = import_module("pruning.engine.choosing")
         workspace = import_module("pruning.engine.workspace")
@@ -141,7 +142,7 @@ class Clock:
         for place, name, part in (
             (streams.StackStarter, "__call__", "embedding the text"),
             (statistics_.InputStatistics, "add", "statistics"),
-            (engine, "together", "statistics"),
+            (flow, "together", "statistics"),
             (choices, "scored", "scores"),
             (engine, "choose", "choosing"),
             (choices, "_solve", "solver"),
@@ -150,9 +151,9 @@ class Clock:
             (workspace.Workspace, "put", "packing the masks"),
         ):
             patch.setattr(place, name, self._function(getattr(place, name), part))
-        for place in (streams, engine):
+        for place in (streams, flow):
             patch.setattr(place, "run_block", self._generator(place.run_block, "forward passes"))
-        patch.setattr(engine, "_pruned", self._context(engine._pruned, "writing weights"))
+        patch.setattr(flow, "_pruned", self._context(flow._pruned, "writing weights"))
 
     def _function(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:

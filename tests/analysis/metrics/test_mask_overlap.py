@@ -12,7 +12,7 @@ from analysis.metrics import mask_overlap
 from pruning import Anatomy, CalibrationSet, MaskSet, Recipe, Variant
 from pruning.errors import VariantError
 from pruning.variants.masks import overlaps
-from pruning.variants.variant import VariantRecord
+from pruning.variants.store import VariantRecord
 
 BASE = {
     "model": "m",

@@ -21,7 +21,8 @@ from probes.scoring import score
 from pruning import Anatomy, Recipe, Segment, prune
 from pruning.variants.masks import MaskSet
 from pruning.variants.owner import DenseModel
-from pruning.variants.variant import Variant, VariantRecord
+from pruning.variants.store import VariantRecord
+from pruning.variants.variant import Variant
 
 COLUMNS = dense_columns("m") | {"method": "planted", "sparsity": 0.1}
 EVERYTHING = 1000

@@ -18,7 +18,7 @@ from analysis import load_study
 from analysis.study import pruning_stage as grid
 from analysis.study.pruning_stage import Grid
 from analysis.study.records import Ledger
-from pruning import Anatomy, CalibrationSet, Recipe, Remedy, Variant, load_model, prune
+from pruning import Anatomy, CalibrationSet, Recipe, Remedy, Variant, load_model, prune, runner
 from pruning.engine import Workspace
 from pruning.files import PARTIAL
 
@@ -159,7 +159,7 @@ def wave_under_way(out: Path) -> list[str] | None:
     }
     for position in out.glob("scratch/*/position.json"):
         try:
-            wave = json.loads((position.parent / "wave.json").read_text())
+            wave = json.loads((position.parent / "work.json").read_text())["jobs"]
         except FileNotFoundError:  # finished at this very moment
             continue
         if done and wave[0].startswith("sparsegpt") and done.isdisjoint(wave):
@@ -172,7 +172,7 @@ def test_a_run_that_is_killed_in_a_wave_goes_on_from_there(tmp_path):
     text = text.replace('method = "wanda"', 'method = "sparsegpt"')
     checkpoint(tmp_path / "model", num_hidden_layers=8)
     path = study(tmp_path, text)
-    cap = cap_for_waves(path, 5)  # one of them for magnitude
+    cap = cap_for_waves(path, 3)  # one of them for magnitude, and one for each language
     assert prunescope("prune", path, "--out", tmp_path / "whole").returncode == 0
 
     out = tmp_path / "killed"
@@ -191,7 +191,7 @@ def test_a_run_that_is_killed_in_a_wave_goes_on_from_there(tmp_path):
     assert 0 < len(before) < len(variants(tmp_path / "whole"))
 
     resumed, swept = [], []
-    resume, sweep = Workspace.resumed, grid.sweep
+    resume, sweep = Workspace.resumed, runner.sweep
 
     def noted_resume(self):
         found = resume(self)
@@ -202,7 +202,7 @@ def test_a_run_that_is_killed_in_a_wave_goes_on_from_there(tmp_path):
         swept.append([job.id for job in wave])
         return sweep(anatomy, wave, *arguments, **named)
 
-    with patch.object(Workspace, "resumed", noted_resume), patch.object(grid, "sweep", noted_sweep):
+    with patch.object(Workspace, "resumed", noted_resume), patch.object(runner, "sweep", noted_sweep):
         result = prunescope("prune", path, "--out", out, "--memory", cap)
     assert result.returncode == 0, result.stderr
     assert swept[0] == begun
@@ -218,15 +218,15 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_there(place, finished,
     from pruning.engine import workspace
 
     monkeypatch.setattr(workspace, "CHECKPOINT_SECONDS", 0)
-    save, saves = Grid._save, []
+    put, placed = runner.put_in_place, []
 
-    def killed(self, variant, seconds):
-        if len(saves) == 3:
+    def killed(folder, place):
+        if len(placed) == 3:
             raise KeyboardInterrupt
-        saves.append(variant.id)
-        save(self, variant, seconds)
+        placed.append(place)
+        put(folder, place)
 
-    with patch.object(Grid, "_save", killed):
+    with patch.object(runner, "put_in_place", killed):
         result = prunescope("prune", place / "study.toml", "--out", tmp_path)
     assert result.returncode == 130
     assert "run the same command again" in result.stderr
@@ -239,7 +239,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_there(place, finished,
 
     with patch.object(Grid, "make", noted):
         assert prunescope("prune", place / "study.toml", "--out", tmp_path).returncode == 0
-    assert work[0] > sum(work) / 2  # what the killed run had done
+    assert len(work) == 1  # the killed run had done it all
     assert before.items() <= times(tmp_path).items()
     assert variants(tmp_path) == variants(finished)
 
@@ -247,16 +247,19 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_there(place, finished,
 def test_what_other_waves_left_is_tidied_away(place, tmp_path):
     scratch = tmp_path / "scratch"
     for name, content in {
-        "0123456789abcdef": '["wanda-0.4-row-pruned-en-s0"]',
-        "a": '["of another study"]',
+        "0123456789abcdef": '{"format": "prunescope-workspace-1", "jobs": ["wanda-0.4-row-pruned-en-s0"]}',
+        "a": '{"format": "prunescope-workspace-1", "jobs": ["of another study"]}',
         "b": "{",
         "c": "[[1]]",
+        "d": '{"format": "prunescope-workspace-1", "jobs": [1]}',
+        "mine": "{}",
     }.items():
         (scratch / name).mkdir(parents=True)
-        (scratch / name / "wave.json").write_text(content)
+        (scratch / name / "work.json").write_text(content)
+    (scratch / "mine" / "thesis.tex").write_text("precious")
     result = prunescope("prune", place / "study.toml", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert not scratch.exists()
+    assert [path for path in scratch.rglob("*") if path.is_file()] == [scratch / "mine" / "thesis.tex"]
 
 
 # Models that were pruned elsewhere
@@ -456,6 +459,20 @@ def test_nan_weights_are_one_line_that_says_where(tmp_path, monkeypatch, method,
     result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out", "--memory", "2GiB")
     expect_one_line(result, "block 1, role", "NaN or infinite")
     assert nothing_was_made(tmp_path / "out")
+
+
+def test_a_variant_that_cannot_be_made_is_named_and_the_others_are_made(place, finished, tmp_path):
+    text = STUDY.replace('"model"', f'"{place / "model"}"', 1)
+    text += '[[recipes]]\nmethod = "wanda"\nsparsity = 0.01\nallocation = "owl"'
+    for _ in range(2):
+        result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "out")
+        assert result.returncode == 0, result.stderr
+        for language in ("en", "sw"):
+            assert f"set aside: wanda-0.01-row-owl-pruned-{language}-s0: sparsity 0.01 with a spread" in result.stderr
+        assert variants(tmp_path / "out") == variants(finished)
+        record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+        assert len(record["set_aside"]) == 2
+    assert "plan" not in result.stderr  # what would end so again is not tried again
 
 
 def test_derivatives_take_the_whole_model_into_memory(tmp_path):

@@ -69,6 +69,15 @@ per_category = 2
 """
 
 
+#: Blocks would give between less than nothing and a few per cent.
+UNREACHABLE = """
+[[recipes]]
+method = "wanda"
+sparsity = 0.01
+allocation = "owl"
+"""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     from conftest import tiny_model, tiny_tokenizer
@@ -404,6 +413,23 @@ def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
     assert all(path.stat().st_mtime_ns == t for path, t in before.items())
     frame = read_frame(out / "frames" / "perplexity.parquet")
     assert "zh" in set(frame["calibration"])
+
+
+def test_a_variant_that_cannot_be_made_keeps_no_other_from_being_read(place, tmp_path):
+    text = STUDY.replace('"model"', f'"{place / "model"}"', 1).replace('["en", "sw", "all"]', '["en"]', 1)
+    text = text.replace('extra = [["sw", 1]]\n', "", 1).replace("[evaluation]", UNREACHABLE + "[evaluation]", 1)
+    (tmp_path / "study.toml").write_text(text)
+    for _ in range(2):
+        result = prunescope("run", tmp_path / "study.toml", "--out", tmp_path / "out")
+        assert result.returncode == 0, result.stderr
+        assert "set aside: wanda-0.01-row-owl-pruned-en-s0: sparsity 0.01 with a spread" in result.stderr
+        read = read_frame(tmp_path / "out" / "frames" / "perplexity.parquet")
+        assert set(read.method) == {"dense", "wanda", "magnitude"}
+        assert set(read.sparsity) == {0.0, 0.3, 0.5}
+    assert {path.name for path in (tmp_path / "out" / "variants").iterdir()} == {
+        "magnitude-0.3-matrix",
+        "wanda-0.5-row-pruned-en-s0",
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from conftest import tiny_model
 from standin import StandIn
 
 from pruning import Anatomy, Recipe
-from pruning.engine import Workspace, sweep, workspace
+from pruning.engine import Workspace, planned_jobs, sweep, workspace
 from pruning.text.calibration import CalibrationText
-from pruning.variants.variant import planned_jobs
 
 
 @pytest.fixture

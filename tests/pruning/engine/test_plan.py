@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from checkpoints import CORPUS, SHORT, checkpoint, saved
 
 from pruning import Anatomy, CalibrationSet, Recipe, load_model
-from pruning.engine import Job
-from pruning.engine.plan import MemoryCapError, Plan, make_plan
+from pruning.engine import Job, planned_jobs
+from pruning.engine.plan import MemoryCapError, Plan, _Needs, make_plan
 from pruning.text.calibration import CalibrationText
-from pruning.variants.variant import planned_jobs
 
 WANDA, MAGNITUDE = Recipe(method="wanda", sparsity=0.5), Recipe(method="magnitude", sparsity=0.5)
 SPARSEGPT, SNIP = Recipe(method="sparsegpt", sparsity=0.5), Recipe(method="snip", sparsity=0.5)
@@ -43,18 +43,18 @@ def test_memory_grows_with_the_jobs_and_what_they_do(anatomy, tokenizer):
 def test_a_cap_keeps_states_on_disk_and_cuts_into_waves(anatomy, tokenizer):
     recipes = [Recipe(method="sparsegpt", sparsity=s / 10) for s in range(3, 7)]
     plan = free = planned(anatomy, tokenizer, recipes, LONG[:2])
-    assert (len(free.waves), free.spill) == (1, False)
+    assert (len(free.waves), free.states) == (1, "device")
     waves = []
     with pytest.raises(MemoryCapError):
         while True:
             cap = plan.memory - 1
             plan = planned(anatomy, tokenizer, recipes, LONG[:2], memory=cap)
-            assert plan.spill
+            assert plan.states == "disk"
             assert plan.memory <= cap
             assert [job for wave in plan.waves for job in wave] == list(free.waves[0])
             waves.append(len(plan.waves))
     assert waves == sorted(set(waves))  # fewer jobs at a time, the less memory there is
-    assert waves[-1] == len(free.waves[0])
+    assert waves[-1] == 2  # the recipes of a set share its statistics: fewer at a time would need no less
 
 
 def test_a_cap_cuts_jobs_that_need_no_text_or_derivatives_too(anatomy, tokenizer):
@@ -107,20 +107,84 @@ def test_a_wave_that_was_begun_stays_as_it_was_if_it_fits(anatomy, tokenizer):
     assert make_plan(anatomy, pending, text, begun=[begun]).waves == (begun, left)
     least = make_plan(anatomy, pending, text, memory=1 << 33, begun=[begun]).memory
     assert make_plan(anatomy, pending, text, memory=least, begun=[begun]).waves == (begun, left)
-    alone = make_plan(anatomy, [jobs[0]], text).memory
-    plan = make_plan(anatomy, [jobs[2]], text, memory=alone, begun=[begun])  # with it, it would not fit
+    alone = make_plan(anatomy, [jobs[2]], text, memory=make_plan(anatomy, [jobs[2]], text).memory - 1).memory
+    plan = make_plan(anatomy, [jobs[2]], text, memory=alone, begun=[begun])  # with SparseGPT, it would not fit
     assert plan.waves == ((jobs[2],),)
+
+
+@pytest.fixture
+def on_a_gpu(anatomy, monkeypatch):
+    """The anatomy of a model that says it is on a GPU; nothing is run."""
+    monkeypatch.setattr(Anatomy, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(_Needs, "seconds_a_token", lambda self: 1e-3)
+    return anatomy
+
+
+def test_a_device_has_a_budget_of_its_own(on_a_gpu, tokenizer, make_model):
+    recipes = [WANDA, SPARSEGPT, MAGNITUDE.model_copy(update={"pattern": "model"})]
+    jobs, text = planned_jobs(recipes, LONG), CalibrationText.draw(tokenizer, CORPUS, LONG)
+    free = make_plan(on_a_gpu, jobs, text)
+    assert free.states == "device"
+    assert free.device_memory > 0
+    assert "on the device about" in str(free)
+    off = make_plan(on_a_gpu, jobs, text, device_memory=free.device_memory - 1)
+    assert off.states == "host"
+    assert off.device_memory < free.device_memory
+    assert off.memory > free.memory  # there they are instead
+    assert "hidden states off the device" in str(off)
+    spilled = make_plan(on_a_gpu, jobs, text, device_memory=free.device_memory - 1, memory=off.memory - 1)
+    assert spilled.states == "disk"
+    assert spilled.memory < off.memory
+    waves = len(spilled.waves)
+    cut = make_plan(on_a_gpu, jobs, text, device_memory=spilled.device_memory - 1)
+    assert len(cut.waves) > waves
+    assert cut.device_memory < spilled.device_memory
+    with pytest.raises(MemoryCapError, match=r"a cap on the memory of the cuda device of 0.10 GiB cannot hold"):
+        make_plan(on_a_gpu, jobs, text, device_memory=100 << 20)
+    with pytest.raises(MemoryCapError, match=r"a memory cap of 0.10 GiB cannot hold"):
+        make_plan(on_a_gpu, jobs, text, memory=100 << 20, device_memory=1 << 40)
+
+
+def test_what_stays_on_the_device_is_counted(on_a_gpu, tokenizer):
+    """Gram matrices, and the scores of a whole model."""
+    plain, gram = (planned_on(on_a_gpu, tokenizer, [recipe]) for recipe in (WANDA, SPARSEGPT))
+    assert gram.device_memory - plain.device_memory >= 4 * 48 * 48
+    one = planned_on(on_a_gpu, tokenizer, [MAGNITUDE.model_copy(update={"pattern": "model"})])
+    weights = sum(outputs * inputs for outputs, inputs in (on_a_gpu.shape(*key) for key in on_a_gpu))
+    assert one.device_memory - planned_on(on_a_gpu, tokenizer, [MAGNITUDE]).device_memory >= 4 * weights
+
+
+def planned_on(anatomy, tokenizer, recipes) -> Plan:
+    return make_plan(anatomy, planned_jobs(recipes, [SHORT]), CalibrationText.draw(tokenizer, CORPUS, [SHORT]))
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_device_without_memory_of_its_own_cannot_be_capped(anatomy, tokenizer, in_folder):
+    with pytest.raises(MemoryCapError, match=r"on the cpu, which has no memory of its own to cap"):
+        planned(anatomy, tokenizer, [WANDA], device_memory=1 << 40, in_folder=in_folder)
+
+
+def test_without_a_folder_all_variants_are_held_and_counted(anatomy, tokenizer):
+    recipes = [WANDA, SPARSEGPT, MAGNITUDE, SNIP]
+    stored = planned(anatomy, tokenizer, recipes, LONG)
+    held = planned(anatomy, tokenizer, recipes, LONG, in_folder=False)
+    assert len(held.waves) == 1
+    assert set(held.waves[0]) == {job for wave in stored.waves for job in wave}
+    assert held.memory > stored.memory
+    assert held.kept == held.scratch == 0
+    with pytest.raises(MemoryCapError, match="cannot hold"):
+        planned(anatomy, tokenizer, recipes, LONG, in_folder=False, memory=held.memory - 1)
 
 
 @pytest.mark.parametrize(
     ("plan", "line"),
     [
         (
-            Plan(((Job(MAGNITUDE),),), False, 900 << 20, 0, 3 << 20, 0.0, 8),
+            Plan(((Job(MAGNITUDE),),), "device", 900 << 20, 0, 3 << 20, 0.0, 8),
             "pruning plan: 1 variant, memory about 900.0 MiB, disk 3.0 MiB",
         ),
         (
-            Plan(((Job(WANDA, SHORT),), (Job(SPARSEGPT, SHORT),)), True, 6 << 30, 5 << 30, 3 << 20, 12.34, 30),
+            Plan(((Job(WANDA, SHORT),), (Job(SPARSEGPT, SHORT),)), "disk", 6 << 30, 5 << 30, 3 << 20, 12.34, 30),
             "pruning plan: 2 variants in 2 waves, memory about 6.0 GiB, hidden states on disk, disk 3.0 MiB and 5.0 GiB "
             "while it runs, about 12.3 s a block, 6 minutes in all",
         ),
@@ -135,18 +199,19 @@ import json, resource, sys
 from pathlib import Path
 from rich.console import Console
 import analysis.study.pruning_stage
+import pruning.runner
 from analysis.study.run import run_study
 from analysis.study.study_file import parse_study
 
 study, out, stream = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "stream"
-make_plan, plans = analysis.study.pruning_stage.make_plan, []
+make_plan, plans = pruning.runner.make_plan, []
 
 def noted(anatomy, *arguments, **named):
     assert anatomy.streamed == stream
     plans.append(make_plan(anatomy, *arguments, **named))
     return plans[-1]
 
-analysis.study.pruning_stage.make_plan = noted
+pruning.runner.make_plan = noted
 analysis.study.pruning_stage._ROOM = 1 << 20  # streams whatever the cap
 run_study(parse_study(study, "study"), out, Console(quiet=True), memory=(1 << 40) if stream else None, only_prune=True)
 status = Path("/proc/self/status")

@@ -12,6 +12,9 @@ from pruning import Anatomy, CalibrationSet, Recipe, known_methods
 from pruning.engine import Job, Schedule, Workspace, sweep
 from pruning.engine.sweep import sweep_work
 from pruning.errors import ModelError, RecipeError
+from pruning.methods import Method, registry
+from pruning.parameters import Parameter
+from pruning.statistics import SQUARES
 from pruning.text.calibration import CalibrationText, Piece
 
 EN = CalibrationSet(name="en", languages=("en",), samples=4, length=16)
@@ -49,12 +52,32 @@ GRID = [
     Recipe(method="random", sparsity=0.5),
 ]
 OWL = Recipe(method="wanda", sparsity=0.5, allocation="owl")
+
+
+def overflowing(weight, statistics, *, limit=1.0):
+    """Return scores that are not finite in matrices with more inputs than `limit`."""
+    return weight.float().abs() * statistics.known_inputs.norms / float(weight.shape[1] <= limit or "nan")
+
+
+@pytest.fixture
+def overflowing_method(monkeypatch):
+    """A method that fails in some matrices, for the tests of this file only."""
+    method = Method(
+        "overflowing",
+        overflowing,
+        source="this test",
+        needs=frozenset({SQUARES}),
+        parameters={"limit": Parameter(1, 1, 1e6, "inputs")},
+    )
+    monkeypatch.setitem(registry._METHODS, method.name, method)
+
+
 #: Methods that look at the weights alone.
 TEXTLESS = ("magnitude", "random")
 
 
 def equal(one: Any, other: Any) -> bool:
-    values = (one.values or {}), (other.values or {})
+    values = one.values, other.values
     return (
         one.masks == other.masks
         and values[0].keys() == values[1].keys()
@@ -250,8 +273,8 @@ def test_shared_text_goes_through_the_model_once(model):
 def test_a_workspace_in_a_folder_gives_the_same(model, tmp_path):
     wanted = jobs(*GRID)
     in_memory = sweep(Anatomy(model), wanted, text())
-    for spill in (False, True):
-        workspace = Workspace(tmp_path / "work", "key", spill=spill)
+    for states in ("device", "host", "disk"):
+        workspace = Workspace(tmp_path / "work", "key", states=states)
         on_disk = sweep(Anatomy(model), wanted, text(), workspace=workspace)
         assert all(equal(in_memory(job), on_disk(job)) for job in wanted)
         workspace.close()
@@ -265,8 +288,61 @@ def test_a_method_that_needs_text_says_so(model):
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "snip"])
 def test_nan_weights_are_refused_with_their_place(model, method):
     Anatomy(model).weight(1, "up")[3, 4] = torch.nan
+    wanted = jobs(Recipe(method=method, sparsity=0.5))
+    result = sweep(Anatomy(model), wanted, text())
+    assert result.set_aside.keys() == set(wanted)
     with pytest.raises(ModelError, match=r"block 1, role (up|gate)|loss on the calibration text is not finite"):
-        sweep(Anatomy(model), jobs(Recipe(method=method, sparsity=0.5)), text())
+        result(wanted[0])
+
+
+@pytest.mark.parametrize("states", ["device", "disk"])
+@pytest.mark.parametrize("propagation", ["pruned", "dense"])
+def test_a_job_that_fails_is_set_aside_and_the_others_finish(model, tmp_path, overflowing_method, states, propagation):
+    anatomy = Anatomy(model)
+    bad = [
+        Job(Recipe(method="overflowing", sparsity=0.5, propagation=propagation, parameters={"limit": 40}), s)
+        for s in (EN, MIX)
+    ]
+    spread = Recipe(method="wanda", sparsity=0.01, allocation="owl")
+    good = jobs(
+        Recipe(method="wanda", sparsity=0.5),
+        Recipe(method="sparsegpt", sparsity=0.5),
+        Recipe(method="magnitude", sparsity=0.3),
+        Recipe(method="wanda", sparsity=0.4, propagation="dense"),
+    )
+    wanted = [bad[0], *good, Job(spread, EN), bad[1]]
+    done: list[int] = []
+    place = Workspace(tmp_path / "w", "key", states=states)
+    result = sweep(anatomy, wanted, text(), workspace=place, progress=done.append)
+    assert result.set_aside.keys() == {*bad, Job(spread, EN)}
+    for job in bad:
+        assert result.set_aside[job] == (
+            "block 0, role down: a weight or an activation is NaN or infinite; "
+            "check the checkpoint, or load it with dtype float32 or bfloat16"
+        )
+        assert not place.place(job.id).exists()
+    assert "lower the spread" in result.set_aside[Job(spread, EN)]
+    assert sum(done) == sweep_work(anatomy, wanted, text())  # so that the time left comes to an end
+    alone = sweep(anatomy, good, text())
+    assert all(equal(result(job), alone(job)) for job in good)
+    again = sweep(anatomy, wanted, text(), workspace=Workspace(tmp_path / "w", "key", states=states))
+    assert again.set_aside == result.set_aside
+
+
+def test_a_survey_or_a_loss_that_fails_takes_only_its_own_jobs(model):
+    anatomy = Anatomy(model)
+    model.get_input_embeddings().weight.data[text().tokens[Piece("sw", 0, 16, 0, 2)].flatten()[0]] = torch.inf
+    wanted = jobs(
+        Recipe(method="snip", sparsity=0.5),
+        OWL,
+        Recipe(method="wanda", sparsity=0.5, pattern="model"),
+        Recipe(method="magnitude", sparsity=0.5, pattern="model"),
+    )
+    done: list[int] = []
+    result = sweep(anatomy, wanted, text(), progress=done.append)
+    assert {job for job in wanted if job.calibration == MIX} <= result.set_aside.keys()
+    assert {job for job in wanted if job.calibration is None}.isdisjoint(result.set_aside)
+    assert sum(done) == sweep_work(anatomy, wanted, text())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -276,7 +352,7 @@ def test_half_precision_models_are_pruned_with_float32_statistics(dtype):
     pruned = sweep(anatomy, wanted, text())
     for job in wanted:
         result = pruned(job)
-        assert all(value.dtype == dtype for value in (result.values or {}).values())
+        assert all(value.dtype == dtype for value in result.values.values())
         shapes = [anatomy.shape(*key) for key in anatomy if job.recipe.covers(*key)]
         even = sum(job.recipe.choosing.uniform(shape, job.recipe.sparsity) for shape in shapes)
         assert sum(o * i for o, i in shapes) - result.masks.kept() == even

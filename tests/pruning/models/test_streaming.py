@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from pruning import Anatomy, Recipe, load_model, prune
 from pruning.errors import ModelError, RecipeError
 from pruning.models.checkpoint import INDEX, SINGLE, Shards
-from pruning.models.streaming import save_tensors
 
 RECIPES = [
     Recipe(method="wanda", sparsity=0.5),
@@ -245,18 +244,3 @@ def test_what_needs_the_whole_model_says_so(folder, tokenizer):
         variant.apply(streamed)
     with pytest.raises(ModelError, match="load it whole"), variant.applied(streamed):
         pass
-
-
-def test_tensors_written_one_at_a_time_read_back(tmp_path):
-    tensors = {
-        "odd": torch.arange(5, dtype=torch.bfloat16),
-        "matrix": torch.randn(3, 4).T,
-        "none": torch.empty(0, dtype=torch.float16),
-        "long": torch.randn(7, dtype=torch.float64),
-    }
-    save_tensors(tensors, tmp_path / "a", {"made": "here"})
-    found = load_file(tmp_path / "a")
-    assert set(found) == set(tensors)
-    assert all(
-        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
-    )

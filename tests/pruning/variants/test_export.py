@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pruning import CalibrationSet, MaskSet, Recipe, Variant, load_model, prune
 from pruning.models.checkpoint import INDEX, Shards
 from pruning.variants.export import model_card
-from pruning.variants.variant import VariantRecord
+from pruning.variants.store import VariantRecord
 
 RECIPES = [
     Recipe(method="sparsegpt", sparsity=0.5),

@@ -1,0 +1,210 @@
+"""Calibration text on its way through the blocks: shared as long as jobs see the same, then on its own for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ..models.anatomy import Anatomy, InputGroup, Stack
+from ..statistics import InputStatistics, together
+from ..text.calibration import CalibrationSet, Piece
+from .choosing import Choice
+from .jobs import Job, Schedule
+from .streams import Progress, StackStarter, Stream, gather, run_block
+from .workspace import Joined, Workspace
+
+
+class StatisticsOf:
+    """Statistics of one block, by job: those of its pieces together, worked out once for each calibration set."""
+
+    def __init__(self, schedule: Schedule, by_piece: Mapping[Piece, Mapping[str, InputStatistics]]) -> None:
+        self._schedule = schedule
+        self._by_piece = by_piece
+        self._by_set: dict[CalibrationSet, dict[str, InputStatistics]] = {}
+
+    def __call__(self, job: Job) -> dict[str, InputStatistics]:
+        assert job.calibration is not None
+        if job.calibration not in self._by_set:
+            pieces = [self._by_piece[piece] for piece in self._schedule.pieces_of(job)]
+            self._by_set[job.calibration] = {
+                leader: together(piece[leader] for piece in pieces) for leader in pieces[0]
+            }
+        return self._by_set[job.calibration]
+
+
+class Flow:
+    """The streams of a schedule on their way through the blocks.
+
+    Parameters
+    ----------
+    anatomy, schedule
+        The blocks, and what goes through them for whom.
+    workspace
+        Where hidden states wait.
+    needs
+        Which statistics a job wants.
+    batch_tokens
+        Tokens that go through a block at a time.
+    progress
+        Told of them.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        schedule: Schedule,
+        workspace: Workspace,
+        *,
+        needs: Callable[[Job], frozenset[str]],
+        batch_tokens: int,
+        progress: Progress,
+    ) -> None:
+        self.anatomy = anatomy
+        self.schedule = schedule
+        self.workspace = workspace
+        self.needs = needs
+        self.progress = progress
+        self.batch_tokens = batch_tokens
+        self.pieces: dict[Piece, Stream] = {}
+        self.own: dict[Job, Stream] = {}
+        self._next: dict[Piece, Sequence[Tensor]] = {}
+        self._next_own: dict[Job, Stream] = {}
+        self._starter: tuple[Stack, StackStarter] | None = None
+        for piece in schedule.pieces(0):
+            self.pieces[piece] = self._stream([piece])
+
+    def _stream(self, pieces: Sequence[Piece]) -> Stream:
+        assert self.schedule.text is not None
+        stream = Stream([], [])
+        for piece in pieces:
+            batches = self.schedule.text.tokens[piece].split(max(1, self.batch_tokens // piece.length))
+            stream.tokens += batches
+            stream.languages += [piece.language] * len(batches)
+        return stream
+
+    def enter(self, layer: int) -> None:
+        """Bring all streams to a block that begins a stack."""
+        stack = self.anatomy.stack_of(layer)
+        if layer == stack.first:
+            with self.anatomy.loaded_for_start():
+                for name, stream in self._named():
+                    if stack.first > 0:  # a decoder, which reads what the encoder before it has made
+                        stream.memory = [self.anatomy.encoded(hidden) for hidden in stream.hidden]
+                    # Under a name of its own: what came before it must stay, to go on from after a kill.
+                    shelf = self.workspace.shelf(layer, name, "begun", len(stream.tokens))
+                    self._start(stack, stream, shelf.add)
+                    stream.hidden = shelf.done()
+
+    def _start(self, stack: Stack, stream: Stream, sink: Callable[[Tensor], object]) -> None:
+        if self._starter is None or self._starter[0] is not stack:
+            self._starter = (stack, StackStarter(self.anatomy, stack))
+        self._starter[1](stream, sink)
+
+    def through_dense(self, layer: int) -> StatisticsOf:
+        """Send every shared piece of text through the dense block."""
+        jobs = self.schedule.on_pieces(layer)
+        go_on = set(self.schedule.pieces(layer + 1)) if layer + 1 < self.schedule.blocks else set()
+        by_piece = {}
+        for piece in self.schedule.pieces(layer):
+            readers = [job for job in jobs if piece in self.schedule.pieces_of(job)]
+            wanted = self._wanted(layer, readers)
+            stream, shelf = self.pieces[piece], None
+            if piece in go_on:
+                shelf = self.workspace.shelf(layer + 1, _piece_name(piece), "hidden", len(stream.tokens))
+            sink = None if shelf is None else shelf.add
+            by_piece[piece] = gather(self.anatomy, layer, stream, wanted, self.progress, sink)
+            if shelf is not None:
+                self._next[piece] = shelf.done()
+        return StatisticsOf(self.schedule, by_piece)
+
+    def own_statistics(self, job: Job, layer: int) -> dict[str, InputStatistics]:
+        """Send the states of one job through the dense block."""
+        wanted = self._wanted(layer, [job])
+        if not wanted:
+            return {}
+        return gather(self.anatomy, layer, self.own[job], wanted, self.progress)
+
+    def through_pruned(self, job: Job, layer: int, choice: Choice) -> None:
+        """Send a job's states through the block that it has pruned, if it has states of its own from here on."""
+        if self.schedule.departs(job, layer):
+            stream = self._stream(self.schedule.pieces_of(job))
+            parts = [self.pieces[piece] for piece in self.schedule.pieces_of(job)]
+            stream.hidden = Joined([part.hidden for part in parts])
+            stream.arguments = [arguments for part in parts for arguments in part.arguments]
+            if parts[0].memory is not None:
+                stream.memory = [memory for part in parts for memory in part.memory or ()]
+        elif job in self.own and self.schedule.goes_on(job, layer):
+            stream = self.own[job]
+        else:
+            return
+        with _pruned(self.anatomy, layer, choice):
+            shelf = self.workspace.shelf(layer + 1, job.id, "hidden", len(stream.tokens))
+            stack = self.anatomy.stack_of(layer)
+            for output in run_block(self.anatomy.blocks[layer], stream, layer, stack, self.progress):
+                shelf.add(output)
+        self._next_own[job] = Stream(stream.tokens, stream.languages, shelf.done(), stream.memory, stream.arguments)
+
+    def leave(self, layer: int) -> None:
+        """Go on to the next block."""
+        self.pieces = {piece: self.pieces[piece] for piece in self._next}
+        for piece, hidden in self._next.items():
+            self.pieces[piece].hidden = hidden
+        self.own, self._next_own, self._next = self._next_own, {}, {}
+
+    def states(self) -> dict[str, dict[str, Sequence[Tensor]]]:
+        """Return all that is needed to go on before the next block."""
+        return {
+            name: {"hidden": stream.hidden} | ({"memory": stream.memory} if stream.memory else {})
+            for name, stream in self._named()
+        }
+
+    def resume(self) -> int:
+        """Take up the states that a killed sweep has left; return the block to go on with."""
+        found = self.workspace.resumed()
+        if found is None:
+            return 0
+        layer, states = found
+        stack = self.anatomy.stack_of(layer)
+        self.pieces = {piece: self._stream([piece]) for piece in self.schedule.pieces(layer)}
+        self.own = {job: self._stream(self.schedule.pieces_of(job)) for job in self.schedule.on_their_own(layer)}
+        with self.anatomy.loaded(stack.first), self.anatomy.loaded_for_start():
+            for name, stream in self._named():
+                parts = states[name]
+                memory = parts.get("memory")
+                stream.memory = None if memory is None else [batch.to(self.anatomy.device) for batch in memory]
+                if layer != stack.first:
+                    self._start(stack, stream, lambda hidden: None)
+                stream.hidden = parts["hidden"]
+        return layer
+
+    def _wanted(self, layer: int, jobs: Sequence[Job]) -> dict[InputGroup, frozenset[str]]:
+        wanted: dict[InputGroup, frozenset[str]] = {}
+        for group in self.anatomy.groups(layer):
+            readers = [job for job in jobs if any(job.recipe.covers(layer, role) for role in group.roles)]
+            if readers:
+                wanted[group] = frozenset().union(*(self.needs(job) for job in readers))
+        return wanted
+
+    def _named(self) -> list[tuple[str, Stream]]:
+        pieces = [(_piece_name(piece), stream) for piece, stream in self.pieces.items()]
+        return pieces + [(job.id, stream) for job, stream in self.own.items()]
+
+
+def _piece_name(piece: Piece) -> str:
+    return f"{piece.language}-s{piece.seed}-{piece.length}-{piece.start}-{piece.stop}"
+
+
+@contextmanager
+def _pruned(anatomy: Anatomy, layer: int, choice: Choice) -> Iterator[None]:
+    """Make a block what a job has made of it, for a while."""
+    dense = {role: anatomy.weight(layer, role).clone() for role in choice.masks}
+    try:
+        for role, mask in choice.masks.items():
+            weight = choice.weights[role] if role in choice.weights else dense[role].masked_fill(~mask, 0)
+            anatomy.set_weight(layer, role, weight)
+        yield
+    finally:
+        for role, weight in dense.items():
+            anatomy.set_weight(layer, role, weight)

@@ -1,0 +1,107 @@
+"""Models that were pruned elsewhere: which weights they lack, and which they changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VariantError
+from ..models.anatomy import Anatomy
+from ..models.streaming import residence_of
+from .key import Key
+from .masks import MaskSet, pack_bits
+from .store import RECIPE_FILE, VariantRecord
+
+#: Relative difference between two values that are one before rounding to bfloat16.
+_ROUNDING = 2**-7
+
+
+def difference(dense: nn.Module, pruned: nn.Module, name: str) -> tuple[VariantRecord, MaskSet, dict[Key, Tensor]]:
+    """Return what was done to a model, as far as it is known, what it kept, and the values that it changed.
+
+    A weight that is zero counts as removed. Where other weights differ from the dense ones, their values are taken
+    over too. What was done is known only of a checkpoint that prunescope exported: it lies beside it.
+
+    Parameters
+    ----------
+    dense, pruned
+        Of the same architecture and size; either may be streamed from its checkpoint.
+    name
+        What to call it.
+
+    Raises
+    ------
+    VariantError
+        If they do not fit together, nothing was removed, or the pruned model differs in more than its projections.
+    """
+    parent, child = Anatomy(dense), Anatomy(pruned)
+    if _shapes(parent) != _shapes(child):
+        raise VariantError(f'"{name}" is not a pruned version of this model: its parts or their shapes differ')
+    record = _stated(
+        VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint()), child
+    )
+    bits, inputs, values, news, missing = {}, {}, {}, 0, 0
+    for layer in range(len(parent.blocks)):
+        with parent.loaded(layer, to_read=True), child.loaded(layer, to_read=True):
+            _check_unchanged(parent, child, parent.parameter_names(layer), name)
+            for role in parent.roles(layer):
+                before = parent.weight(layer, role)
+                weight = child.weight(layer, role).to(before)
+                mask = weight != 0
+                pruned_here = not torch.equal(weight, before)
+                if pruned_here or (record.recipe is not None and record.recipe.covers(layer, role)):
+                    bits[layer, role], inputs[layer, role] = pack_bits(mask).numpy(), mask.shape[1]
+                if not torch.equal(weight, before * mask):
+                    values[layer, role] = weight[mask].cpu()
+                news += int((~mask & (before != 0)).sum())
+                missing += int((mask & (before == 0)).sum())
+    others = parent.other_names()
+    with residence_of(dense).present(others, to_read=True), residence_of(pruned).present(others, to_read=True):
+        _check_unchanged(parent, child, others, name)
+    if news == 0 and missing:
+        raise VariantError(
+            f'"{name}" is zero nowhere but where this model is, and this model is zero where "{name}" is not: '
+            "were the dense and the pruned model swapped?"
+        )
+    if news == 0:
+        raise VariantError(
+            f'"{name}" is zero nowhere but where this model is: it is not pruned, or its masks were not applied'
+        )
+    return record, MaskSet(bits, inputs), values
+
+
+def _shapes(anatomy: Anatomy) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in anatomy.model.named_parameters(remove_duplicate=False)}
+
+
+def _check_unchanged(parent: Anatomy, child: Anatomy, names: Iterable[str], called: str) -> None:
+    """Raise ``VariantError`` unless those of the parameters that hold no projections are the same in both models."""
+    projections = parent.block_parameters()
+    for name in names:
+        if name not in projections:
+            before = parent.model.get_parameter(name)
+            after = child.model.get_parameter(name).to(before)
+            if not torch.equal(before, after) and not torch.allclose(after.float(), before.float(), rtol=_ROUNDING):
+                raise VariantError(
+                    f'"{called}" differs from this model in more than its projections ({name}): it was trained after '
+                    "it was pruned, or made from another model, and cannot be measured against this one"
+                )
+
+
+def _stated(record: VariantRecord, child: Anatomy) -> VariantRecord:
+    """Return a record with what prunescope wrote beside a checkpoint, if it is of the same dense model."""
+    folder = str(child.model.name_or_path)
+    path = Path(folder) / RECIPE_FILE
+    if not folder:  # a model that was never loaded from anywhere
+        return record
+    try:
+        stated = VariantRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return record  # no such file, or another tool's
+    if stated.model_fingerprint != record.model_fingerprint:
+        remark = f"its {RECIPE_FILE} is left aside, since it speaks of another dense model ({stated.model})"
+        return record.model_copy(update={"remarks": (remark,)})
+    return stated.model_copy(update={"id": record.id, "model": record.model, "key": ""})
