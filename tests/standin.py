@@ -33,6 +33,8 @@ class _Hook(torch._C._acc.PrivateUse1Hooks):  # type: ignore[misc]
 
 # Without it, torch has no guard for the device and cannot index its tensors.
 _setup_privateuseone_for_python_backend(NAME, hook=_Hook())
+# Gradient checkpointing asks whatever accelerator there is, even where nothing is on it.
+getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 DEVICE = torch.device(NAME, 0)
 
 _AT = torch.ops.aten
