@@ -12,8 +12,9 @@ from ..statistics import InputStatistics, together
 from ..text.calibration import CalibrationSet, Piece
 from .choosing import Choice
 from .jobs import Job, Schedule
+from .shelves import Joined
 from .streams import Progress, StackStarter, Stream, gather, run_block
-from .workspace import Joined, Workspace
+from .workspace import Workspace
 
 
 class StatisticsOf:

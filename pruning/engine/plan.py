@@ -17,9 +17,9 @@ from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
 from ..variants.key import Key
 from .jobs import Job, Schedule, covered_shapes
+from .shelves import Place
 from .streams import StackStarter, Stream, run_block
 from .sweep import GRADIENT_TOKENS
-from .workspace import Place
 
 #: Bytes that Python, torch, transformers and a tokenizer take before any model is there.
 _BASE = 700 << 20

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, runtime_checkable
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -20,13 +20,11 @@ from ..patterns import Shape
 from ..variants.key import Key
 from ..variants.masks import MaskSet, pack_bits
 from ..variants.store import MASKS_FILE, RECIPE_FILE, WEIGHTS_FILE, VariantWriter, open_values
-from ..variants.tensors import GrowingTensors, StoredTensors, room_for
 from .choosing import Choice
+from .shelves import InMemory, OnDisk, Place, Shelf, Spill
 
 #: Seconds of work that a kill may cost, about.
 CHECKPOINT_SECONDS = 60.0
-#: Where hidden states wait for their next block.
-Place = Literal["device", "host", "disk"]
 _WORK, _POSITION, _RESULTS, _ASIDE = "work.json", "position.json", "results", "aside"
 _FORMAT: Final = "prunescope-workspace-1"
 #: What a workspace writes, below its folder: nothing else is ever removed.
@@ -188,7 +186,7 @@ class Workspace:
         """Return where to put the states of a stream before a block, a batch at a time."""
         if self.states_place == "disk":
             return self._file(layer, stream, part, batches)
-        return _InMemory(on_host=self.states_place == "host")
+        return InMemory(on_host=self.states_place == "host")
 
     def checkpoint(self, layer: int, states: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
         """Make sure that a killed sweep can go on before a block, if the last such point is a while ago."""
@@ -197,7 +195,7 @@ class Workspace:
             return
         for stream, parts in states.items():
             for part, batches in parts.items():
-                if not (isinstance(batches, _OnDisk) and batches.path == self._state_file(layer, stream, part)):
+                if not (isinstance(batches, OnDisk) and batches.path == self._state_file(layer, stream, part)):
                     file = self._file(layer, stream, part, len(batches))
                     for batch in batches:
                         file.add(batch)
@@ -241,7 +239,7 @@ class Workspace:
         self._remove_states(but=layer)
         states: dict[str, dict[str, Sequence[Tensor]]] = {}
         for stream, parts in self._position["streams"].items():
-            found = {part: _OnDisk(self._state_file(layer, stream, part)) for part in parts}
+            found = {part: OnDisk(self._state_file(layer, stream, part)) for part in parts}
             on_disk = self.states_place == "disk"
             states[stream] = {part: batches if on_disk else list(batches) for part, batches in found.items()}
         return layer, states
@@ -251,11 +249,11 @@ class Workspace:
         if self.folder is not None:
             _clear(self.folder)
 
-    def _file(self, layer: int, stream: str, part: str, batches: int) -> _Spill:
+    def _file(self, layer: int, stream: str, part: str, batches: int) -> Spill:
         path = self._state_file(layer, stream, part)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        return _Spill(path, batches, self._note)
+        return Spill(path, batches, self._note)
 
     def _note(self, path: Path, digest: str) -> None:
         assert self.folder is not None
@@ -342,77 +340,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-@runtime_checkable
-class Shelf(Protocol):
-    """Where the states of a stream are put, a batch at a time."""
-
-    def add(self, batch: Tensor) -> None:
-        """Take a batch."""
-
-    def done(self) -> Sequence[Tensor]:
-        """Return all batches, each read when it is asked for if they are in a file."""
-
-
-class _InMemory:
-    def __init__(self, *, on_host: bool) -> None:
-        self._on_host = on_host
-        self._batches: list[Tensor] = []
-
-    def add(self, batch: Tensor) -> None:
-        self._batches.append(batch.cpu() if self._on_host else batch)
-
-    def done(self) -> Sequence[Tensor]:
-        return self._batches
-
-
-class _Spill:
-    """A file of states; its name is the final one, since only what is on record is ever read again."""
-
-    def __init__(self, path: Path, batches: int, note: Callable[[Path, str], None]) -> None:
-        sizes = {str(number): 1 << 40 for number in range(batches)}
-        self._file = GrowingTensors(path, room_for(sizes, {}))
-        self._note = note
-
-    def add(self, batch: Tensor) -> None:
-        with disk_errors(self._file.path):
-            self._file.add(str(len(self._file)), batch)
-
-    def done(self) -> Sequence[Tensor]:
-        with disk_errors(self._file.path):
-            self._file.finish({})
-        self._note(self._file.path, file_sha256(self._file.path))
-        return _OnDisk(self._file.path)
-
-
-class _OnDisk(Sequence[Tensor]):
-    """States that are read from a file, a batch at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = StoredTensors(path)
-
-    def __len__(self) -> int:
-        return len(self._file.shapes)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._file.read(str(index))
-
-
-class Joined(Sequence[Tensor]):
-    """Batches of several streams, one after the other, without reading those that are in files."""
-
-    def __init__(self, parts: Sequence[Sequence[Tensor]]) -> None:
-        self._places = [(part, number) for part in parts for number in range(len(part))]
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self._places)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return one batch."""
-        part, number = self._places[index]
-        return part[number]

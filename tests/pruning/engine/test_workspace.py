@@ -12,7 +12,7 @@ from checkpoints import CORPUS, SHORT
 
 from pruning import Anatomy, Recipe
 from pruning.engine import Job, Pruned, Workspace, planned_jobs, sweep, workspace
-from pruning.engine.workspace import Place
+from pruning.engine.shelves import Place
 from pruning.errors import DiskError
 from pruning.text.calibration import CalibrationText
 from pruning.variants.store import VariantRecord
