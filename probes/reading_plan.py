@@ -21,8 +21,8 @@ from .streams import DENSE, Stream, readable_neurons
 
 #: Bytes that Python, torch, transformers, nnsight and a tokenizer take before any model is there.
 _BASE = 800 << 20
-#: Memory that is taken over what is held: gaps that the allocator leaves.
-_SLACK = 1.2
+#: Memory that is taken over what is held: gaps that the allocator leaves, as in pruning.
+_SLACK = 1.4
 #: Share of what is left for text that the dense model's values of a block may take; the rest is for hidden states.
 _COMPARED = 0.4
 #: Readers' own work over a forward pass, measured on the embedded model.

@@ -1,9 +1,6 @@
-"""What the readers cost: all of them together over a plain forward pass of the same batches, in one run.
+"""What reading costs over plain forward passes of the embedded model, with logits and without.
 
-    make benchmarks
-
-A figure to quote, not a test that passes or fails with the machine's mood: it prints the ratios and checks only that
-they are numbers.
+PRUNESCOPE_BENCH_ROUNDS   how often everything is timed (7)
 """
 
 from __future__ import annotations
@@ -11,52 +8,45 @@ from __future__ import annotations
 import torch
 from benchmarks.harness import number, paired_ratios, report
 
-from probes import DenseSignal, NeuronFiring, PooledStates, Session, SignalError, TokenLoss
-from pruning import Corpus, load_model, text_source
+from probes import DENSE, FittingStream, HeldoutStream, Session, plan_reading, read_streams
+from pruning import Corpus, Recipe, load_model, prune, text_source
 
 
-def test_all_readers_over_a_plain_forward_pass(capsys):
+def test_lockstep_reading_over_plain_forward_passes(capsys):
     model, tokenizer = load_model("demo")
     source = text_source("bundled")
     segments = Corpus(source, source, source).take("heldout", "en", 48)
     session = Session(model, tokenizer)
+    variants = {v.id: v for v in prune(model, tokenizer, [Recipe(method="magnitude", sparsity=s) for s in (0.2, 0.3)])}
     without_head = session.anatomy.stack_module(session.anatomy.stacks[0])
-    batches, layers = session.batches(segments), len(session.anatomy.blocks)
-    dense_signal = DenseSignal(len(segments), layers)
-    references = []
-    for batch in batches:
-        session.read(batch, [dense_signal])
-        references.append(dense_signal.take_activations())
-
-    pooled = PooledStates(len(segments), layers, session.anatomy.hidden_size)
-    firing = NeuronFiring(layers, session.anatomy.n_neurons)
-    loss = TokenLoss(len(segments), session.anatomy)
-    error = torch.zeros_like(dense_signal.power)
+    batches = session.batches(segments)
 
     def plain() -> None:
-        for batch in batches:
-            with torch.no_grad():
-                model(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
+        for _ in range(1 + len(variants)):
+            for batch in batches:
+                with torch.no_grad():
+                    model(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
 
     def body() -> None:
         for batch in batches:
             with torch.no_grad():
                 without_head(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
 
-    def internals() -> None:
-        for batch, dense in zip(batches, references, strict=True):
-            session.read(batch, [pooled, firing, SignalError(dense, error)])
-
     def everything() -> None:
-        for batch, dense in zip(batches, references, strict=True):
-            session.read(batch, [pooled, firing, SignalError(dense, error), loss])
+        stream = HeldoutStream(session, segments, list(variants))
+        read_streams(session, [stream], variants, plan_reading(session, [stream], trial=False))
+        assert stream.readings[DENSE].nll.isfinite().all()
+
+    def pooled_states() -> None:
+        stream = FittingStream(session, segments)
+        read_streams(session, [stream], {}, plan_reading(session, [stream], trial=False))
 
     rounds = number("ROUNDS", 7)
     whole = paired_ratios(everything, plain, rounds)
-    inner = paired_ratios(internals, body, rounds)
+    inner = paired_ratios(pooled_states, body, rounds)
     assert min(whole + inner) > 0
     with capsys.disabled():
-        tokens = sum(int(batch.real.sum()) for batch in batches)
+        tokens = sum(batch.n_tokens for batch in batches)
         print(f"\n{tokens} tokens in {len(batches)} batches, median of {rounds} pairs (lowest to highest)")
-        report("all readers / forward pass with logits", whole)
-        report("all readers but the loss / forward pass without the head", inner)
+        report("all readers of three models in lockstep / three forward passes with logits", whole)
+        report("pooled states / forward pass without the head", inner)

@@ -1,4 +1,4 @@
-"""A model larger than the memory that pruning may take: peak memory and time of ``prunescope prune --memory``.
+"""A model larger than the memory that it may take: peak memory and time of ``prunescope prune`` and ``run`` --memory.
 
     make benchmarks, or pytest tests/benchmarks/test_streamed_8b.py -s -k small
     PRUNESCOPE_BENCH_8B=/big/disk pytest tests/benchmarks/test_streamed_8b.py -s -k llama
@@ -61,6 +61,33 @@ length = 256
 method = "wanda"
 sparsity = 0.5
 """
+WHOLE_STUDY = """
+model = "{model}"
+languages = ["en", "sw", "zh"]
+dtype = "{dtype}"
+device = "cpu"
+
+[calibration]
+sets = ["en", "sw", "zh"]
+samples = 4
+length = 128
+
+[[recipes]]
+method = "wanda"
+sparsity = 0.5
+
+[[recipes]]
+method = "magnitude"
+sparsity = 0.5
+
+[evaluation]
+segments = 2
+fit_segments = 2
+max_length = 256
+
+[tasks]
+items = "none"
+"""
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -98,6 +125,33 @@ def test_pruning_from_shards(shape, dtype, tmp_path, tmp_path_factory, capsys):
         print(f"  {run.seconds:.0f} s, of which {run.processor:.0f} s of processor time")
     assert len(variants) == 1
     assert run.peak < cap
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_whole_study_from_shards(shape, tmp_path, tmp_path_factory, capsys):
+    """Four variants, three languages, all readers, frames, figures and report."""
+    big = os.environ.get("PRUNESCOPE_BENCH_8B")
+    if shape == "llama" and not big:
+        pytest.skip("needs PRUNESCOPE_BENCH_8B, a folder with 25 GB free")
+    dtype = os.environ.get("PRUNESCOPE_BENCH_DTYPE") or "bfloat16"
+    place = Path(big or "") if shape == "llama" else tmp_path_factory.getbasetemp()
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0, dtype="bfloat16")
+    memory = os.environ.get("PRUNESCOPE_BENCH_MEMORY") or {"small": "2GiB", "llama": "8GiB"}[shape]
+    with capsys.disabled():
+        checkpoint = written(place / f"checkpoint-{shape}", config)
+        study = tmp_path / "study.toml"
+        study.write_text(WHOLE_STUDY.format(model=checkpoint, dtype=dtype), encoding="utf-8")
+        out = place / f"study-{shape}-{os.getpid()}"
+        arguments = [str(command()), "run", str(study), "--out", str(out), "--memory", memory]
+        run = watched(arguments, tmp_path / "said.txt")
+        headline(f"A study of a model of {shape}'s shape, {dtype}, --memory {memory}")
+        print("  " + run.said.strip().replace("\n", "\n  "))
+        print(f"  peak resident memory {run.peak / 2**30:.2f} GiB, of which private {run.private / 2**30:.2f} GiB")
+        print(f"  {run.seconds:.0f} s, of which {run.processor:.0f} s of processor time")
+    assert run.status == 0
+    assert (out / "report.html").is_file()
+    assert run.peak < int(TypeAdapter(ByteSize).validate_python(memory))
+    subprocess.run(["rm", "-r", str(out)], check=True)
 
 
 @dataclass(frozen=True)
