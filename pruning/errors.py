@@ -1,7 +1,7 @@
-"""What can go wrong at the door, in the user's terms.
+"""Errors raised for user mistakes.
 
-Every message is one line that says what is wrong, where, and what to do instead; the command line prints it
-and exits with status 2.
+Every message is one line: what is wrong, where, and what to do instead. The command line prints it and exits with
+status 2.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from difflib import get_close_matches
 
 
 class PrunescopeError(Exception):
-    """Base of everything that prunescope raises on purpose."""
+    """Base class of all errors that prunescope raises on purpose."""
 
 
 class LanguageError(PrunescopeError, ValueError):
-    """A language tag that is not BCP-47."""
+    """A language tag that is not valid BCP-47."""
 
 
 class TextError(PrunescopeError):
@@ -23,11 +23,11 @@ class TextError(PrunescopeError):
 
 
 class RecipeError(PrunescopeError, ValueError):
-    """A recipe that cannot be carried out."""
+    """An invalid recipe, or one that cannot be applied."""
 
 
 class MethodError(PrunescopeError, ValueError):
-    """A pruning method that is registered wrongly, or reads what it did not ask for."""
+    """A pruning method that is registered wrongly, or reads statistics that it did not declare."""
 
 
 class ModelError(PrunescopeError):
@@ -39,15 +39,15 @@ class VariantError(PrunescopeError):
 
 
 class StudyError(PrunescopeError):
-    """A study file or a study folder that cannot be used as it is."""
+    """An invalid study file, or an unusable study folder."""
 
 
 class DiskError(PrunescopeError):
-    """The disk refused a write; nothing half-written stays behind."""
+    """A failed write; no partial file is left behind."""
 
 
 def shortened(text: object, length: int = 60) -> str:
-    r"""Return what a user gave, fit for one line of a message: its middle left out if it is long.
+    r"""Return user input shortened to fit into a one-line message; long text is elided in the middle.
 
     >>> shortened("wanda"), shortened("a" * 5000 + ".safetensors", 24), shortened("two\nlines")
     ('wanda', 'aaaaaaaaaaaa…safetensors', 'two lines')
@@ -60,13 +60,13 @@ def shortened(text: object, length: int = 60) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error of another library says, or its kind if it says nothing."""
+    """Return the first line of an error's message, or the name of its class if it has none."""
     lines = str(error).strip().splitlines()
     return shortened(lines[0], 300) if lines else type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``"known: a, b"``, led by the closest known word when one is close.
+    """Return ``"known: a, b"``, preceded by a suggestion if a known word is close.
 
     >>> did_you_mean("wandas", ["magnitude", "wanda"])
     'did you mean "wanda"? known: magnitude, wanda'
@@ -78,7 +78,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> str:
-    """Return that there is no `kind` called `word`, and what there is.
+    """Return the message for an unknown name, with the known ones.
 
     >>> unknown("method", "wandas", ["magnitude", "wanda"])
     'unknown method "wandas"; did you mean "wanda"? known: magnitude, wanda'

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: write beside, fsync, rename."""
+"""Atomic writes: write to a temporary path, fsync, rename."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from .errors import DiskError
 
-#: Ours alone: what a run clears away is never a file of somebody else, whatever folder it is given.
+#: Suffix of partial files. It is specific to prunescope, so that cleaning up never removes other people's files.
 PARTIAL = ".prunescope-partial"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
@@ -28,12 +28,12 @@ _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EE
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` into one clear line.
+    """Report failed writes to `path` as a one-line ``DiskError``.
 
     Raises
     ------
     DiskError
-        If the disk is full or the place cannot be written.
+        If the disk is full or the path is not writable.
     """
     try:
         yield
@@ -41,7 +41,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         number = _errno(error)
         if number in _DISK_FULL:
             raise DiskError(
-                f"no space left while writing {path}; nothing half-written was kept. "
+                f"no space left while writing {path}; no partial file was kept. "
                 "Free some space, or choose another folder (--out), and run again: finished stages are skipped"
             ) from error
         if number in _NOT_WRITABLE:
@@ -50,7 +50,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _errno(error: OSError | SafetensorError) -> int:
-    """Return the operating system's error number; safetensors gives it in its message only."""
+    """Return the errno of an error; safetensors reports it only in its message."""
     if isinstance(error, OSError):
         return error.errno or 0
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -59,7 +59,13 @@ def _errno(error: OSError | SafetensorError) -> int:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; on success it takes the place of `path`, else it is removed."""
+    """Yield a temporary path next to `path`; on success it replaces `path`, otherwise it is removed.
+
+    Raises
+    ------
+    DiskError
+        If the disk is full or the path is not writable.
+    """
     partial = path.with_name(path.name + PARTIAL)
     with disk_errors(path):
         try:
@@ -75,19 +81,19 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path, ours: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """Give a folder beside `path` to fill; on success it takes the place of `path`, else it is removed.
+    """Yield a temporary folder next to `path`; on success it replaces `path`, otherwise it is removed.
 
     Parameters
     ----------
     path
-        What is there already is replaced if it is an empty folder, or one that prunescope wrote.
+        Final location. An existing folder is replaced if it is empty or prunescope wrote it.
     ours
-        Tells whether prunescope wrote a folder; none that has something in it by default.
+        Tells whether prunescope wrote a folder; by default no non-empty folder is replaced.
 
     Raises
     ------
     DiskError
-        If something else is at `path`.
+        If `path` exists and may not be replaced, or cannot be written.
     """
     _check_replaceable(path, ours)
     partial = path.with_name(path.name + PARTIAL)
@@ -107,9 +113,14 @@ def whole_folder(path: Path, ours: Callable[[Path], bool] | None = None) -> Iter
 
 
 def put_in_place(folder: Path, path: Path) -> None:
-    """Rename `folder` to `path`; what was there goes only once the new one is in its place.
+    """Rename `folder` to `path`; an existing folder is removed only once the new one is in place.
 
-    If it cannot be removed, what is left of it is beside `path`, for :func:`remove_partials`.
+    Whatever cannot be removed stays next to `path`, for :func:`remove_partials`.
+
+    Raises
+    ------
+    DiskError
+        If the path is not writable.
     """
     with disk_errors(path):
         old = next(
@@ -132,13 +143,13 @@ def put_in_place(folder: Path, path: Path) -> None:
 
 def _check_replaceable(path: Path, ours: Callable[[Path], bool] | None) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise DiskError(f"{path} is no folder; choose another place, or move it away")
+        raise DiskError(f"{path} is not a folder; choose another path, or move it away")
     if path.is_dir() and any(path.iterdir()) and (ours is None or not ours(path)):
-        raise DiskError(f"{path} has something in it that prunescope did not write; choose another folder")
+        raise DiskError(f"{path} contains files that prunescope did not write; choose another folder")
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder as far as it can be removed; of a link, the link alone."""
+    """Remove a file or folder, ignoring errors; links are not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -147,7 +158,7 @@ def _remove(path: Path) -> None:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether there is such a folder; ``False`` also for what cannot be a path at all, such as 5,000 letters."""
+    """Whether `path` is a folder; ``False`` for an invalid path, such as one of 5,000 letters."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -155,7 +166,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file; ``False`` also for what cannot be a path at all."""
+    """Whether `path` is a file; ``False`` for an invalid path."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -163,13 +174,19 @@ def is_file(path: str | Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what is made once and used by every study; ``PRUNESCOPE_CACHE`` chooses another one."""
+    """Return the cache folder shared by all studies; the variable ``PRUNESCOPE_CACHE`` overrides the default."""
     return Path(os.environ.get("PRUNESCOPE_CACHE") or user_cache_path("prunescope"))
 
 
 @contextmanager
 def only_one_makes(path: Path) -> Iterator[None]:
-    """Have other processes wait inside a ``with`` block, so that they find `path` made when it is their turn."""
+    """Hold a lock on `path` inside a ``with`` block, so that only one process creates it.
+
+    Raises
+    ------
+    DiskError
+        If the folder is not writable.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.with_name(path.name + ".lock"))
@@ -181,30 +198,30 @@ def only_one_makes(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` atomically as UTF-8."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
+    """Write `content` atomically as indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a killed run left half-written anywhere below `folder`."""
+    """Remove the partial files that an interrupted run left anywhere below `folder`."""
     for partial in sorted(folder.rglob("*" + PARTIAL), reverse=True):
         _remove(partial)
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, as a hex string."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(content: Any) -> str:
-    """Return the SHA-256 of JSON-able `content`, independent of the order of its keys."""
+    """Return the SHA-256 (hex) of JSON-serializable `content`; the order of keys does not matter."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Numbers that a method or an allocation leaves to its user."""
+"""User-settable parameters of methods and allocations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ from .errors import RecipeError, did_you_mean, shortened
 
 @dataclass(frozen=True)
 class Parameter:
-    """One number: its value when a recipe does not say, the range it must be in, and whether it must be whole."""
+    """One numeric parameter.
+
+    Attributes
+    ----------
+    default
+        Value used when a recipe does not set it.
+    lowest, highest
+        Inclusive bounds.
+    meaning
+        Short description, for error messages.
+    whole
+        Whether it must be an integer.
+    """
 
     default: float | int
     lowest: float | int
@@ -21,7 +33,7 @@ class Parameter:
 
 
 def exact(value: float) -> str:
-    """Return a number in as few characters as tell it from every other one.
+    """Return the shortest text that identifies a number exactly.
 
     >>> exact(0.5), exact(1234567), exact(0.1234567)
     ('0.5', '1234567', '0.1234567')
@@ -31,7 +43,16 @@ def exact(value: float) -> str:
 
 
 def checked(owner: str, known: Mapping[str, Parameter], given: Mapping[str, float | int]) -> dict[str, float]:
-    """Return the given parameters, those left out that have their default value.
+    """Validate parameters and return those that differ from their defaults.
+
+    Parameters
+    ----------
+    owner
+        Method or allocation, for error messages.
+    known
+        The parameters that it has.
+    given
+        The values to validate.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""Remedies: which matrices a diagnosis found to matter for what a pruned model lost, in a file, ``remedy.json``.
+"""Remedies (``remedy.json``): how much each matrix's mask matters for an ability that a pruned model lost.
 
-A recipe with the allocation ``diagnosis`` spares them.
+A recipe with the allocation ``diagnosis`` prunes the important matrices less.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _FORMAT: Final = "prunescope-remedy-1"
 
 
 class Remedy(BaseModel):
-    """What a diagnosis of a pruned model says to spare.
+    """Importance of each matrix, as found by diagnosing a pruned model.
 
     Attributes
     ----------
     model_fingerprint
-        Of the dense model.
+        Fingerprint of the dense model.
     variant
         The pruned model that was diagnosed.
     language, category
-        What it lost: in which language, and in what, such as ``reasoning``.
+        Language and category of the items that it fails, such as ``sw`` and ``reasoning``.
     fitted_on
-        What the diagnosis was made with, in words.
+        The data behind the diagnosis, in words.
     importance
-        How much undoing the mask of one matrix brings back, by ``BLOCK.ROLE``, such as ``9.down``.
+        Estimated recovery from undoing the mask of each matrix, by ``BLOCK.ROLE``, such as ``9.down``.
 
     Raises
     ------
@@ -66,7 +66,7 @@ class Remedy(BaseModel):
     def _finite(cls, importance: dict[str, float]) -> dict[str, float]:
         for name, value in importance.items():
             if not math.isfinite(value):
-                raise RecipeError(f'"{name}" is {value:g}, which is no number to rank by')
+                raise RecipeError(f'"{name}" is {value:g}, which cannot be ranked')
         return importance
 
     @classmethod
@@ -76,32 +76,30 @@ class Remedy(BaseModel):
         Raises
         ------
         RecipeError
-            If the file is missing, damaged, or no remedy.
+            If the file is missing, damaged, or not a remedy.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise RecipeError(
-                f"there is no file {path}; give the one that prunescope diagnose writes ({REMEDY_FILE})"
+                f"there is no file {path}; pass the {REMEDY_FILE} written by prunescope diagnose"
             ) from error
         except OSError as error:
-            raise RecipeError(f"cannot read {shortened(path, 200)}: {error.strerror}; give a {REMEDY_FILE}") from error
+            raise RecipeError(f"cannot read {shortened(path, 200)}: {error.strerror}; pass a {REMEDY_FILE}") from error
         except ValueError as error:
-            raise RecipeError(f"{path} is damaged ({error}); have it written again by prunescope diagnose") from error
+            raise RecipeError(f"{path} is damaged ({error}); run prunescope diagnose again") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise RecipeError(
                 f'{path} is not a remedy ("format" is not "{_FORMAT}"); '
-                f"give the file that prunescope diagnose writes ({REMEDY_FILE})"
+                f"pass the {REMEDY_FILE} written by prunescope diagnose"
             )
         try:
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-            raise RecipeError(
-                f"{path} is damaged ({place}: {message}); have it written again by prunescope diagnose"
-            ) from error
+            raise RecipeError(f"{path} is damaged ({place}: {message}); run prunescope diagnose again") from error
 
     def save(self, path: Path | str) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write the remedy atomically as JSON."""
         write_json(Path(path), self.model_dump(mode="json"))

@@ -1,1 +1,1 @@
-"""Models: where each architecture keeps its parts, loading, and weights that stay on disk."""
+"""Models: architectures, loading, and streaming from checkpoint shards."""

@@ -1,4 +1,4 @@
-"""Checkpoints from a hub, as they are in its cache: configuration and tokenizer first, then the weights they name."""
+"""Checkpoints from the Hub: configuration and tokenizer are downloaded first, then the shards of the index."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def downloaded(repository: str, revision: str | None = None) -> Path:
-    """Return the folder of a model of a hub, with those of its files that are read; they are downloaded if need be.
+    """Return the local folder of a Hub model, downloading the required files if necessary.
 
-    The hub's client shows its progress, takes a token from the environment (``HF_TOKEN``), and asks no hub where
-    ``HF_HUB_OFFLINE`` is set.
+    The Hub client shows a progress bar, reads the token from ``HF_TOKEN``, and stays offline if ``HF_HUB_OFFLINE`` is
+    set.
 
     Raises
     ------
     ModelError
-        If there is no such model or revision, it cannot be had without a token, or the hub cannot be reached.
+        If the model or revision does not exist, needs a token, or the Hub cannot be reached.
     """
     folder = _snapshot(repository, revision, _SETTINGS)
     index = folder / INDEX
     weights = sorted(set(weight_map(index).values())) if index.is_file() else [SINGLE]
-    return _snapshot(repository, folder.name, weights)  # of the very same commit
+    return _snapshot(repository, folder.name, weights)  # from the same commit
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
@@ -37,11 +37,11 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise ModelError(
-            f"{name} is gated; accept its terms on its page on the hub, and put your token into HF_TOKEN"
+            f"{name} is gated; accept its terms on its Hub page, and set HF_TOKEN to your token"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"there is no folder and no public {name}; check the name, or put your token into HF_TOKEN if it is private"
+            f"there is no folder and no public {name}; check the name, or set HF_TOKEN to your token if it is private"
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f'{name} has no revision "{shortened(revision)}"') from error

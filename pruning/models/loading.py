@@ -1,4 +1,4 @@
-"""Loading a model by hub id, by folder, or as ``demo``."""
+"""Loading a model by Hub id, by folder, or as ``demo``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .streaming import open_streamed
 
 Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
 
-#: Of file systems, in letters: a part of a path, and a whole one.
+#: Limits of file systems on the length of a path component and of a path.
 _LONGEST_PART, _LONGEST_PATH = 255, 4095
 
 
@@ -30,29 +30,29 @@ def load_model(
     Parameters
     ----------
     name
-        ``"demo"`` (base Gemma 3 270M from the ``demo`` extra), a hub id, or a folder with a checkpoint. A hub id may
-        end in ``@`` and a revision. Private and gated models need a token in ``HF_TOKEN``; with ``HF_HUB_OFFLINE=1``
-        only what was downloaded before is used.
+        ``"demo"`` (base Gemma 3 270M from the ``demo`` extra), a Hub id, or a checkpoint folder. A Hub id may end in
+        ``@`` and a revision. Private and gated models need a token in ``HF_TOKEN``; with ``HF_HUB_OFFLINE=1`` only
+        cached models are used.
     dtype
-        ``checkpoint``: the one its weights are stored in; ``auto``: float32 on a CPU, else ``checkpoint``.
+        ``checkpoint``: the dtype of the stored weights; ``auto``: float32 on a CPU, otherwise ``checkpoint``.
     device
-        ``cpu``, ``cuda``, ``cuda:1`` and the like; ``auto``: ``cuda`` where there is one, else ``cpu``.
+        ``cpu``, ``cuda``, ``cuda:1`` and so on; ``auto``: ``cuda`` if available, otherwise ``cpu``.
     stream
-        Leave the weights in the checkpoint's shards, to be read a block at a time: for models larger than memory, which
-        can be pruned and exported so, not read by probes.
+        Leave the weights in the checkpoint's shards and load one block at a time, for models larger than memory. Such
+        models can be pruned, exported, and read by :func:`probes.read_streams`.
     revision
-        Of a model on a hub: a branch, a tag or a commit; its main branch by default.
+        Branch, tag or commit of a Hub model; its main branch by default.
 
     Returns
     -------
     model, tokenizer
-        As ``transformers`` has them; the model in evaluation mode.
+        The ``transformers`` objects, the model in evaluation mode.
 
     Raises
     ------
     ModelError
-        If there is no such model or device, its weights are not safetensors, its files are damaged, it needs code of
-        its own, or its architecture is unknown.
+        If the model or device does not exist, the weights are not safetensors, a file is damaged, the model needs
+        remote code, or its architecture is unknown.
     """
     check_model_name(name)
     place = open_device(device)
@@ -71,25 +71,25 @@ def load_model(
 
 
 def check_model_name(name: str) -> None:
-    """Check that a model can be called so, without looking whether there is one.
+    """Check that `name` could be a model; whether the model exists is not checked.
 
     Raises
     ------
     ModelError
-        If `name` is empty, longer than any path, or has letters that no path has.
+        If `name` is empty, too long for a path, or contains a null character.
     """
     longest = max(map(len, Path(name).parts), default=0)
     if not name.strip() or "\0" in name or longest > _LONGEST_PART or len(name) > _LONGEST_PATH:
-        raise ModelError(f'"{shortened(name)}" cannot be a model; give "demo", a hub id, or a folder with a checkpoint')
+        raise ModelError(f'"{shortened(name)}" cannot be a model; use "demo", a Hub id, or a checkpoint folder')
 
 
 def device_named(name: str) -> torch.device:
-    """Return the device that `name` stands for, whether this machine has it or not.
+    """Parse a device name; whether this machine has the device is not checked.
 
     Raises
     ------
     ModelError
-        If torch knows no such kind of device.
+        If torch has no such device type.
 
     Examples
     --------
@@ -99,11 +99,11 @@ def device_named(name: str) -> torch.device:
     try:
         return torch.device("cpu" if name == "auto" else name)
     except RuntimeError as error:
-        raise ModelError(f'unknown device "{shortened(name)}"; use "auto", "cpu", "cuda" or "cuda:1", say') from error
+        raise ModelError(f'unknown device "{shortened(name)}"; use "auto", "cpu", "cuda" or e.g. "cuda:1"') from error
 
 
 def open_device(name: str) -> torch.device:
-    """Return the device that `name` stands for, ``auto`` for the one that a model should go to.
+    """Return the device called `name`, which must exist; ``auto`` is CUDA if available, otherwise the CPU.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def open_device(name: str) -> torch.device:
 
 
 def _devices() -> dict[str, int]:
-    """Return how many devices of each kind there are."""
+    """Return the number of devices of each type."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
 
@@ -131,12 +131,12 @@ def _open_tokenizer(folder: Path) -> Any:
 
     with foreign(f"the tokenizer of model {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("A word, 词, كلمة.\n")  # a damaged one may well load
+        tokenizer("A word, 词, كلمة.\n")  # a damaged tokenizer may load and fail only here
     return tokenizer
 
 
 def _open_whole(folder: Path, plan: Plan, dtype: torch.dtype | None) -> Any:
-    # else a table of what does not fit comes before our line
+    # errors_only: transformers would print a table of mismatched parameters before our message
     with errors_only(), foreign(f"model {folder}"):
         try:
             model, found = plan.kind.from_pretrained(
@@ -150,15 +150,13 @@ def _open_whole(folder: Path, plan: Plan, dtype: torch.dtype | None) -> Any:
         except RuntimeError as error:
             if "conversion of the weights" not in str(error):
                 raise
-            raise ModelError(
-                f"the weights of model {folder} are not all there, or do not fit together; {AGAIN}"
-            ) from error
+            raise ModelError(f"the weights of model {folder} are incomplete or inconsistent; {AGAIN}") from error
     for name, stored, expected in sorted(found["mismatched_keys"]):
         raise ModelError(
-            f"{name} of model {folder} has shape {tuple(stored)}, but its config.json asks for {tuple(expected)}; "
+            f"{name} of model {folder} has shape {tuple(stored)}, but its config.json specifies {tuple(expected)}; "
             f"{AGAIN}"
         )
-    missing = sorted(found["missing_keys"])  # transformers would draw them at random
+    missing = sorted(found["missing_keys"])  # transformers would initialize them at random
     if missing:
         raise ModelError(
             f"model {folder} lacks {missing[0]}"
@@ -169,22 +167,22 @@ def _open_whole(folder: Path, plan: Plan, dtype: torch.dtype | None) -> Any:
 
 
 def checkpoint_bytes(name: str) -> int | None:
-    """Return the size of a model's weights on disk, or ``None`` for a model on a hub."""
+    """Return the size of a model's weights on disk in bytes, or ``None`` for a Hub model."""
     folder = demo_checkpoint() if name == DEMO else Path(name)
     return Shards(folder).bytes if is_folder(folder) else None
 
 
 def checkpoint_folder(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a model's checkpoint, downloading one from a hub.
+    """Return the folder of a model's checkpoint, downloading a Hub model if necessary.
 
     Raises
     ------
     ModelError
-        If there is no such model.
+        If there is no such model, or the revision does not apply to it.
     """
     local = name == DEMO or is_folder(name)
     if local and revision is not None:
-        raise ModelError(f'"{shortened(name)}" is not on a hub, so it has no revision; leave revision out')
+        raise ModelError(f'"{shortened(name)}" is not a Hub model, so it has no revision; leave revision out')
     if local:
         return demo_checkpoint() if name == DEMO else Path(name)
     repository, _, stated = name.partition("@")

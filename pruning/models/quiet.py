@@ -1,4 +1,4 @@
-"""Keeping transformers silent where we speak."""
+"""Silencing the output of transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars, which would break into ours, away inside a ``with`` block."""
+    """Disable the progress bars of transformers, which would garble ours, inside a ``with`` block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -22,7 +22,7 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Keep transformers from logging anything but errors inside a ``with`` block."""
+    """Let transformers log only errors inside a ``with`` block."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

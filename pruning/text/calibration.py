@@ -1,4 +1,4 @@
-"""Which text calibrates a pruning run, and the token blocks it is cut into."""
+"""Calibration sets, and their text as sequences of token ids."""
 
 from __future__ import annotations
 
@@ -24,20 +24,25 @@ _NAME = re.compile(r"\w[\w.+=-]{0,99}")
 
 
 class CalibrationSet(BaseModel):
-    """A named mix of languages with the amount of text and the seed that it is drawn with.
+    """A named mix of languages, with a sample count, a sequence length and a seed.
 
     Attributes
     ----------
     name
         ``en``, ``en+sw`` or ``all``; up to 100 letters, digits and ``. + = _ -``.
     languages
-        BCP-47 tags; they share the samples as evenly as possible, earlier ones get the remainder.
+        BCP-47 tags. The samples are split as evenly as possible; earlier languages get the remainder.
     samples
-        Blocks of text in total, whatever the number of languages.
+        Total number of sequences over all languages.
     length
-        Tokens a block.
+        Tokens per sequence.
     seed
-        Of the order in which the text is drawn.
+        Seed of the order in which segments are drawn.
+
+    Raises
+    ------
+    RecipeError, LanguageError
+        (wrapped in pydantic's ``ValidationError``) if the name or a tag is invalid, or a language has no sample.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,7 +87,7 @@ class CalibrationSet(BaseModel):
         length: int = 256,
         seed: int = 0,
     ) -> CalibrationSet:
-        """Build the set that a name stands for: a language, languages joined by ``+``, or ``all``.
+        """Build the set that a name describes: a language, languages joined by ``+``, or ``all``.
 
         >>> CalibrationSet.named("en+sw", samples=5).shares()
         {'en': 3, 'sw': 2}
@@ -95,7 +100,7 @@ class CalibrationSet(BaseModel):
         return cls(name=name, languages=languages, samples=samples, length=length, seed=seed)
 
     def shares(self) -> dict[str, int]:
-        """Return how many of the samples each language gives."""
+        """Return the number of samples of each language."""
         each, rest = divmod(self.samples, len(self.languages))
         return {lang: each + (i < rest) for i, lang in enumerate(self.languages)}
 
@@ -103,10 +108,10 @@ class CalibrationSet(BaseModel):
 def token_blocks(
     tokenizer: Any, segments: Sequence[Segment], language: str, *, samples: int, length: int, seed: int
 ) -> Int[Tensor, "samples length"]:
-    """Put segments in a random order and cut them into blocks; no more text is tokenized than these need.
+    """Shuffle segments and cut them into sequences of equal length; only as much text as needed is tokenized.
 
-    Each block starts with the BOS token where the tokenizer puts one before a text, as the model expects
-    it. The first blocks do not depend on how many are asked for.
+    Each sequence starts with the BOS token if the tokenizer adds one. The first sequences do not depend on
+    `samples`.
 
     Parameters
     ----------
@@ -117,17 +122,22 @@ def token_blocks(
     language
         Its tag, for messages.
     samples, length
-        Number of blocks, and tokens of each.
+        Number of sequences, and tokens in each.
     seed
-        Of the order of the segments.
+        Seed of the shuffle.
+
+    Returns
+    -------
+    Tensor
+        Token ids, int64 ``[samples, length]``.
 
     Raises
     ------
     TextError
-        If the text is too short; says how much there is.
+        If there is too little text.
     """
     start = tokenizer("a")["input_ids"][:1]
-    if start != [tokenizer.bos_token_id]:  # not every tokenizer that has a BOS token puts it before a text
+    if start != [tokenizer.bos_token_id]:  # some tokenizers have a BOS token but do not add it
         start = []
     step = length - len(start)
     order = list(segments)
@@ -139,15 +149,15 @@ def token_blocks(
         tokens += tokenizer(segment.text + "\n", add_special_tokens=False)["input_ids"]
     if len(tokens) < samples * step:
         raise TextError(
-            f"{samples} samples of {length} tokens wanted for {named(language)}, but its calibration text has "
-            f"{len(tokens)} tokens, enough for {len(tokens) // step}; lower samples or length, or give more text"
+            f"{samples} samples of {length} tokens requested for {named(language)}, but its calibration text has "
+            f"{len(tokens)} tokens, enough for {len(tokens) // step}; lower samples or length, or add text"
         )
     return torch.tensor([start + tokens[i * step : (i + 1) * step] for i in range(samples)])
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive blocks of one language's text: the smallest part that calibration sets share."""
+    """Consecutive sequences of one language: the unit that calibration sets share."""
 
     language: str
     seed: int
@@ -157,15 +167,15 @@ class Piece:
 
 
 class CalibrationText:
-    """Token blocks of any number of calibration sets, cut so that each set is a number of whole pieces.
+    """The text of several calibration sets, cut so that every set consists of whole pieces.
 
-    Sets that draw from the same language with the same seed use the same first blocks, so what is worked out for a
-    piece of text serves all of them, and what is worked out for several pieces adds up to that of a set, exactly.
+    Sets that draw from the same language with the same seed share their first sequences. Statistics of a piece are
+    therefore computed once for all sets, and those of a set are the sum over its pieces.
 
     Attributes
     ----------
     tokens
-        Piece to its token blocks, int64 ``[blocks, length]``.
+        Piece to its token ids, int64 ``[sequences, length]``.
     pieces
         Calibration set to its pieces, in the order of its languages.
     """
@@ -176,7 +186,7 @@ class CalibrationText:
 
     @classmethod
     def draw(cls, tokenizer: Any, corpus: Corpus, sets: Iterable[CalibrationSet]) -> CalibrationText:
-        """Draw the text of calibration sets.
+        """Draw the text of all calibration sets.
 
         Raises
         ------
@@ -218,5 +228,5 @@ class CalibrationText:
 
 
 def calibration_fingerprint(corpus: Corpus, calibration: CalibrationSet) -> str:
-    """Return a SHA-256 of the text that a calibration set draws from."""
+    """Return the SHA-256 (hex) of the text that a calibration set draws from."""
     return content_sha256({lang: fingerprint(corpus.segments("calibration", lang)) for lang in calibration.languages})

@@ -1,4 +1,4 @@
-"""Text from datasets on a hub: streamed once, then kept."""
+"""Text from Hub datasets: streamed once, then cached."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..files import cache_folder, content_sha256, is_folder, only_one_makes
 from .languages import alpha3_script, named
 from .segments import Segment, read_jsonl, whole_characters, write_jsonl
 
-#: Documents read from a streamed dataset, a language and part.
+#: Documents read from a streamed dataset, per language and part.
 STREAM_LIMIT = 20_000
 
 
 class HubDataset(BaseModel):
-    """A dataset of the ``datasets`` library and where in it a language's text is.
+    """A dataset loaded with the ``datasets`` library.
 
-    ``{lang}`` in `config`, `split` and `data_files` stands for the BCP-47 tag, ``{code}`` for the dataset's own
-    code: an entry of `codes`, else the three-letter code with the script (``eng_Latn``). `revision` is a branch, a tag
-    or a commit of the dataset.
+    In `config`, `split` and `data_files`, ``{lang}`` stands for the BCP-47 tag and ``{code}`` for the dataset's own
+    language code: the entry in `codes`, or else the three-letter code with the script (``eng_Latn``). `revision` is a
+    branch, tag or commit of the dataset.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,7 +41,7 @@ class HubDataset(BaseModel):
         Raises
         ------
         TextError
-            If the ``datasets`` library is missing, or the dataset, its language or its columns are.
+            If the ``datasets`` library, the dataset, its language or a column is missing.
         """
         try:
             import datasets
@@ -79,10 +79,10 @@ class HubDataset(BaseModel):
                     yield Segment(id, text)
         except TextError:
             raise
-        except Exception as error:  # of the network, of the format, or of the library: it has no one kind of its own
+        except Exception as error:  # network, format or library: datasets has no common base class
             if "trust_remote_code" in str(error) or "scripts are no longer supported" in str(error):
                 raise TextError(
-                    f"{where} needs code of its own to be read, which prunescope never runs; "
+                    f"{where} needs its own loading script, which prunescope never runs; "
                     "choose a dataset of plain files, or save its text and use text = 'file:FOLDER/{lang}.jsonl'"
                 ) from error
             raise TextError(
@@ -91,15 +91,15 @@ class HubDataset(BaseModel):
             ) from error
 
     def drawn(self, language: str, count: int) -> list[Segment]:
-        """Return the first `count` segments of one language, streamed once and kept in the user's cache folder.
+        """Return the first `count` segments of one language, streamed once and cached.
 
-        What is kept is never asked for again; to have text that was changed on the hub, give its `revision`. Text of a
-        dataset in a folder is not kept, since it is there already.
+        The cache never expires; to get text that has changed on the Hub, set `revision`. Datasets in a local folder
+        are not cached.
 
         Raises
         ------
         TextError
-            As :meth:`segments`.
+            As for :meth:`segments`.
         """
         if is_folder(self.dataset):
             return list(islice(self.segments(language), count))
@@ -111,11 +111,11 @@ class HubDataset(BaseModel):
                     segments = list(islice(self.segments(language), count))
                     write_jsonl(path, segments)
                 return list(read_jsonl(path))
-        except DiskError:  # a cache that cannot be written costs time, and no study
+        except DiskError:  # without a cache the study only takes longer
             return list(islice(self.segments(language), count))
 
 
-# Member languages that the parallel datasets hold where BCP-47 users write the macrolanguage.
+# Member languages in the parallel datasets for macrolanguage tags.
 _MEMBERS = {
     "ar": "arb_Arab",
     "fa": "pes_Arab",

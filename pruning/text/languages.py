@@ -1,4 +1,4 @@
-"""Language codes: BCP-47 tags, checked and named with the ``langcodes`` library."""
+"""Language codes: BCP-47 tags, validated and named with the ``langcodes`` library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def language_tag(tag: str) -> str:
     Raises
     ------
     LanguageError
-        If it is not the tag of a language.
+        If it is not a valid language tag.
 
     Examples
     --------
@@ -37,7 +37,7 @@ def language_name(tag: str) -> str:
 
 
 def named(tag: str) -> str:
-    """Return name and tag, for messages.
+    """Return a language's name and tag, for messages.
 
     >>> named("sw")
     'Swahili ("sw")'
@@ -46,9 +46,9 @@ def named(tag: str) -> str:
 
 
 def alpha3_script(tag: str) -> str:
-    """Return the ``eng_Latn`` form that FLORES+ and Belebele name languages by.
+    """Return the ``eng_Latn`` form that FLORES+ and Belebele use.
 
-    Macrolanguages (Arabic, Swahili, ...) are given as such; a preset maps them to the member it holds.
+    Macrolanguages (Arabic, Swahili, ...) are returned as such; presets map them to the member language they contain.
 
     >>> alpha3_script("en"), alpha3_script("ru")
     ('eng_Latn', 'rus_Cyrl')
@@ -58,11 +58,17 @@ def alpha3_script(tag: str) -> str:
 
 
 def language_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """Return canonical tags, refusing one that is named twice."""
+    """Return canonical tags.
+
+    Raises
+    ------
+    LanguageError
+        If a tag is invalid or listed twice.
+    """
     canonical = tuple(language_tag(tag) for tag in tags)
     for tag in canonical:
         if canonical.count(tag) > 1:
-            raise LanguageError(f'language "{shortened(tag)}" is named twice')
+            raise LanguageError(f'language "{shortened(tag)}" is listed twice')
     return canonical
 
 

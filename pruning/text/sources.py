@@ -1,10 +1,10 @@
 """Text by language, from three kinds of source.
 
-A *source* is named in a study file by
+A study file names a *source* as
 
-- ``"bundled"``: the parallel corpus that comes with prunescope;
-- ``"file:PATH"``: one file a language, ``{lang}`` standing for its tag; ``.jsonl`` (``text`` and, if aligned
-  with other languages, ``id``), ``.txt`` (a segment a line) or ``.parquet`` (columns ``text`` and ``id``);
+- ``"bundled"``: the parallel corpus that ships with prunescope;
+- ``"file:PATH"``: one file per language, with ``{lang}`` in place of the tag: ``.jsonl`` (``text`` and, if aligned
+  with other languages, ``id``), ``.txt`` (one segment per line) or ``.parquet`` (columns ``text`` and ``id``);
 - ``"hub:PRESET"`` or a table: a dataset of the ``datasets`` library, streamed.
 
 Segments with the same id in two languages are translations of each other.
@@ -28,14 +28,14 @@ from .languages import named
 from .segments import Segment, read_jsonl, read_lines, read_parquet
 
 Part = Literal["calibration", "parallel", "heldout"]
-#: What the three parts of a study's text are for, and their shares when one source has to serve several.
+#: The three parts of a study's text, and their shares when several are drawn from the same source.
 PART_SHARES: dict[Part, int] = {"calibration": 2, "parallel": 1, "heldout": 1}
 
 BUNDLED_LANGUAGES = ("ar", "de", "en", "es", "fr", "ru", "sw", "zh")
 
 
 class FileText(BaseModel):
-    """One file a language; ``{lang}`` in the path stands for the tag."""
+    """One file per language; ``{lang}`` in the path stands for the tag."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,20 +47,20 @@ class FileText(BaseModel):
         Raises
         ------
         TextError
-            If the file is missing, of an unknown kind, not UTF-8, or lacks the text.
+            If the file is missing, has an unknown extension, is not UTF-8, or has no text.
         """
         path = Path(self.path.replace("{lang}", language))
         readers = {".jsonl": read_jsonl, ".txt": read_lines, ".parquet": read_parquet}
         if path.suffix not in readers:
             kind = shortened(path.suffix)
-            raise TextError(f'{shortened(path, 200)}: unknown kind of text file "{kind}"; use .jsonl, .txt or .parquet')
+            raise TextError(f'{shortened(path, 200)}: unknown file type "{kind}"; use .jsonl, .txt or .parquet')
         if not is_file(path):
             raise TextError(f"no text for {named(language)}: there is no file {shortened(path, 200)}")
         yield from readers[path.suffix](path)
 
 
 class BundledText(BaseModel):
-    """The parallel corpus that comes with prunescope: original sentences in eight languages, eight domains."""
+    """The parallel corpus that ships with prunescope: original sentences from eight domains in eight languages."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,12 +70,12 @@ class BundledText(BaseModel):
         Raises
         ------
         TextError
-            If the language is not among the eight.
+            If the language is not one of the eight.
         """
         if language not in BUNDLED_LANGUAGES:
             raise TextError(
                 f"no text for {named(language)}: the bundled corpus has {', '.join(BUNDLED_LANGUAGES)}; "
-                "give your own with text = 'file:FOLDER/{lang}.jsonl'"
+                "use your own with text = 'file:FOLDER/{lang}.jsonl'"
             )
         yield from read_jsonl(Path(str(package_files("pruning.text"))) / "corpus" / f"{language}.jsonl")
 
@@ -84,12 +84,12 @@ TextSource = BundledText | FileText | HubDataset
 
 
 def text_source(spec: str | dict[str, Any]) -> TextSource:
-    """Return the source that a study file names.
+    """Parse a text source as written in a study file.
 
     Raises
     ------
     TextError
-        If `spec` names none.
+        If `spec` is not a known source.
     """
     if isinstance(spec, dict):
         return HubDataset(**spec)
@@ -98,7 +98,7 @@ def text_source(spec: str | dict[str, Any]) -> TextSource:
         return BundledText()
     if kind == "file" and rest:
         if "{lang}" not in rest:
-            raise TextError(f'"{shortened(spec)}" names one file for all languages; put {{lang}} where the tag belongs')
+            raise TextError(f'"{shortened(spec)}" names one file for all languages; put {{lang}} in place of the tag')
         return FileText(path=rest)
     if kind == "hub" and rest:
         if rest not in HUB_PRESETS:
@@ -111,11 +111,11 @@ def text_source(spec: str | dict[str, Any]) -> TextSource:
 
 @dataclass
 class Corpus:
-    """The three parts of a study's text: never the same text in two of them.
+    """The three disjoint parts of a study's text.
 
-    Where one source serves several parts, its segments are dealt out by a hash of their id, so that translations
-    of a sentence stay together (2 : 1 : 1); a source that reserves its segments itself is taken at its word. Text
-    that still occurs in two parts, compared without case and spacing, is taken out of calibration first.
+    If several parts share a source, its segments are split 2 : 1 : 1 by a hash of their id, so that translations of a
+    sentence stay together; parts that the source itself assigns are kept. Text that still occurs in two parts (ignoring
+    case and spacing) is removed from the calibration part first, then from the parallel part.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ class Corpus:
     _read: dict[tuple[str, str], list[Segment]] = field(default_factory=dict, init=False, repr=False)
 
     def segments(self, part: Part, language: str) -> list[Segment]:
-        """Return the segments of one part in one language, in an order that is the same for all languages.
+        """Return the segments of one part in one language, in the same order for all languages.
 
         Raises
         ------
@@ -160,26 +160,26 @@ class Corpus:
         segments = self.segments(part, language)
         if len(segments) < count:
             raise TextError(
-                f"{count} {part} segments wanted for {named(language)}, but there are {len(segments)}; "
-                "lower the number or give more text"
+                f"{count} {part} segments requested for {named(language)}, but there are {len(segments)}; "
+                "lower the number or add text"
             )
         return segments[:count]
 
     def aligned(self, part: Part, languages: Sequence[str], count: int) -> dict[str, list[Segment]]:
-        """Return `count` segments a language, the same ids in every language.
+        """Return `count` segments per language, with the same ids in every language.
 
         Raises
         ------
         TextError
-            If fewer ids than that are common to all languages.
+            If the languages share fewer ids.
         """
         by_id = {lang: {s.id: s for s in self.segments(part, lang)} for lang in languages}
         common = set.intersection(*(set(ids) for ids in by_id.values()))
         ids = sorted(common, key=lambda id: (_hash(id), id))[:count]
         if len(ids) < count:
             raise TextError(
-                f"{count} {part} segments wanted that exist in all of {', '.join(languages)}, "
-                f"but only {len(ids)} ids are common to them; lower the number or give more parallel text"
+                f"{count} {part} segments requested in all of {', '.join(languages)}, "
+                f"but they share only {len(ids)} ids; lower the number or add parallel text"
             )
         return {lang: [by_id[lang][id] for id in ids] for lang in languages}
 
@@ -201,7 +201,7 @@ class Corpus:
 
 
 def fingerprint(segments: Iterable[Segment]) -> str:
-    """Return the SHA-256 of segments, ids and text, in hexadecimal."""
+    """Return the SHA-256 (hex) of the ids and text of segments."""
     return content_sha256([[s.id, s.text] for s in segments])
 
 

@@ -28,7 +28,7 @@ def test_a_remedy_reads_back_and_says_what_it_is(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_importance_that_cannot_be_ranked_is_refused(value):
-    with pytest.raises(ValidationError, match=r'"0.q" is (nan|inf), which is no number'):
+    with pytest.raises(ValidationError, match=r'"0.q" is (nan|inf), which cannot be ranked'):
         Remedy(**REMEDY.model_dump() | {"importance": {"0.q": value}})
 
 
@@ -55,7 +55,7 @@ def test_files_that_are_no_remedy_are_one_clear_line(tmp_path, change, words):
 
 
 def test_a_missing_remedy_says_what_writes_one(tmp_path):
-    with pytest.raises(RecipeError, match=r"there is no file .*prunescope diagnose writes \(remedy.json\)"):
+    with pytest.raises(RecipeError, match=r"there is no file .*pass the remedy.json written by prunescope diagnose"):
         Remedy.open(tmp_path / "remedy.json")
     with pytest.raises(RecipeError, match="cannot read"):
         Remedy.open(tmp_path)

@@ -138,7 +138,7 @@ def test_a_device_beyond_the_last_one_is_named_with_those_that_there_are(monkeyp
 
 @pytest.mark.parametrize("name", ["x" * 5000, "x/" * 4000, "a\0b", "", "  "])
 def test_what_cannot_be_the_name_of_a_model_is_one_short_line(name):
-    with pytest.raises(ModelError, match="cannot be a model; give") as caught:
+    with pytest.raises(ModelError, match="cannot be a model; use") as caught:
         load_model(name)
     assert len(str(caught.value)) < 200
     assert "\n" not in str(caught.value)
@@ -196,7 +196,7 @@ def test_a_hub_model_can_be_had_at_any_revision_and_offline(hub, stream):
         ("somebody/tiny@v3", None, 'cannot load model "somebody/tiny": '),
         ("somebody/tiny@v2", "main", 'model "somebody/tiny@v2" and revision "main" contradict each other'),
         ("a/b/c", None, 'cannot load model "a/b/c": '),
-        (".", "v2", '"." is not on a hub, so it has no revision'),
+        (".", "v2", '"." is not a Hub model, so it has no revision'),
     ],
 )
 def test_a_hub_model_that_is_not_there_is_one_clear_line(hub, name, revision, message):

@@ -92,7 +92,7 @@ def test_a_saved_variant_replaces_a_variant_and_nothing_else(tmp_path, variant, 
     (place / "recipe.json").unlink()  # as a message may have asked for
     variant.save(place)
     (place / "notes.txt").write_text("precious")
-    with pytest.raises(DiskError, match=r"has something in it that prunescope did not write"):
+    with pytest.raises(DiskError, match=r"contains files that prunescope did not write"):
         variant.save(place)
     assert (place / "notes.txt").read_text() == "precious"
 
