@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check format benchmarks
+.PHONY: demo test test-all check format benchmarks imports
 
 demo: $(READY)
 	$(BIN)/prunescope run demo
@@ -21,6 +21,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -28,6 +29,10 @@ format: $(READY)
 
 benchmarks: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -s
+
+# Draws which part imports which.
+imports: $(READY)
+	$(BIN)/python tests/imports.py docs/figures/imports.svg
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pruning.models.anatomy import ROLES, Anatomy
-from pruning.variants.masks import Key
+from pruning.projections import Key
 from pruning.variants.owner import DenseModel, write_weight
 from pruning.variants.variant import Variant
 

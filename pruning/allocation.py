@@ -17,8 +17,8 @@ from torch import Tensor
 from .errors import RecipeError, unknown
 from .parameters import Parameter
 from .patterns import Pattern, Shape, _kth_lowest
+from .projections import Key
 from .statistics import InputStatistics
-from .variants.key import Key
 
 Budgets = dict[Key, int]
 

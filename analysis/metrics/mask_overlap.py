@@ -16,7 +16,8 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from pruning import Anatomy, MaskSet, Variant
-from pruning.variants.masks import Key, intersection_over_union, overlaps
+from pruning.projections import Key
+from pruning.variants.masks import intersection_over_union, overlaps
 
 from ..frames import alike, labels, tidy
 

@@ -24,9 +24,9 @@ from ..allocation import (
 from ..methods import wanda
 from ..models.anatomy import Anatomy
 from ..patterns import MODEL
+from ..projections import Key
 from ..recipes import Recipe
 from ..statistics import POSITIVE, SQUARES, InputStatistics, Statistics
-from ..variants.key import Key
 from .choosing import Derivatives, scored, unseen
 from .jobs import Job, covered_shapes, diagnosed_sparsities
 

@@ -12,9 +12,9 @@ from ..allocation import Budgets
 from ..errors import ModelError
 from ..methods import magnitude
 from ..models.anatomy import Anatomy, InputGroup
+from ..projections import Key
 from ..recipes import Recipe
 from ..statistics import InputStatistics, Statistics
-from ..variants.key import Key
 from .jobs import projection_seed
 
 

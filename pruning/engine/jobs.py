@@ -10,9 +10,9 @@ from ..allocation import DIAGNOSIS, diagnosed
 from ..errors import RecipeError
 from ..models.anatomy import Anatomy
 from ..patterns import Shape
+from ..projections import Key
 from ..recipes import Recipe
 from ..text.calibration import CalibrationSet, CalibrationText, Piece
-from ..variants.key import Key
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from ..errors import RecipeError
 from ..models.anatomy import Anatomy
 from ..models.head import head_of
 from ..patterns import MODEL, Shape
+from ..projections import Key
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
-from ..variants.key import Key
 from .jobs import Job, Schedule, covered_shapes
 from .shelves import Place
 from .streams import StackStarter, Stream, run_block

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..allocation import Budgets
 from ..errors import ModelError, RecipeError
 from ..models.anatomy import Anatomy
+from ..projections import Key
 from ..statistics import CURVATURE, GRADIENT, InputStatistics
 from ..text.calibration import CalibrationSet, CalibrationText
-from ..variants.key import Key
 from ..variants.masks import MaskSet
 from .budgets import Survey, needs_survey, settled, survey_needs
 from .choosing import Choice, Derivatives, choose

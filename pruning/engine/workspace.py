@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import DiskError
 from ..files import PARTIAL, content_sha256, disk_errors, file_sha256, write_json
 from ..patterns import Shape
-from ..variants.key import Key
+from ..projections import Key
 from ..variants.masks import MaskSet, pack_bits
 from ..variants.store import MASKS_FILE, RECIPE_FILE, WEIGHTS_FILE, VariantWriter, open_values
 from .choosing import Choice

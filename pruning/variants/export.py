@@ -20,8 +20,8 @@ from ..models.anatomy import Anatomy, role_kind
 from ..models.checkpoint import INDEX
 from ..models.quiet import no_progress_bars
 from ..models.streaming import Streamed, residence_of
+from ..projections import Key
 from ..text.languages import named
-from .key import Key
 from .masks import MaskSet
 from .store import VariantRecord
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import VariantError
 from ..models.anatomy import Anatomy
 from ..models.streaming import residence_of
-from .key import Key
+from ..projections import Key
 from .masks import MaskSet, pack_bits
 from .store import RECIPE_FILE, VariantRecord
 

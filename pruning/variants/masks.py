@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import VariantError
 from ..files import whole_file
 from ..patterns import Shape
-from .key import Key, key_of, name_of
+from ..projections import Key, key_of, name_of
 from .tensors import GrowingTensors, StoredTensors, damaged, room_for
 
 _FORMAT = "prunescope-masks-1"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..models.anatomy import Anatomy
-from .masks import Key
+from ..projections import Key
 from .variant import Variant
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import VariantError
 from ..files import write_json
 from ..patterns import Shape
+from ..projections import Key, name_of
 from ..recipes import EVERYWHERE, UNCALIBRATED, Recipe
 from ..text.calibration import CalibrationSet
-from .key import Key, name_of
 from .masks import GrowingMasks, MaskSet, is_mask_file
 from .tensors import GrowingTensors, StoredTensors, room_for
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..errors import DiskError, ModelError, VariantError
 from ..files import whole_folder
 from ..models.anatomy import Anatomy
+from ..projections import Key
 from .apply import write_pruned
 from .export import write_checkpoint
 from .imported import difference
-from .key import Key
 from .masks import MaskSet
 from .store import MASKS_FILE, VariantRecord, VariantWriter, is_variant, open_values, stretch
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pruning import Anatomy, Recipe, load_model
 from pruning.engine import Job, sweep
-from pruning.variants.masks import Key
+from pruning.projections import Key
 
 #: Tokens that go through a block at a time, as by default.
 BATCH = 2048
