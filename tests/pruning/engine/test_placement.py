@@ -45,3 +45,16 @@ def test_a_killed_sweep_goes_on_on_the_models_device(kind, text, tmp_path, monke
         found = sweep(anatomy, jobs, text, batch_tokens=32, workspace=again)
         for job in jobs:
             assert found(job).masks == expected(job).masks
+
+
+@pytest.mark.parametrize("states", ["device", "host", "disk"])
+def test_states_wait_where_they_are_told_to(states, tmp_path):
+    place = Workspace(tmp_path / "w", "key", states=states)
+    with StandIn():
+        shelf = place.shelf(1, "en", "hidden", 2)
+        batches = [torch.randn(2, 3), torch.randn(1, 3)]
+        for batch in batches:
+            shelf.add(batch.to("standin"))
+        waiting = shelf.done()
+        assert {batch.device.type for batch in waiting} == {"standin" if states == "device" else "cpu"}
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(waiting, batches, strict=True))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standin import StandIn
 
 from pruning.variants import apply
 from pruning.variants.apply import write_pruned
@@ -96,3 +97,17 @@ def pack_bits_of_another_device(mask: torch.Tensor) -> torch.Tensor:
     from pruning.variants import masks
 
     return masks._pack_there(mask)
+
+
+@pytest.mark.parametrize("shape", [(6, 16), (5, 13)])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_on_another_device_bits_travel_and_nothing_comes_back(shape, corrected):
+    dense, mask, values = case(*shape, torch.float32)
+    packed, given_values = pack_bits(mask).numpy(), values if corrected else None
+    with StandIn() as device:
+        there, out = dense.to("standin"), torch.full(shape, 7.0, device="standin")
+        device.syncs.clear()
+        write_pruned(there, packed, out, given_values)
+        assert not device.syncs
+        assert torch.equal(pack_bits(mask.to("standin")), torch.from_numpy(packed))
+        assert np.array_equal(bits(out.cpu()), bits(expected(dense, mask, given_values)))
