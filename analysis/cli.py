@@ -105,7 +105,7 @@ def diagnose(
     ] = "all",
     confirm: Annotated[int, typer.Option(min=1, help="How many causes to confirm by exact patching.")] = 20,
 ) -> None:
-    """Find out which part of a pruned model has to be given back for what it lost to come back."""
+    """Find the components of a pruned model that recover its drop when they are restored."""
     from .study.diagnoses import Request
     from .study.run import STUDY_FILE, diagnose_study
 

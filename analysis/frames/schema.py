@@ -103,30 +103,30 @@ class FrameSpec:
 
 
 _OVER = "95 % bootstrap interval over held-out segments"
-_OVER_ITEMS = "95 % bootstrap interval over items, twins drawn together"
+_OVER_ITEMS = "95 % bootstrap interval over items, minimal pairs resampled together"
 _PROBE = (
-    "share of segments whose language a logistic regression tells from the {part} of their mean state, fitted on the "
-    f"other half of the held-out segments; guessing: one over the number of languages; {_OVER}"
+    "accuracy of a logistic regression that predicts a segment's language from the {part} of its mean state, fitted on "
+    f"the other half of the held-out segments; chance: one over the number of languages; {_OVER}"
 )
 _RETRIEVAL = (
-    "share of segments whose nearest neighbour in another language, by the cosine of {what}, is their translation, "
-    f"mean over the other languages; guessing: 1/n; {_OVER}"
+    "share of segments whose nearest neighbour in another language, by cosine similarity of {what}, is their "
+    f"translation; mean over the other languages; chance: 1/n; {_OVER}"
 )
-_PAIRED = "mean over segments, paired, and over seeds that both have; "
+_PAIRED = "mean over segments (paired) and over the seeds that both sets have; "
 FRAMES: dict[str, FrameSpec] = {
     "perplexity": FrameSpec(
         ("language",),
         {
             "perplexity": Metric(
-                "", f"exp of the mean negative log-likelihood of a token, given those before it; {_OVER}"
+                "", f"exp of the mean negative log-likelihood per token, given the preceding tokens; {_OVER}"
             ),
-            "bits_per_byte": Metric("bit/byte", f"the same in bits, per byte of UTF-8 text; {_OVER}"),
+            "bits_per_byte": Metric("bit/byte", f"negative log-likelihood in bits per byte of UTF-8 text; {_OVER}"),
         },
     ),
     "signal": FrameSpec(
         ("language", "layer", "role"),
         {
-            "error": Metric("", f"mean over tokens (special ones left out) of ‖x − x̂‖², x dense and x̂ pruned; {_OVER}"),
+            "error": Metric("", f"mean of ‖x − x̂‖² over tokens, special tokens excluded; x: dense, x̂: pruned; {_OVER}"),
             "snr_db": Metric("dB", f"10·log10(Σ‖x‖² / Σ‖x − x̂‖²) over the same tokens; {_OVER}"),
         },
     ),
@@ -135,18 +135,18 @@ FRAMES: dict[str, FrameSpec] = {
         {
             "specific_error": Metric(
                 "",
-                "Σ‖P(h − ĥ)‖² / Σ‖Ph‖²; h, ĥ: a segment's mean state, dense and pruned (special tokens left out); "
-                f"P: on the language-specific subspace; {_OVER}",
+                "Σ‖P(h − ĥ)‖² / Σ‖Ph‖²; h, ĥ: mean state of a segment in the dense and in the pruned model, special "
+                f"tokens excluded; P: projection onto the language-specific subspace; {_OVER}",
             ),
             "agnostic_error": Metric("", f"the same for I − P, the language-agnostic part, mean included; {_OVER}"),
             "specific_error_centred": Metric(
                 "",
-                "Σ‖P(h − ĥ)‖² / Σ‖P(h − m)‖², m: the dense model's mean over languages: relative to how far languages "
-                f"lie apart; {_OVER}",
+                "Σ‖P(h − ĥ)‖² / Σ‖P(h − m)‖², m: the dense model's mean over languages; that is, relative to the "
+                f"spread between languages; {_OVER}",
             ),
             "agnostic_error_centred": Metric(
                 "",
-                "the same for I − P: relative to how far segments lie apart around the part common to all; " + _OVER,
+                f"the same for I − P: relative to the spread of segments around the mean over languages; {_OVER}",
             ),
             "specific_error_per_dimension": Metric("", f"mean over segments of ‖P(h − ĥ)‖² / rank P; {_OVER}"),
             "agnostic_error_per_dimension": Metric(
@@ -162,8 +162,8 @@ FRAMES: dict[str, FrameSpec] = {
             "whole_retrieval": Metric("", _RETRIEVAL.format(what="their whole mean states, centred over all segments")),
             "explained_share": Metric(
                 "",
-                "share of the fitting text's between-language variance in the subspace if it has this rank "
-                "(dense; no language)",
+                "share of the between-language variance of the fitting text that a subspace of this rank explains "
+                "(dense model; no language)",
             ),
         },
     ),
@@ -172,17 +172,16 @@ FRAMES: dict[str, FrameSpec] = {
         {
             "iou": Metric(
                 "",
-                "intersection over union of the weights kept by two variants that differ in calibration only",
+                "intersection over union of the weights kept by two variants that differ only in calibration set or "
+                "seed",
             ),
             "iou_chance": Metric(
                 "",
-                "the same expected of independent masks of the same densities; (1 − s)/(1 + s) at sparsity s",
+                "the same expected of independent masks with the same densities; (1 − s)/(1 + s) at sparsity s",
             ),
-            "value_cosine": Metric(
-                "", "cosine of the values of the weights that both keep (methods that correct weights)"
-            ),
+            "value_cosine": Metric("", "cosine similarity of the weights that both keep (methods that update weights)"),
             "correction_cosine": Metric(
-                "", "cosine of what the method added to the weights that both keep; 0: unrelated corrections"
+                "", "cosine similarity of the updates to the weights that both keep; 0: unrelated updates"
             ),
         },
         estimates=False,
@@ -190,7 +189,9 @@ FRAMES: dict[str, FrameSpec] = {
     "neurons": FrameSpec(
         ("language", "layer", "neuron"),
         {
-            "firing_probability": Metric("", "share of tokens (special ones left out) with a positive gate activation"),
+            "firing_probability": Metric(
+                "", "share of tokens with a positive gate activation, special tokens excluded"
+            ),
             "lape": Metric(
                 "nat",
                 "entropy over languages of the normalised firing probabilities (no language); +inf if it never fires",
@@ -201,7 +202,7 @@ FRAMES: dict[str, FrameSpec] = {
     ),
     "neuron_entropy": FrameSpec(
         ("quantile",),
-        {"lape": Metric("nat", "LAPE at this quantile of all neurons that fire in this model")},
+        {"lape": Metric("nat", "LAPE at this quantile of the neurons that fire in this model (no language)")},
         estimates=False,
     ),
     "neuron_shift": FrameSpec(
@@ -209,10 +210,10 @@ FRAMES: dict[str, FrameSpec] = {
         {
             "specific_shift": Metric(
                 "",
-                "log2 of the mean firing probability over the dense model's, of the dense model's language-specific "
-                "neurons that fire about as often there (dense_firing: middle of a bin of a quarter of a decade)",
+                "log2 ratio of the mean firing probability in this model to that in the dense model, over the dense "
+                "model's language-specific neurons of one bin of firing probability (dense_firing: its middle)",
             ),
-            "other_shift": Metric("", "the same of all other neurons"),
+            "other_shift": Metric("", "the same for all other neurons"),
         },
         estimates=False,
     ),
@@ -221,12 +222,12 @@ FRAMES: dict[str, FrameSpec] = {
         {
             "kept": Metric(
                 "neurons",
-                "language-specific (LAPE, selected in each model afresh) in the dense and in this model",
+                "language-specific (LAPE, selected in each model separately) in the dense model and in this one",
             ),
             "lost": Metric("neurons", "language-specific in the dense model only"),
             "gained": Metric("neurons", "language-specific in this model only"),
             "still_firing": Metric(
-                "neurons", "of the dense model's, those that still fire above the dense model's threshold"
+                "neurons", "language-specific in the dense model and still firing above its threshold in this one"
             ),
         },
         estimates=False,
@@ -235,25 +236,28 @@ FRAMES: dict[str, FrameSpec] = {
         ("language",),
         {
             "selected": Metric("neurons", "language-specific neurons (LAPE) of this model (no language)"),
-            "threshold": Metric("", "firing probability above which a neuron counts for a language (no language)"),
+            "threshold": Metric(
+                "", "firing probability above which a neuron counts as active in a language (no language)"
+            ),
             "highest_lape": Metric("nat", "highest entropy among the selected neurons (no language)"),
             "selected_by_chance": Metric(
                 "neurons",
-                "neurons with an entropy no higher than that if the text is dealt to the languages at random, mean "
-                "over permutations of its eighths (no language)",
+                "neurons with an entropy no higher than that when text is assigned to languages at random; mean over "
+                "permutations of its eighths (no language)",
             ),
             "p_value": Metric(
-                "", "share of these permutations that select as many neurons as the real languages (no language)"
+                "",
+                "share of these permutations that select at least as many neurons as the real languages (no language)",
             ),
             "specific": Metric("neurons", "neurons specific to this language in this model"),
             "kept_share": Metric(
-                "", "share of the dense model's neurons of this language that are selected again in this model"
+                "", "share of the dense model's neurons for this language that are selected again in this model"
             ),
-            "kept_by_chance": Metric("", "the same expected of as many neurons drawn at random"),
+            "kept_by_chance": Metric("", "the same expected of a random selection of the same size"),
             "other_half_share": Metric(
                 "",
-                "share of the neurons of this language selected on one half of the text that are selected again, in "
-                "the same model, on the other half: what the amount of text allows for",
+                "share of the neurons selected for this language on one half of the text that are selected again on "
+                "the other half, in the same model: the ceiling that the amount of text sets",
             ),
         },
         estimates=False,
@@ -262,42 +266,47 @@ FRAMES: dict[str, FrameSpec] = {
         ("language", "other_calibration"),
         {
             "log_perplexity": Metric(
-                "nat", f"log perplexity of this calibration set minus that of the other; {_PAIRED}{_OVER}"
+                "nat", f"log perplexity with this calibration set minus that with the other; {_PAIRED}{_OVER}"
             ),
             "snr_db": Metric(
                 "dB",
-                "SNR of the residual stream after the last block, taken of each segment, likewise subtracted; "
-                f"{_PAIRED}{_OVER}",
+                f"the same difference in SNR of the residual stream after the last block; {_PAIRED}{_OVER}",
             ),
             "specific_error_db": Metric(
-                "dB", f"10·log10 of the language-specific part's error, mean over layers, likewise; {_PAIRED}{_OVER}"
+                "dB",
+                "the same difference in 10·log10 of the language-specific part's error, mean over layers; "
+                f"{_PAIRED}{_OVER}",
             ),
-            "agnostic_error_db": Metric("dB", f"the same of the language-agnostic part; {_PAIRED}{_OVER}"),
+            "agnostic_error_db": Metric("dB", f"the same for the language-agnostic part; {_PAIRED}{_OVER}"),
         },
         tests=True,
     ),
     "items": FrameSpec(
         ("language", "task", "category", "item", "twin", "choice"),
         {
-            "log_likelihood": Metric("nat", "log-likelihood of a choice, numbered from 0, as the item's continuation"),
-            "margin": Metric("nat", "that of the right choice minus the highest of the others (no choice)"),
-            "correct": Metric("", "1 if the model is right, else 0 (no choice); by default: if the margin is positive"),
+            "log_likelihood": Metric(
+                "nat", "log-likelihood of a choice (numbered from 0) as the continuation of the prompt"
+            ),
+            "margin": Metric("nat", "log-likelihood of the right choice minus the highest of the others (no choice)"),
+            "correct": Metric(
+                "", "1 if the model answers correctly, else 0 (no choice); by default: if the margin is positive"
+            ),
         },
         estimates=False,
     ),
     "accuracy": FrameSpec(
         ("language", "task", "category"),
         {
-            "accuracy": Metric("", f"share of items that the model gets right; {_OVER_ITEMS}"),
-            "accuracy_change": Metric("", f"that minus the dense model's, item by item; {_OVER_ITEMS}"),
+            "accuracy": Metric("", f"share of items answered correctly; {_OVER_ITEMS}"),
+            "accuracy_change": Metric("", f"accuracy minus the dense model's, paired by item; {_OVER_ITEMS}"),
             "twin_accuracy": Metric(
                 "",
-                "share of twins whose two margins have a positive sum: what a model prefers whatever the prompt says "
-                f"cancels; {_OVER_ITEMS}",
+                "share of minimal pairs (two items with the same choices and opposite answers) whose two margins have "
+                f"a positive sum, so that a preference for one of the choices cancels; {_OVER_ITEMS}",
             ),
-            "twin_accuracy_change": Metric("", f"that minus the dense model's, twins by twins; {_OVER_ITEMS}"),
-            "margin": Metric("nat", f"mean margin between the right choice and the best of the others; {_OVER_ITEMS}"),
-            "margin_change": Metric("nat", f"that minus the dense model's, item by item; {_OVER_ITEMS}"),
+            "twin_accuracy_change": Metric("", f"the same minus the dense model's, paired; {_OVER_ITEMS}"),
+            "margin": Metric("nat", f"mean margin of the right choice; {_OVER_ITEMS}"),
+            "margin_change": Metric("nat", f"the same minus the dense model's, paired by item; {_OVER_ITEMS}"),
         },
     ),
     "recovery": FrameSpec(
@@ -307,14 +316,14 @@ FRAMES: dict[str, FrameSpec] = {
             "accuracy_lost": Metric("", f"accuracy of the dense model minus that of the pruned one; {_OVER_ITEMS}"),
             "loss_added": Metric(
                 "nat",
-                "mean negative log-likelihood of the right choice (of text: of a segment) in the pruned model minus "
+                "mean negative log-likelihood of the right choice (for text: of a segment) in the pruned model minus "
                 f"that in the dense one; {_OVER_ITEMS}",
             ),
-            "margin_recovery": Metric("", "share of margin_lost that a component brings back; " + _OVER_ITEMS),
-            "accuracy_recovery": Metric("", "share of accuracy_lost that it brings back; " + _OVER_ITEMS),
-            "loss_recovery": Metric("", "share of loss_added that it takes back; " + _OVER_ITEMS),
+            "margin_recovery": Metric("", "share of margin_lost that restoring a component recovers; " + _OVER_ITEMS),
+            "accuracy_recovery": Metric("", "share of accuracy_lost that it recovers; " + _OVER_ITEMS),
+            "loss_recovery": Metric("", "share of loss_added that it recovers; " + _OVER_ITEMS),
             "attributed_recovery": Metric(
-                "", "share of margin_lost (of text: loss_added) that it is estimated to bring back, from gradients"
+                "", "share of margin_lost (for text: loss_added) that it is estimated to recover, from gradients"
             ),
         },
     ),

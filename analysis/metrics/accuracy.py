@@ -1,4 +1,4 @@
-"""Tasks: which questions a pruned model still answers, item by item beside the dense model."""
+"""Accuracy on items and minimal pairs, each model paired with the dense one item by item."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def item_frame(
     columns: Mapping[str, Mapping[str, Any]],
     task: str,
 ) -> pd.DataFrame:
-    """Return the frame ``items``: what every model makes of every item.
+    """Return the frame ``items``: the scores of every item in every model.
 
     Parameters
     ----------
@@ -62,8 +62,8 @@ def item_frame(
 def analyze(items: pd.DataFrame) -> pd.DataFrame:
     """Return the frame ``accuracy``: by task, category and language, and over all languages together (no language).
 
-    Models are compared with the dense one on the same items. Intervals draw twins together, and over all languages a
-    question together with its translations.
+    Models are compared with the dense one on the same items. Intervals resample minimal pairs together, and over all
+    languages an item together with its translations.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def analyze(items: pd.DataFrame) -> pd.DataFrame:
     return tidy("accuracy", rows)
 
 
-#: What is summed over the items of a twin, in a model and in the dense one.
+#: What is summed over the items of a minimal pair, in a model and in the dense one.
 _SUMS = tuple(
     f"{model}{what}" for model in ("", "dense_") for what in ("accuracy", "margin", "twin_accuracy", "items", "pairs")
 )
@@ -97,7 +97,7 @@ _MEASURED = {"accuracy": "items", "twin_accuracy": "pairs", "margin": "items"}
 
 
 def _by_twin(items: pd.DataFrame) -> pd.DataFrame:
-    """Return the sums of :data:`_SUMS` for every model, language and pair of twins (or item without a twin)."""
+    """Return the sums of :data:`_SUMS` for every model, language and minimal pair (or single item)."""
     place = ["language", "task", "category", "twin"]
     shown = items[items["metric"].isin(["correct", "margin"])]
     shown = shown.astype(dict.fromkeys([*VARIANT_COLUMNS, *place, "metric"], object))
@@ -116,7 +116,7 @@ def _by_twin(items: pd.DataFrame) -> pd.DataFrame:
 
 
 def _estimates(place: dict[str, Any], twins: pd.DataFrame) -> dict[str, Any]:
-    # Metrics that the same twins count for share their draws; items without a twin are no part of a twin's interval.
+    # Metrics over the same pairs share their draws; single items are no part of the interval of minimal pairs.
     measured: dict[tuple[bool, ...], list[str]] = {}
     for name, counted in _MEASURED.items():
         if twins[counted].sum() and not twins[name].isna().any():

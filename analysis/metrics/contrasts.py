@@ -1,7 +1,7 @@
-"""Contrasts: does it make a difference which text a model was calibrated on?
+"""Contrasts: does the choice of calibration text matter?
 
-Two calibration sets are compared segment by segment, and over the seeds that both have. A second draw of the same text
-makes a difference too: that is measured on all sets that have several seeds, and only what goes beyond it counts.
+Two calibration sets are compared by segment and over the seeds that both have. A second draw of the same text changes
+the model too: that is measured on all sets with several seeds, and a difference has to exceed it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..stats.permutation import exchanged_models, pairings, sign_flips
 from ..stats.seeds import seed_margin, spread_between_draws
 from .lsar import LSAR, norms_by_layer
 
-#: What a set is compared with when it is compared with all other single languages at once.
+#: The other set of a comparison with all other single languages at once.
 OTHERS = "others"
 #: The calibration set of whatever language is evaluated.
 OWN = "own"
-#: Corrected p-value below which a difference is called one.
+#: Corrected p-value below which a difference is significant.
 SIGNIFICANT = 0.05
 #: Models that must be there for an exact test to say anything.
 _FEWEST = 4

@@ -109,7 +109,7 @@ _METRICS = (
     "specific_snr_db",
     "agnostic_snr_db",
 )
-#: What the two parts should and should not know; see :func:`_knowledge`.
+#: What the two parts should and should not encode; see :func:`_encoded`.
 LANGUAGE_METRICS = ("specific_language_accuracy", "agnostic_language_accuracy")
 RETRIEVAL_METRICS = ("agnostic_retrieval", "whole_retrieval")
 #: Segments that all languages need to share for sentence retrieval to say anything.
@@ -122,7 +122,7 @@ def analyze(
     subspaces: list[LSAR],
     ids: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
-    """Return the frame ``subspaces``: error of the specific and of the agnostic part, and what each part knows.
+    """Return the frame ``subspaces``: error of the specific and of the agnostic part, and what each part encodes.
 
     One layer of one model is looked at at a time: at a hidden size of 4096, 128 segments and seven languages that is
     15 MB of states, and about eight times as much while they are worked on, however many variants and blocks there are.
@@ -161,7 +161,7 @@ def analyze(
                 interval = _errors(subspaces, readings[DENSE, language], states[language])
                 estimates.append((language, _METRICS, interval, len(states[language].tokens)))
         if ids is not None:
-            for metrics, right in _knowledge(subspaces, states, ids):
+            for metrics, right in _encoded(subspaces, states, ids):
                 for language, correct in right.items():
                     estimates.append((language, metrics, _share_right(correct), correct.shape[1]))
         for language, metrics, (value, low, high), n in estimates:
@@ -212,13 +212,13 @@ def part_norms(
     return np.stack(result)
 
 
-# -- what each part knows ------------------------------------------------------------------------------------------
+# -- what each part encodes ------------------------------------------------------------------------------------------
 
 
-def _knowledge(
+def _encoded(
     subspaces: list[LSAR], states: Mapping[str, Readings], ids: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[Sequence[str], dict[str, Float[np.ndarray, "metrics segments layers"]]]]:
-    """Yield metrics and, by language, whether each segment was recognised (1) or not (0), for every layer.
+    """Yield metrics and, by language, whether each segment was identified (1) or not (0), for every layer.
 
     A probe for the language shows that the specific part holds it and the agnostic part does not; retrieving
     translations shows that the agnostic part holds what is said. Halves for the probe are halves of the ids, so that it
@@ -240,7 +240,7 @@ def _knowledge(
         agnostic = {language: subspace.transform(values) for language, values in here.items()}
         specific = {language: subspace.specific(values) for language, values in here.items()}
         for which, part in enumerate((specific, agnostic) if halved else ()):
-            for language, right in _language_recognised(part, halves).items():
+            for language, right in _language_identified(part, halves).items():
                 language_right[language][which, :, layer] = right
         if len(shared) >= _ENOUGH:
             for which, part in enumerate((agnostic, here)):
@@ -253,10 +253,10 @@ def _knowledge(
         yield RETRIEVAL_METRICS, found
 
 
-def _language_recognised(
+def _language_identified(
     part: Mapping[str, Float[np.ndarray, "segments width"]], halves: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return which segments' language is recognised by a logistic regression fitted on the other half."""
+    """Return which segments' language a logistic regression fitted on the other half identifies."""
     languages = list(part)
     x = np.concatenate(list(part.values())).astype(np.float32)
     y = np.repeat(np.arange(len(languages)), [len(values) for values in part.values()])

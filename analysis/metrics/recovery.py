@@ -1,8 +1,8 @@
-"""Diagnosis: which part of a pruned model has to be given back for what was lost to come back.
+"""Diagnosis: which components of a pruned model recover the drop when they are restored.
 
-Gradients rank all components in one pass, the first ones are then put over exactly (:mod:`probes.patching`). What comes
-back is stated as a share of what was lost, with an interval over items; where no loss can be told from nothing, there
-is nothing to explain, and no causes are named.
+Gradients rank all components in one pass; those ranked highest are then patched exactly (:mod:`probes.patching`).
+Recovery is the share of the drop that restoring a component brings back, with an interval over items. Without a
+significant drop there is nothing to explain, and no causes are named.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from ..frames import tidy
 from ..stats.bootstrap import segment_interval
 from .lsar import LSAR
 
-#: Components that are put over exactly besides the curves.
+#: Components that are patched exactly besides the curves.
 CONFIRMED = 20
-#: Kinds that may be named as causes: each is a small part of the model. What the whole stream, or nearly all of it,
-#: brings back after a block says where damage has come about, not what it is.
+#: Kinds that may be named as causes: each is a small part of the model. What restoring the whole stream, or nearly all
+#: of it, recovers after a block says where the damage has accumulated, not what caused it.
 _CAUSES = ("weights", "output", "specific", "neurons", "random_neurons")
 #: Kinds that are drawn as curves over the blocks.
 _CURVES = ("residual", "agnostic", "specific", "random")
-#: Component of the rows on what was lost in all.
+#: Component of the rows on the drop itself.
 EVERYTHING = "everything"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is scored, and which questions are drawn together.
+    """What is scored, and which questions are resampled together.
 
     Attributes
     ----------
     task, category, language
-        What frames say of it.
+        As in frames.
     questions
         Items, or segments of text.
     twins
-        Of each question: those with the same word are drawn together.
+        Of each question: the name of its minimal pair; questions of one name are resampled together.
     """
 
     task: str
@@ -79,7 +79,7 @@ def components_of(
     language_neurons: Mapping[int, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> list[Component]:
-    """Return everything that a diagnosis looks at.
+    """Return the components that a diagnosis examines.
 
     Parameters
     ----------
@@ -128,11 +128,12 @@ def diagnose(
     confirm: int = CONFIRMED,
     progress: Progress = lambda tokens: None,
 ) -> pd.DataFrame:
-    """Return the frame ``recovery``: what was lost, and what each component brings back of it.
+    """Return the frame ``recovery``: the drop, and the share of it that each component recovers.
 
     All components are estimated by attribution. The curves over the blocks, the groups of neurons and the `confirm`
-    likeliest causes are then put over exactly, and the other way round too (direction ``damage``: the pruned model's
-    into the dense one, as a share of the same loss). Causes have a ``position``, 1 for the one that brings back most.
+    most likely causes are then patched exactly; the causes also the other way round (direction ``damage``: the dense
+    model is corrupted with the pruned one's values, as a share of the same drop). Causes have a ``position``, 1 for the
+    one that recovers most.
 
     Parameters
     ----------
@@ -152,12 +153,12 @@ def diagnose(
         Told of the tokens as they are read.
     """
     estimate = attribute(session, asked.questions, damage, components, progress=progress)
-    gaps = _Gaps(asked, estimate)
+    drop = _Drop(asked, estimate)
     place = {**columns, "language": asked.language, "task": asked.task, "category": asked.category}
-    rows: list[dict[str, Any]] = [{**place, "component": EVERYTHING, **gaps.lost()}]
-    if not gaps.something:
+    rows: list[dict[str, Any]] = [{**place, "component": EVERYTHING, **drop.lost()}]
+    if not drop.significant:
         return tidy("recovery", rows)
-    shares = {i: effect.sum() / gaps.total for i, effect in estimate.attributed.items()}
+    shares = {i: effect.sum() / drop.total for i, effect in estimate.attributed.items()}
     causes = [i for i, component in enumerate(components) if component.kind in _CAUSES]
     causes.sort(key=lambda i: -shares[i])
     likeliest = _likeliest(components, causes, confirm)
@@ -166,7 +167,7 @@ def diagnose(
         found = patch(
             session, asked.questions, damage, [components[i] for i in chosen], direction=direction, progress=progress
         )
-        exact = {i: gaps.recovered(found.exact[k], direction) for k, i in enumerate(chosen)}
+        exact = {i: drop.recovered(found.exact[k], direction) for k, i in enumerate(chosen)}
         positions = _positions(components, exact) if direction == RESTORE else {}
         for i, component in enumerate(components):
             own = {**place, "direction": direction, **_where(component), "position": positions.get(i)}
@@ -178,7 +179,7 @@ def diagnose(
 
 
 def _likeliest(components: Sequence[Component], causes: Sequence[int], confirm: int) -> set[int]:
-    """Choose half of them among the masks: which of these did it, and where it shows, are two questions."""
+    """Choose half of them among the masks: which mask caused the drop, and where it shows, are two questions."""
     masks = [i for i in causes if components[i].kind == "weights"][: confirm // 2]
     others = [i for i in causes if components[i].kind != "weights"][: confirm - len(masks)]
     return {*masks, *others}
@@ -189,7 +190,7 @@ def _where(component: Component) -> dict[str, Any]:
 
 
 def _positions(components: Sequence[Component], exact: Mapping[int, Mapping[str, Any]]) -> dict[int, int]:
-    """Rank the causes by what they bring back; of those that bring back the same, the smaller and earlier is first."""
+    """Rank the causes by what they recover; among equals, the smaller and earlier component is first."""
     causes = [i for i in exact if components[i].kind in _CAUSES]
     causes.sort(
         key=lambda i: (
@@ -201,8 +202,8 @@ def _positions(components: Sequence[Component], exact: Mapping[int, Mapping[str,
     return {i: position for position, i in enumerate(causes, start=1)}
 
 
-class _Gaps:
-    """What was lost, and shares of it, with intervals over twins."""
+class _Drop:
+    """The drop in every metric, and shares of it, with intervals over minimal pairs."""
 
     def __init__(self, asked: Asked, scores: Patched) -> None:
         is_text = all(question.choices == 1 for question in asked.questions)
@@ -216,8 +217,8 @@ class _Gaps:
         change = self.dense - self.pruned
         self.total = float(change[:, 0].sum())
         _, low, _ = segment_interval(lambda weights: weights @ change, self.clusters)
-        #: Whether what was lost is more than the choice of items explains.
-        self.something = bool(self.total > 0 and low[0] > 0)
+        #: Whether the drop is significant.
+        self.significant = bool(self.total > 0 and low[0] > 0)
 
     def _sums(self, scores: ChoiceScores) -> np.ndarray:
         """Return the sums of every metric, higher is better, by cluster: ``[clusters, metrics]``."""
@@ -231,7 +232,7 @@ class _Gaps:
         return {"metric": [names[m] for m in self.metrics], "value": value, "low": low, "high": high, "n": self.n}
 
     def recovered(self, scores: ChoiceScores, direction: Direction) -> dict[str, Any]:
-        """Return the share of every metric's loss that is taken back (or, in the other direction, brought about)."""
+        """Return the share of every metric's drop that is recovered (or, in the other direction, caused)."""
         lost = self.dense - self.pruned
         got = self._sums(scores)
         change = got - self.pruned if direction == RESTORE else self.dense - got
@@ -250,12 +251,12 @@ class _Gaps:
 
 
 def main_metric(frame: pd.DataFrame) -> str:
-    """Return the metric that a diagnosis is read by: of the margin, or of the loss where there is none."""
+    """Return the metric that a diagnosis is ranked by: margin recovery, or loss recovery for text."""
     return "margin_recovery" if (frame["metric"] == "margin_recovery").any() else "loss_recovery"
 
 
 def agreement(frame: pd.DataFrame) -> tuple[float, int, int]:
-    """Return how attribution and exact patching agree: Spearman's ρ, how many of ten are shared, and of how many."""
+    """Return how attribution and exact patching agree: Spearman's ρ, the overlap of their top tens, and n."""
     restored = frame[frame["direction"] == RESTORE].copy()
     keys = ["component", "layer", "role"]
     restored[keys] = restored[keys].astype(object).where(restored[keys].notna(), "")
@@ -268,6 +269,6 @@ def agreement(frame: pd.DataFrame) -> tuple[float, int, int]:
 
 
 def importance(frame: pd.DataFrame) -> dict[str, float]:
-    """Return what undoing the mask of each matrix is estimated to bring back, by ``BLOCK.ROLE``."""
+    """Return the estimated recovery from undoing the mask of each matrix, by ``BLOCK.ROLE``."""
     rows = frame[(frame["component"] == "weights") & (frame["metric"] == "attributed_recovery")]
     return {f"{row['layer']:.0f}.{row['role']}": float(row["value"]) for row in rows.to_dict("records")}

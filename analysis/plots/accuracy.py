@@ -22,7 +22,7 @@ def matrix(
     metric: str = "twin_accuracy_change",
     width: float = style.PAGE_WIDTH,
 ) -> Figure:
-    """Draw what each calibration set changed in each language, a table a category."""
+    """Draw the change by calibration set and evaluation language, a table a category."""
     shown = of_recipe(frame, {**recipe, "task": task, "metric": metric})
     shown = shown[shown["language"].notna()]
     points = 1 if metric.startswith("margin") else 100
@@ -61,7 +61,7 @@ def categories(
                 row["low"],
                 row["high"],
                 style.set_style(row["calibration"], row["seed"])[0],
-                found=row["low"] > 0 or row["high"] < 0,
+                significant=row["low"] > 0 or row["high"] < 0,
             )
             for row in rows.to_dict("records")
         ]
@@ -70,18 +70,18 @@ def categories(
         panels,
         title=f"{_TITLES[metric]}, all languages ({labels.recipe_label(recipe)})",
         x_label=_LABELS[metric],
-        found="interval without zero",
+        legend=("interval excludes zero", "interval includes zero"),
         width=width,
     )
 
 
 _TITLES = {
-    "accuracy_change": "Items answered right, after minus before pruning",
-    "twin_accuracy_change": "Twins answered right, after minus before pruning",
-    "margin_change": "Margin of the right choice, after minus before pruning",
+    "accuracy_change": "Change in accuracy",
+    "twin_accuracy_change": "Change in minimal-pair accuracy",
+    "margin_change": "Change in the margin of the right choice",
 }
 _LABELS = {
-    "accuracy_change": "change of the share of items",
-    "twin_accuracy_change": "change of the share of twins",
-    "margin_change": "change of the margin (nat)",
+    "accuracy_change": "change in accuracy",
+    "twin_accuracy_change": "change in minimal-pair accuracy",
+    "margin_change": "change in margin (nat)",
 }

@@ -48,7 +48,7 @@ def heatmaps(
     diverging: bool = False,
     width: float = PAGE_WIDTH,
 ) -> Figure:
-    """Draw tables side by side on one colour scale, each cell written over with its value or its label.
+    """Draw tables side by side on one colour scale, each cell annotated with its value or its label.
 
     Parameters
     ----------
@@ -228,14 +228,14 @@ def line_panels(
 
 @dataclass(frozen=True)
 class Effect:
-    """One difference with its interval; `margin` is what differences of no meaning reach."""
+    """One difference with its interval; `margin` is what it has to exceed."""
 
     label: str
     value: float
     low: float
     high: float
     colour: str
-    found: bool
+    significant: bool
     margin: float = 0.0
 
 
@@ -244,11 +244,25 @@ def effect_panels(
     *,
     title: str,
     x_label: str,
-    found: str = "beyond the margin, p < 0.05 (corrected)",
+    legend: tuple[str, str] = ("significant beyond the margin (p < 0.05, corrected)", "not significant"),
     x_range: tuple[float, float] | None = None,
     width: float = PAGE_WIDTH,
 ) -> Figure:
-    """Draw effects from zero with intervals in small multiples, filled where they are found; `found` says when."""
+    """Draw differences from zero with intervals in small multiples.
+
+    Parameters
+    ----------
+    panels
+        Title of each panel to its differences.
+    title, x_label
+        What to write.
+    legend
+        What a filled and what an open marker means.
+    x_range
+        Of the axis; that of the intervals by default.
+    width
+        Inches.
+    """
     columns = min(max(round(width / 1.6), 1), len(panels))
     rows = math.ceil(len(panels) / columns)
     longest = max(len(effects) for effects in panels.values())
@@ -259,7 +273,7 @@ def effect_panels(
             for y, effect in enumerate(reversed(effects)):
                 axes.barh(y, 2 * effect.margin, left=-effect.margin, height=0.9, color="#e8e8e8", linewidth=0)
                 axes.plot([effect.low, effect.high], [y, y], color=effect.colour)
-                face = effect.colour if effect.found else "white"
+                face = effect.colour if effect.significant else "white"
                 axes.plot([effect.value], [y], "o", color=effect.colour, markerfacecolor=face, markersize=3.5)
             axes.axvline(0, color=GREY, linewidth=0.6)
             if x_range:
@@ -276,10 +290,10 @@ def effect_panels(
         figure.suptitle(wrapped(title, width))
         line, patch = mpl.lines.Line2D, mpl.patches.Patch
         keys: list[tuple[Any, str]] = [
-            (line([], [], color=GREY, marker="o", markersize=3.5), found),
-            (line([], [], color=GREY, marker="o", markersize=3.5, markerfacecolor="white"), "not so"),
+            (line([], [], color=GREY, marker="o", markersize=3.5), legend[0]),
+            (line([], [], color=GREY, marker="o", markersize=3.5, markerfacecolor="white"), legend[1]),
         ]
         if any(effect.margin for effects in panels.values() for effect in effects):
-            keys.append((patch(color="#e8e8e8"), "margin: what another draw of the same text changes"))
+            keys.append((patch(color="#e8e8e8"), "margin: 95 % of differences between draws of one set"))
         figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=3 if width >= PAGE_WIDTH else 1)
     return figure

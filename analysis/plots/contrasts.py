@@ -43,8 +43,8 @@ def effects(
         involved = (here["calibration"] == reference) | (here["other_calibration"] == reference)
         effects = [_effect(row, reference) for row in here[involved].to_dict("records")]
         effects.sort(key=lambda effect: labels.calibration_rank(effect.label))
-        panels[f"{labels.language_title(language)}, against {reference}"] = effects
-    title = f"What calibrating on another text changes ({labels.recipe_label(recipe)})"
+        panels[f"{labels.language_title(language)}, relative to {reference}"] = effects
+    title = f"Effect of the calibration set ({labels.recipe_label(recipe)})"
     return charts.effect_panels(panels, title=title, x_label=f"difference in {_WORDS[metric]}", width=width)
 
 
@@ -54,5 +54,5 @@ def _effect(row: Mapping[Any, Any], reference: str) -> charts.Effect:
     name = str(row["other_calibration" if turned else "calibration"])
     value, low, high = (-row["value"], -row["high"], -row["low"]) if turned else (row["value"], row["low"], row["high"])
     margin = 0.0 if np.isnan(row["seed_margin"]) else row["seed_margin"]
-    found = row["p_adjusted"] < SIGNIFICANT
-    return charts.Effect(name, value, low, high, style.colour(name), found, margin)
+    significant = row["p_adjusted"] < SIGNIFICANT
+    return charts.Effect(name, value, low, high, style.colour(name), significant, margin)

@@ -24,7 +24,7 @@ def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
     for metric, title in titles.items():
         lines = charts.set_lines(of_recipe(counts[counts["metric"] == metric], recipe))
         if metric != "gained":
-            reference = charts.range_line(dense, "layer", "dense model's own", style.BLACK, "--")
+            reference = charts.range_line(dense, "layer", "dense model", style.BLACK, "--")
             lines.append(reference)
         panels.append(charts.Panel(title, lines))
     return charts.line_panels(
@@ -42,12 +42,12 @@ def kept(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style
     table = charts.by_calibration(pruned[pruned["metric"] == "kept_share"])
     half = frame[(frame["metric"] == "other_half_share") & (frame["method"] == DENSE)].set_index("language")["value"]
     chance = pruned[pruned["metric"] == "kept_by_chance"].groupby("language", observed=True)["value"].mean()
-    table.loc["dense, two halves of the text"] = half.reindex(table.columns)
-    table.loc["drawn at random"] = chance.reindex(table.columns)
+    table.loc["dense, split halves"] = half.reindex(table.columns)
+    table.loc["chance"] = chance.reindex(table.columns)
     return charts.heatmaps(
         {"": 100 * table},
-        title=f"Language-specific neurons that are still selected after pruning ({labels.recipe_label(recipe)})",
-        colour_label="kept (%)",
+        title=f"Language-specific neurons selected again after pruning ({labels.recipe_label(recipe)})",
+        colour_label="selected again (%)",
         digits="{:.0f}",
         low=0,
         high=100,
@@ -58,12 +58,12 @@ def kept(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style
 
 
 def entropy(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the distribution of LAPE over neurons, dense and pruned: all of it, and its lowest twentieth."""
+    """Draw the cumulative distribution of LAPE over neurons, dense and pruned: all of it, and its lowest 5 %."""
     dense = frame[frame["method"] == DENSE]
     pruned = of_recipe(frame, recipe)
     lowest = float(dense[dense["quantile"] == 0.05]["value"].iloc[0])
     panels = []
-    for title, top in (("all neurons", float(dense["value"].max())), ("lowest LAPE", lowest)):
+    for title, top in (("all neurons", float(dense["value"].max())), ("lowest 5 % (dense)", lowest)):
         edges = np.linspace(0, top or 1.0, 101)
         lines = [_cumulated("dense", dense, edges, style.BLACK, "-")]
         for calibration, seed in labels.sets_of(pruned):
@@ -73,9 +73,9 @@ def entropy(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = st
         panels.append(charts.Panel(title, lines, whole_x=False))
     return charts.line_panels(
         panels,
-        title=f"LAPE of all neurons that fire ({labels.recipe_label(recipe)})",
+        title=f"Distribution of LAPE over neurons that fire ({labels.recipe_label(recipe)})",
         x_label="LAPE (nat)",
-        y_label="share of neurons below",
+        y_label="cumulative share",
         share=False,
         width=width,
     )
@@ -88,7 +88,7 @@ def _cumulated(label: str, rows: pd.DataFrame, edges: np.ndarray, colour: str, d
 
 
 def shift(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw how much less or more often neurons fire after pruning, by how often they fired before; a panel a language.
+    """Draw the change in firing probability after pruning by dense firing probability; a panel a language.
 
     Language-specific neurons of the dense model against all others; lines: means over calibration sets, bands: lowest
     to highest.
@@ -100,18 +100,18 @@ def shift(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = styl
         lines = []
         for metric, label, colour in (
             ("specific_shift", "language-specific neurons", style.TWO_COLOURS[0]),
-            ("other_shift", "all others", style.GREY),
+            ("other_shift", "all other neurons", style.GREY),
         ):
             rows = shown[(shown["language"] == language) & (shown["metric"] == metric)]
             rows = rows[rows.groupby("dense_firing")["value"].transform("size") == sets]
             lines.append(charts.range_line(rows, "dense_firing", label, colour))
         panels.append(
-            charts.Panel(labels.language_title(language), lines, {"as often": 0.0}, log_x=True, x_range=(1e-3, 1.0))
+            charts.Panel(labels.language_title(language), lines, {"no change": 0.0}, log_x=True, x_range=(1e-3, 1.0))
         )
     return charts.line_panels(
         panels,
-        title=f"Shift of firing frequency by frequency before pruning ({labels.recipe_label(recipe)})",
-        x_label="firing probability, dense",
-        y_label="log2 of the ratio, pruned over dense",
+        title=f"Change in firing probability by dense firing probability ({labels.recipe_label(recipe)})",
+        x_label="dense firing probability",
+        y_label="log2 ratio, pruned / dense",
         width=width,
     )

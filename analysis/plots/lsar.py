@@ -29,9 +29,9 @@ def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
         panels.append(charts.Panel(labels.language_title(language), lines))
     return charts.line_panels(
         panels,
-        title=f"Error of the language-specific and -agnostic part ({labels.recipe_label(recipe)})",
+        title=f"Error of the language-specific and language-agnostic parts ({labels.recipe_label(recipe)})",
         x_label="layer",
-        y_label="error relative to the spread",
+        y_label="error relative to spread",
         log_y=True,
         width=width,
     )
@@ -46,15 +46,15 @@ def matrix(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
         tables[f"{name} part"] = charts.by_calibration(rows, "median")
     return charts.heatmaps(
         tables,
-        title=f"Error relative to the spread, median over layers ({labels.recipe_label(recipe)})",
-        colour_label="error relative to the spread",
+        title=f"Error relative to spread, median over layers ({labels.recipe_label(recipe)})",
+        colour_label="error relative to spread",
         digits="{:.2g}",
         width=width,
     )
 
 
 def knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw what each part knows, in the dense and in the pruned models, and how much of the languages a rank takes in.
+    """Draw what language and meaning each part encodes, dense and pruned, and the variance that each rank explains.
 
     Means over languages; bands: lowest to highest over calibration sets.
     """
@@ -73,7 +73,7 @@ def knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = 
         LANGUAGE_METRICS: 1 / languages,
         RETRIEVAL_METRICS: 1 / float(retrieval["n"].max()) if len(retrieval) else None,
     }
-    for metrics, title in ((LANGUAGE_METRICS, "language recognised"), (RETRIEVAL_METRICS, "translation found")):
+    for metrics, title in ((LANGUAGE_METRICS, "language identified"), (RETRIEVAL_METRICS, "translation retrieved")):
         lines = []
         for metric in metrics:
             label, colour = named[metric]
@@ -82,13 +82,13 @@ def knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = 
                 means = rows[rows["metric"] == metric].groupby(keys, observed=True)["value"].mean().reset_index()
                 lines.append(charts.range_line(means, "layer", f"{label}, {model}", colour, dash))
         level = guess[metrics]
-        panels.append(charts.Panel(title, lines, {} if level is None else {"guessing": level}))
+        panels.append(charts.Panel(title, lines, {} if level is None else {"chance": level}))
     shares = dense[dense["metric"] == "explained_share"]
     lines = [charts.range_line(shares, "rank", "between-language variance (band: layers)", style.GREEN)]
-    panels.append(charts.Panel("explained by rank", lines, x_label="rank of the subspace"))
+    panels.append(charts.Panel("variance explained by rank", lines, x_label="rank of the subspace"))
     return charts.line_panels(
         [panel for panel in panels if any(len(line.x) for line in panel.lines)],
-        title=f"What the two parts know ({labels.recipe_label(recipe)})",
+        title=f"What the two parts encode ({labels.recipe_label(recipe)})",
         x_label="layer",
         y_label="share",
         width=width,

@@ -22,18 +22,18 @@ from . import charts, style
 
 
 def heatmap(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the mean IoU of every pair of calibration sets, clustered by it."""
+    """Draw the mean IoU of every pair of calibration sets, in the order of their clustering."""
     shown = of_recipe(frame, recipe)
     chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
     matrix = mean_matrix(shown)
-    title = f"Overlap of the kept weights (chance {chance:.3f}; {labels.recipe_label(recipe)})"
+    title = f"Overlap of kept weights (chance {chance:.3f}; {labels.recipe_label(recipe)})"
     return _clusters(matrix, cluster(matrix), title=title, width=width)
 
 
 def roles(
     frame: pd.DataFrame, recipe: Mapping[str, Any], *, metric: str = "iou", width: float = style.PAGE_WIDTH
 ) -> Figure:
-    """Draw IoU, or the cosine of the values, by layer for every role, with chance level and ceiling."""
+    """Draw IoU, or a cosine similarity of weights, by layer for every role, with chance level and ceiling."""
     shown = of_recipe(frame, recipe)
     chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
     shown = shown[shown["metric"] == metric].copy()
@@ -43,16 +43,16 @@ def roles(
     panels = []
     for role in (role for role in ROLES if role in set(shown["role"])):
         here = (shown["role"] == role).to_numpy()
-        lines = [charts.range_line(shown[here & ~same], "layer", "other calibration set (band: all pairs)", blue)]
+        lines = [charts.range_line(shown[here & ~same], "layer", "different sets (band: range over pairs)", blue)]
         if same.any():
             ceiling = shown[here & same]
-            lines.append(charts.range_line(ceiling, "layer", "same language, other seed (ceiling)", red))
-        levels = {"independent masks (chance)": chance} if metric == "iou" else {"unrelated": 0.0}
+            lines.append(charts.range_line(ceiling, "layer", "same set, other seed (ceiling)", red))
+        levels = {"chance (independent masks)": chance} if metric == "iou" else {"unrelated": 0.0}
         panels.append(charts.Panel(role, lines, levels))
     names = {
-        "iou": ("IoU", "Overlap of the kept weights by layer and role"),
-        "value_cosine": ("cosine", "Agreement of the values of the weights that both keep"),
-        "correction_cosine": ("cosine", "Agreement of the corrections to the weights that both keep"),
+        "iou": ("IoU", "Overlap of kept weights by layer and role"),
+        "value_cosine": ("cosine similarity", "Similarity of the weights that both keep"),
+        "correction_cosine": ("cosine similarity", "Similarity of the updates to weights that both keep"),
     }
     label, title = names[metric]
     title = f"{title} ({labels.recipe_label(recipe)})"
@@ -60,12 +60,12 @@ def roles(
 
 
 def _clusters(matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, width: float) -> Figure:
-    """Draw how alike things are, pair by pair, and the tree that clusters them, in the tree's order.
+    """Draw a matrix of similarities and the tree that clusters them, in the tree's order.
 
     Parameters
     ----------
     matrix
-        Symmetric, likeness of two things; the diagonal is left empty.
+        Symmetric, with an empty diagonal.
     tree
         As :func:`scipy.cluster.hierarchy.linkage` returns it.
     title, width
@@ -88,7 +88,7 @@ def _clusters(matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, wi
             linecolor="white",
             cbar_kws={"label": "mean IoU", "fraction": 0.04, "pad": 0.02},
         )
-        heat.set(xlabel="", ylabel="", title="every pair, mean over layers and roles")
+        heat.set(xlabel="", ylabel="", title="mean over layers and roles")
         heat.tick_params(length=0)
         heat.tick_params(axis="x", rotation=30)
         heat.tick_params(axis="y", rotation=0)

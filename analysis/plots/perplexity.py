@@ -16,7 +16,7 @@ from . import charts, style
 
 
 def all_models(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the perplexity of every model in every language, coloured by the rise over the dense model."""
+    """Draw the perplexity of every model in every language, coloured by its ratio to the dense model's."""
     shown = frame[frame["metric"] == "perplexity"].copy()
     shown["variant"] = labels.variant_labels(shown)
     shown = shown.iloc[sorted(range(len(shown)), key=lambda i: labels.variant_rank(shown.iloc[i]))]
@@ -26,9 +26,9 @@ def all_models(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figur
         {"": np.log2(table / table.loc[DENSE])},
         labels={"": table.map(labels.three_digits)},
         title="Perplexity",
-        colour_label="doublings of the dense perplexity",
+        colour_label="log2 ratio to dense",
         low=0,
-        y_label="pruned with",
+        y_label="model",
         width=width,
     )
 
@@ -42,7 +42,7 @@ def matrix(
 ) -> Figure:
     """Draw perplexity or bits per byte by calibration set and evaluation language, with intervals.
 
-    Perplexities of different languages do not compare, so colour shows the rise over the dense model; bits per byte do.
+    Perplexities are not comparable between languages, so colour shows the ratio to the dense model; bits per byte are.
     """
     shown = frame[frame["metric"] == metric]
     dense = shown[shown["method"] == DENSE].set_index("language")["value"]
@@ -54,7 +54,7 @@ def matrix(
     texts = value.map(written) + "\n" + low.map(written) + "–" + high.map(written)
     rise = np.log2(value / dense.reindex(value.columns)) if metric == "perplexity" else value
     names = {
-        "perplexity": ("Perplexity", "doublings of the dense perplexity"),
+        "perplexity": ("Perplexity", "log2 ratio to dense"),
         "bits_per_byte": ("Bits per byte", "bits per byte of UTF-8 text"),
     }
     title, label = names[metric]

@@ -18,10 +18,10 @@ from . import charts, style
 
 
 def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw what every matrix's mask and every output is estimated to bring back, by role and block."""
+    """Draw the estimated recovery from undoing each mask and from restoring each output, by role and block."""
     shown = frame[(frame["metric"] == "attributed_recovery") & frame["role"].notna()].copy()
     shown["role"] = shown["role"].astype(str).map(role_kind)
-    names = {"weights": "its mask undone", "output": "its output restored"}
+    names = {"weights": "mask undone", "output": "output restored"}
     tables = {}
     for kind, name in names.items():
         rows = shown[shown["component"] == kind]
@@ -30,8 +30,8 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         tables[name] = (100 * table[[role for role in ROLES if role in table.columns]]).round() + 0.0
     return charts.heatmaps(
         {name: table for name, table in tables.items() if table.size},
-        title=f"Share of the loss that one role of one block brings back, estimated ({_title(frame)})",
-        colour_label="share of the loss (%)",
+        title=f"Estimated recovery by role and block ({_title(frame)})",
+        colour_label="share of the drop (%)",
         digits="{:.0f}",
         diverging=True,
         x_label="role",
@@ -42,14 +42,14 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
 
 
 def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw what the residual stream and its parts bring back after each block."""
+    """Draw the recovery from restoring the residual stream, or a part of it, after each block."""
     exact = frame[(frame["direction"] == RESTORE) & frame["low"].notna()]
     titles = {"margin_recovery": "margin", "accuracy_recovery": "accuracy", "loss_recovery": "loss"}
     names = {
-        "residual": ("whole stream", style.GREY, "-"),
+        "residual": ("whole residual stream", style.GREY, "-"),
         "agnostic": ("language-agnostic part", style.TWO_COLOURS[1], "-"),
         "specific": ("language-specific part", style.TWO_COLOURS[0], "-"),
-        "random": ("random subspace of that size", style.TWO_COLOURS[0], ":"),
+        "random": ("random subspace of the same rank", style.TWO_COLOURS[0], ":"),
     }
     drawn = exact[exact["component"].isin(names) & exact["metric"].isin(titles)]["value"]
     shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1))  # bands may go beyond
@@ -63,37 +63,37 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
                 low = high = None
             lines.append(charts.Line(label, rows["layer"].tolist(), rows["value"].tolist(), colour, dash, low, high))
         if any(len(line.x) for line in lines):
-            panels.append(charts.Panel(title, lines, {"all that was lost": 1.0}, y_range=shown_range))
+            panels.append(charts.Panel(title, lines, {"full recovery": 1.0}, y_range=shown_range))
     return charts.line_panels(
         panels,
-        title=f"What restoring the residual stream brings back ({_title(frame)})",
+        title=f"Recovery from restoring the residual stream ({_title(frame)})",
         x_label="after block",
-        y_label="share of the loss",
+        y_label="share of the drop",
         width=width,
     )
 
 
 def causes(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the confirmed causes, restored in the pruned model, and what they do to the dense one."""
+    """Draw the confirmed causes: restored in the pruned model, and corrupted in the dense one."""
     exact = frame[frame["low"].notna() & (frame["metric"] == main_metric(frame))]
     keys = ["component", "layer", "role"]
     exact = exact.assign(label=[_label(row) for row in exact[keys].to_dict("records")])
     back = exact[exact["direction"] == DAMAGE].set_index("label")
     ranked = exact[exact["position"].notna() & exact["label"].isin(back.index)].sort_values("position")
-    panels: dict[str, list[charts.Effect]] = {"restored in the pruned model": [], "pruned in the dense model": []}
+    panels: dict[str, list[charts.Effect]] = {"restored in the pruned model": [], "corrupted in the dense model": []}
     for row in ranked.to_dict("records"):
         colour = style.TWO_COLOURS[0 if row["component"] == "weights" else 1]
         for effects, one in zip(panels.values(), (row, back.loc[row["label"]]), strict=True):
-            found = bool(one["low"] > 0 or one["high"] < 0)
+            significant = bool(one["low"] > 0 or one["high"] < 0)
             value, low, high = (float(one[name]) for name in ("value", "low", "high"))
-            effects.append(charts.Effect(row["label"], value, low, high, colour, found))
+            effects.append(charts.Effect(row["label"], value, low, high, colour, significant))
     values = [effect.value for effects in panels.values() for effect in effects]
     lowest, highest = min(values), max(values)  # intervals may go beyond
     return charts.effect_panels(
         panels,
         title=f"Single components ({_title(frame)})",
-        x_label="share of the loss",
-        found="interval without zero (blue: masks; orange: values)",
+        x_label="share of the drop",
+        legend=("interval excludes zero (blue: masks; orange: activations)", "interval includes zero"),
         x_range=(min(-0.25, lowest - 0.1), max(1.0, highest + 0.1)),
         width=width,
     )

@@ -23,9 +23,9 @@ def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
     ]
     return charts.line_panels(
         panels,
-        title=f"Signal left after pruning ({labels.recipe_label(recipe)})",
+        title=f"SNR of the residual stream ({labels.recipe_label(recipe)})",
         x_label="layer",
-        y_label="SNR of the residual stream (dB)",
+        y_label="SNR (dB)",
         width=width,
     )
 
@@ -35,7 +35,7 @@ def matrix(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
     shown = of_recipe(frame, {**recipe, "metric": "snr_db", "role": "residual"})
     return charts.heatmaps(
         {"": charts.by_calibration(shown[shown["layer"] == shown["layer"].max()])},
-        title=f"Signal left after the last block ({labels.recipe_label(recipe)})",
+        title=f"SNR of the residual stream after the last block ({labels.recipe_label(recipe)})",
         colour_label="SNR (dB)",
         digits="{:.1f}",
         dark_is_high=False,
@@ -55,8 +55,8 @@ def roles(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = styl
     ]
     return charts.line_panels(
         panels,
-        title=f"Signal left in each projection, mean over languages ({labels.recipe_label(recipe)})",
+        title=f"SNR of each projection's output, mean over languages ({labels.recipe_label(recipe)})",
         x_label="layer",
-        y_label="SNR of the output (dB)",
+        y_label="SNR (dB)",
         width=width,
     )

@@ -98,8 +98,8 @@ def study_figures(frames: Frames, facts: ReportFacts) -> Iterator[ReportFigure]:
     yield ReportFigure(
         ALL_MODELS,
         "perplexity",
-        f"Perplexity of every model in every language on {text}. Colour: how often it doubled over the dense model. "
-        "Perplexities of different languages do not compare; bits per byte do.",
+        f"Perplexity of every model in every language on {text}. Colour: log2 ratio to the dense model. Perplexities "
+        "are not comparable between languages; bits per byte are.",
         lambda: plots.perplexity.all_models(frames["perplexity"]),
     )
     for recipe in recipes_of(frames["signal"]):
@@ -119,23 +119,23 @@ def _of_recipe(
         yield (
             "perplexity-matrix",
             f"Perplexity by calibration set (rows) and evaluation language (columns) on {text}, with 95 % bootstrap "
-            "intervals over segments. Colour: how often it doubled over the dense model.",
+            "intervals over segments. Colour: log2 ratio to the dense model.",
             drawing(plots.perplexity.matrix, "perplexity"),
         )
         yield (
             "bits-per-byte",
-            "The same in bits per byte of UTF-8 text, which compare between languages.",
+            "The same in bits per byte of UTF-8 text, which are comparable between languages.",
             drawing(plots.perplexity.matrix, "perplexity", metric="bits_per_byte"),
         )
     compared = of_recipe(frames["contrasts"], recipe)
     if (compared["other_calibration"] != OTHERS).any():
         yield (
             "contrasts",
-            "What another calibration text changes in log perplexity: every set minus the evaluated language's own, "
-            "the same segments paired, with 95 % bootstrap intervals; right of zero is worse. Grey: what another draw "
-            "of the same text changes (none is drawn where no set has two seeds). Filled: the part beyond that margin "
-            "has a permutation p < 0.05 after Benjamini and Hochberg's correction. SNR and the errors of both parts "
-            "are compared likewise in the frame contrasts.",
+            "Difference in log perplexity between each calibration set and the evaluated language's own, paired by "
+            "segment, with 95 % bootstrap intervals; right of zero is worse. Grey: the margin below which 95 % of the "
+            "differences between two draws of the same set lie (only where some set has two seeds). Filled markers: "
+            "significantly beyond that margin (permutation test, p < 0.05 after Benjamini-Hochberg correction). The "
+            "frame contrasts holds the same comparisons for SNR and for the errors of both LSAR parts.",
             drawing(plots.contrasts.effects, "contrasts"),
         )
     asked = of_recipe(frames["accuracy"], recipe)
@@ -143,28 +143,28 @@ def _of_recipe(
         metrics = set(asked.loc[asked["task"] == task, "metric"])
         metric = "twin_accuracy_change" if "twin_accuracy_change" in metrics else "accuracy_change"
         what = (
-            "pairs of twins (two questions with the same choices and different answers) whose margins have a positive "
-            "sum, so that what a model prefers whatever it is asked cancels"
+            "accuracy on minimal pairs (two items with the same choices and opposite answers; a pair counts as correct "
+            "if its two margins have a positive sum, so that a preference for one of the choices cancels)"
             if metric.startswith("twin")
-            else "questions answered right"
+            else "accuracy"
         )
         yield (
             f"questions-{labels.slug(str(task))}",
-            f"Task {task}: share of {what}, after minus before pruning, each question compared with itself; all "
-            "languages together. Bars: 95 % bootstrap intervals, a question drawn with its twin and translations.",
+            f"Task {task}: change in {what} from the dense to the pruned model, all languages together. Bars: 95 % "
+            "bootstrap intervals over items, each resampled together with its minimal pair and its translations.",
             drawing(plots.accuracy.categories, "accuracy", task=str(task), metric=metric),
         )
         if several:
             yield (
                 f"questions-matrix-{labels.slug(str(task))}",
-                f"The same share of {task} by calibration set and evaluation language; red: less than before pruning.",
+                f"The same change on {task} by calibration set and evaluation language; red: worse than dense.",
                 drawing(plots.accuracy.matrix, "accuracy", task=str(task), metric=metric),
             )
     yield (
         "signal",
-        f"Signal-to-noise ratio of the residual stream after each block, pruned against dense model, on {text}; "
-        "special tokens left out. Higher is better; at 0 dB the error is as large as the signal. Bands: 95 % "
-        "bootstrap intervals over segments. Dotted: another seed of the same calibration set.",
+        f"Signal-to-noise ratio of the pruned model's residual stream after each block, relative to the dense model, "
+        f"on {text}; special tokens excluded. Higher is better; at 0 dB the error is as large as the signal. Bands: "
+        "95 % bootstrap intervals over segments. Dotted: another seed of the same calibration set.",
         drawing(plots.signal.layers, "signal"),
     )
     if several:
@@ -175,85 +175,85 @@ def _of_recipe(
         )
     yield (
         "signal-roles",
-        "The same for the output of each projection and the residual stream, mean over the languages.",
+        "The same for the output of each projection and for the residual stream, mean over languages.",
         drawing(plots.signal.roles, "signal"),
     )
     yield (
         "subspaces",
-        "LSAR: squared error of the language-specific and of the language-agnostic part of segment means, each "
-        "relative to its own spread around the dense model's mean over languages, so that the component common to "
-        f"all text hides nothing. Subspaces of {facts.rank} dimensions, fitted on the dense model with "
-        f"{facts.fit_segments} parallel segments a language; errors on {text}. Line: mean over "
-        "calibration sets; band: lowest to highest. Errors relative to the whole signal, and per dimension, are in "
-        "the frame.",
+        "LSAR: squared error of the language-specific and the language-agnostic part of segment means, each relative "
+        "to its own spread around the dense model's mean over languages, so that the component shared by all text "
+        f"does not mask the error. Subspaces of {facts.rank} dimensions, fitted on the dense model with "
+        f"{facts.fit_segments} parallel segments per language; errors on {text}. Lines: means over calibration sets; "
+        "bands: minimum to maximum. The frame subspaces also holds errors relative to the whole signal and per "
+        "dimension.",
         drawing(plots.lsar.layers, "subspaces"),
     )
     if several:
         yield (
             "subspaces-matrix",
-            "The same errors, median over layers, by calibration set and evaluation language. Rows that are alike mean "
-            "that the calibration language does not matter to that part.",
+            "The same errors, median over layers, by calibration set and evaluation language. Where rows are alike, "
+            "the calibration language does not matter for that part.",
             drawing(plots.lsar.matrix, "subspaces"),
         )
     yield (
         "subspaces-knowledge",
-        "Proof of what the parts hold. Left: how well a logistic regression tells the language from each part, fitted "
-        "on one half of the held-out segments and tested on the other. Middle: how often the nearest segment of "
-        "another language is the translation (held-out segments that all languages share). Right: share of the "
-        "variance between languages that a subspace of each rank takes in. Means over languages; bands: lowest to "
-        "highest over calibration sets, right over layers.",
+        "What the parts encode. Left: accuracy of a logistic regression that predicts the language from each part, "
+        "fitted on one half of the held-out segments and tested on the other. Middle: how often the nearest segment "
+        "in another language is the translation (held-out segments that all languages share). Right: share of the "
+        "between-language variance that a subspace of each rank explains. Means over languages; bands: minimum to "
+        "maximum over calibration sets (right: over layers).",
         drawing(plots.lsar.knowledge, "subspaces"),
     )
     if several:
         yield (
             "mask-overlap",
             "Intersection over union of the kept weights for every pair of calibration sets, mean over layers and "
-            "roles; right: sets clustered by mask distance (average linkage).",
+            "roles. Right: hierarchical clustering by mask distance (average linkage).",
             drawing(plots.mask_overlap.heatmap, "mask_overlap"),
         )
         yield (
             "mask-overlap-roles",
-            "The same by layer for each role: different sets (mean, lowest to highest), and the same set with another "
-            "seed, the most that can be expected; dashed: independent masks.",
+            "The same by layer for each role: different calibration sets (mean, minimum to maximum), and the same set "
+            "with another seed, which is the ceiling. Dashed: chance (independent masks).",
             drawing(plots.mask_overlap.roles, "mask_overlap"),
         )
         overlap = of_recipe(frames["mask_overlap"], recipe)
         if (overlap["metric"] == "correction_cosine").any():
             yield (
                 "corrections",
-                "What the method added to the weights that both of two variants keep: cosine of the corrections by "
-                "layer for each role, 1 if they agree, 0 if they have nothing to do with each other.",
+                "Weight updates: cosine similarity between the updates that two variants made to the weights they both "
+                "keep, by layer for each role; 1: identical direction, 0: unrelated.",
                 drawing(plots.mask_overlap.roles, "mask_overlap", metric="correction_cosine"),
             )
     chosen = of_recipe(frames["neuron_selection"], recipe)
     if (chosen["metric"] == "kept_share").any():
         yield (
             "neurons-kept",
-            f"LAPE: language-specific neurons, the 1 % of all {facts.neurons:,} MLP neurons with lowest entropy of "
-            "firing over languages, counted for every language in which they fire above the 95 % quantile: share of "
-            "the dense model's that are selected again in the pruned model. Below: share that the dense model itself "
-            "selects again on the other half of the text, which is what so little text allows for, and what a draw at "
-            f"random would give. Firing was counted on {text}.",
+            "LAPE: share of the dense model's language-specific neurons that are selected again in the pruned model. "
+            f"Language-specific are the 1 % of all {facts.neurons:,} MLP neurons whose firing has the lowest entropy "
+            "over languages; each counts for every language in which it fires above the 95 % quantile. Bottom rows: "
+            "the share that the dense model itself selects again on the other half of the text, which is the ceiling, "
+            f"and chance. Firing counted on {text}.",
             drawing(plots.lape.kept, "neuron_selection"),
         )
     if facts.neurons:
         yield (
             "neurons-layers",
-            "Where these neurons are: of the dense model's those kept and lost, those gained, and those of the dense "
-            "model's that still fire above its threshold. Dashed: all of the dense model's.",
+            "Language-specific neurons by layer: those of the dense model that are kept and lost, those gained, and "
+            "those of the dense model that still fire above its threshold. Dashed: all of the dense model's.",
             drawing(plots.lape.layers, "language_neurons"),
         )
         yield (
             "neurons-entropy",
-            "Distribution of LAPE over all neurons that fire, dense and pruned; right: its lowest twentieth, where "
-            "language-specific neurons are.",
+            "Cumulative distribution of LAPE over all neurons that fire, dense and pruned. Right: the lowest 5 % of "
+            "the dense model, where the language-specific neurons lie.",
             drawing(plots.lape.entropy, "neuron_entropy"),
         )
         yield (
             "neurons-shift",
-            "How much more or less often neurons fire after pruning, by how often they fired in the dense model; "
-            "language-specific neurons of the dense model against all others. Lines: means over calibration sets; "
-            "bands: lowest to highest.",
+            "Change in firing probability after pruning, by firing probability in the dense model, for its "
+            "language-specific neurons and for all others. Lines: means over calibration sets; bands: minimum to "
+            "maximum.",
             drawing(plots.lape.shift, "neuron_shift"),
         )
 
@@ -261,8 +261,8 @@ def _of_recipe(
 def _text(facts: ReportFacts) -> str:
     tokens = facts.heldout_tokens.values()
     return (
-        f"{facts.segments} held-out segments a language ({min(tokens)} to {max(tokens)} tokens) "
-        "that neither calibration nor fitting has seen"
+        f"{facts.segments} held-out segments per language ({min(tokens)} to {max(tokens)} tokens), disjoint from the "
+        "calibration and fitting text"
     )
 
 
@@ -288,25 +288,25 @@ def diagnosis_figures(
     yield ReportFigure(
         section,
         f"diagnosis-curves-{name}",
-        f"What comes back when the dense model's residual stream is put into {variant} after one block "
-        f"({what}): the whole stream, its language-specific part (LSAR, fitted on the dense model), the rest, and a "
-        "random subspace of the specific one's size. 1 is all that was lost. Bands: 95 % bootstrap intervals over "
-        "items, twins drawn together.",
+        f"Recovery when the dense model's residual stream is patched into {variant} after one block ({what}): the "
+        "whole stream, its language-specific part (LSAR, fitted on the dense model), the language-agnostic rest, and "
+        "a random subspace of the same rank. 1: the whole drop is recovered. Bands: 95 % bootstrap intervals over "
+        "items, minimal pairs resampled together.",
         lambda: plots.recovery.curves(frame),
     )
     yield ReportFigure(
         section,
         f"diagnosis-map-{name}",
-        f"Share of the loss that each role of each block brings back ({what}), in per cent, estimated from gradients "
-        "(attribution): left with its own mask undone, right with the dense model's output in its place, which undoes "
-        "what came in damaged too. Shares do not add up to 100.",
+        f"Share of the drop that each role of each block recovers ({what}), in per cent, estimated from gradients "
+        "(attribution). Left: undoing the mask of that projection only. Right: restoring its output, which also undoes "
+        "the damage in its input. Shares need not add up to 100.",
         lambda: plots.recovery.heatmap(frame),
     )
     yield ReportFigure(
         section,
         f"diagnosis-causes-{name}",
-        f"The likeliest causes, put over exactly one at a time ({what}). Left: the dense model's put into the pruned "
-        "model. Right: the pruned model's put into the dense one. Both as a share of the same loss, with 95 % "
-        "bootstrap intervals over items.",
+        f"The most likely causes, patched exactly, one at a time ({what}). Left: restored from the dense model in the "
+        "pruned one. Right: corrupted in the dense model with the pruned one's. Both as a share of the same drop, with "
+        "95 % bootstrap intervals over items.",
         lambda: plots.recovery.causes(frame),
     )

@@ -26,7 +26,7 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
     per_byte = bits[bits["method"] == DENSE].set_index("language")["value"]
     best, worst = str(per_byte.idxmin()), str(per_byte.idxmax())
     before = (
-        f"Before pruning the model predicts {language_name(best)} best ({per_byte.min():.2f} bits per byte, perplexity "
+        f"The dense model predicts {language_name(best)} best ({per_byte.min():.2f} bits per byte, perplexity "
         f"{labels.three_digits(dense[best])}) and {language_name(worst)} worst ({per_byte.max():.2f} bits per byte, "
         f"perplexity {labels.three_digits(dense[worst])})."
     )
@@ -36,7 +36,7 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
         ratio = rows["value"].to_numpy() / dense.loc[rows["language"].astype(str)].to_numpy()
         factors.append(f"{labels.short(np.exp(np.log(ratio).mean()))} ({labels.recipe_label(recipe)})")
     after = (
-        f"Pruning multiplies perplexity by {', '.join(factors)}: geometric means over languages and calibration sets."
+        f"Pruning multiplies perplexity by {', '.join(factors)}; geometric means over languages and calibration sets."
     )
     yield ALL_MODELS, [before, after, *_knowledge(frames["subspaces"])]
     for recipe in recipes_of(perplexity):
@@ -49,14 +49,15 @@ def _knowledge(frame: pd.DataFrame) -> Iterator[str]:
     if "specific_language_accuracy" in dense:
         guess = 1 / max(frame["language"].nunique(), 1)
         yield (
-            f"In the dense model the language of a segment is recognised from the language-specific part in "
-            f"{dense['specific_language_accuracy']:.0%} of the cases and from the language-agnostic part in "
-            f"{dense['agnostic_language_accuracy']:.0%} (guessing: {guess:.0%}), mean over layers."
+            f"In the dense model, a probe identifies the language of a segment from the language-specific part with "
+            f"{dense['specific_language_accuracy']:.0%} accuracy and from the language-agnostic part with "
+            f"{dense['agnostic_language_accuracy']:.0%} (chance: {guess:.0%}; means over layers)."
         )
     if "agnostic_retrieval" in dense:
         yield (
-            f"Its translation is the nearest neighbour of a segment in {dense['agnostic_retrieval']:.0%} of the cases "
-            f"by the language-agnostic part, and in {dense['whole_retrieval']:.0%} by the whole state."
+            f"The nearest neighbour of a segment in another language is its translation in "
+            f"{dense['agnostic_retrieval']:.0%} of cases by the language-agnostic part and in "
+            f"{dense['whole_retrieval']:.0%} by the whole state."
         )
 
 
@@ -69,16 +70,16 @@ def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     tests = of_recipe(frames["contrasts"], {**recipe, "metric": "log_perplexity"})
     if total:
         yield (
-            f"Of the models calibrated on one language, the one calibrated on the evaluated language has the lowest "
-            f"perplexity in {own} of {total} languages, and the clearest signal after the last block in "
-            f"{signal_own} of {total}."
+            "Among models calibrated on a single language, the one calibrated on the evaluated language has the lowest "
+            f"perplexity in {own} of {total} languages and the highest SNR after the last block in {signal_own} of "
+            f"{total}."
         )
     against = tests[tests["other_calibration"] == OTHERS]
     for row in against[against["calibration"] == OWN].to_dict("records"):
         yield (
             f"Calibrating on the evaluated language multiplies its perplexity by {np.exp(row['value']):.2f} "
-            f"[{np.exp(row['low']):.2f}, {np.exp(row['high']):.2f}] against the other single languages (geometric mean "
-            f"over languages; p = {row['p_value']:.2g} when it is permuted which set belongs to which language)."
+            f"[{np.exp(row['low']):.2f}, {np.exp(row['high']):.2f}] relative to the other single languages (geometric "
+            f"mean over languages; p = {row['p_value']:.2g}, permuting which set belongs to which language)."
         )
     pairs = tests[tests["other_calibration"] != OTHERS]
     if len(pairs):
@@ -86,15 +87,14 @@ def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         margin = pairs["seed_margin"].max()
         if np.isnan(margin):
             yield (
-                f"{found} of {len(pairs)} differences in perplexity between two calibration sets are larger than the "
-                "choice of held-out segments explains. No set was drawn with a second seed, so whether another draw of "
-                "the same text would change as much is not known: give calibration.seeds two values to find out."
+                f"{found} of {len(pairs)} differences in perplexity between two calibration sets are significant over "
+                "held-out segments. No set was drawn with a second seed, so it is unknown whether another draw of the "
+                "same text would change as much: give calibration.seeds two values to find out."
             )
         else:
             yield (
-                f"{found} of {len(pairs)} differences in perplexity between two calibration sets go beyond what "
-                f"another draw of the same text changes (a factor of {np.exp(margin):.2f}) by more than the choice of "
-                "held-out segments explains."
+                f"{found} of {len(pairs)} differences in perplexity between two calibration sets are significantly "
+                f"larger than differences between draws of the same text (a factor of {np.exp(margin):.2f})."
             )
 
 
@@ -105,33 +105,33 @@ def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[
     if len(finite) > 1:
         fall = finite.diff().dropna()
         yield (
-            f"The signal-to-noise ratio of the residual stream goes from {finite.iloc[0]:.1f} dB after the first "
-            f"block to {finite.iloc[-1]:.1f} dB after the last (lowest: {finite.min():.1f} dB after block "
-            f"{finite.idxmin()}); it falls most in block {fall.idxmin()} ({fall.min():+.1f} dB). Blocks count from 0."
+            f"The SNR of the residual stream is {finite.iloc[0]:.1f} dB after the first block and "
+            f"{finite.iloc[-1]:.1f} dB after the last (minimum: {finite.min():.1f} dB after block {finite.idxmin()}); "
+            f"it falls most in block {fall.idxmin()} ({fall.min():+.1f} dB). Blocks are numbered from 0."
         )
     roles = snr[snr["role"] != "residual"].groupby(["role", "layer"], observed=True)["value"].mean()
     if len(roles):
         role, layer = roles.idxmin()
-        yield f"The projection whose output is hurt most is {role} in block {layer} ({roles.min():.1f} dB)."
+        yield f"The projection with the lowest SNR is {role} in block {layer} ({roles.min():.1f} dB)."
     errors = of_recipe(frames["subspaces"], recipe)
     middle = errors.groupby("metric", observed=True)["value"].median()
     specific, agnostic = middle["specific_error_centred"], middle["agnostic_error_centred"]
     yield (
-        f"Relative to its own spread the language-{'agnostic' if agnostic < specific else 'specific'} part of the "
-        f"hidden states is kept better: median squared error {specific:.2g} (specific) and {agnostic:.2g} (agnostic) "
-        "over layers, languages and calibration sets."
+        f"Relative to its own spread, the language-{'agnostic' if agnostic < specific else 'specific'} part of the "
+        f"hidden states is better preserved: median squared error {specific:.2g} (specific) and {agnostic:.2g} "
+        "(agnostic) over layers, languages and calibration sets."
     )
     if "agnostic_language_accuracy" in middle:
         before = _metric(frames["subspaces"], "agnostic_language_accuracy")
         dense = before[before["method"] == DENSE]["value"].mean()
         after = _metric(errors, "agnostic_language_accuracy")["value"].mean()
         yield (
-            f"The language is recognised from the language-agnostic part in {after:.0%} of the cases, in the dense "
-            f"model in {dense:.0%}: "
+            f"After pruning, a probe identifies the language from the language-agnostic part with {after:.0%} accuracy "
+            f"(dense model: {dense:.0%}): "
             + (
-                "the damage depends on the language and lies outside its subspace."
+                "the pruning error depends on the language and lies outside the language-specific subspace."
                 if after > dense + 0.1
-                else "the damage brings no language into it."
+                else "the pruning error adds no language information to it."
             )
         )
     spread = {}
@@ -141,8 +141,9 @@ def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[
         spread[part] = by_set.max() / by_set.min() if len(by_set) > 1 and by_set.min() > 0 else None
     if spread["specific"] and spread["agnostic"]:
         yield (
-            f"Between the calibration sets with most and least error lies a factor of {spread['specific']:.2f} for the "
-            f"language-specific and of {spread['agnostic']:.2f} for the language-agnostic part."
+            f"The calibration sets with the largest and the smallest error differ by a factor of "
+            f"{spread['specific']:.2f} in the language-specific part and {spread['agnostic']:.2f} in the "
+            "language-agnostic part."
         )
 
 
@@ -154,8 +155,8 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
     if same.any():
         yield (
-            f"Masks of the same calibration set drawn with another seed overlap with a mean IoU of "
-            f"{iou['value'][same].mean():.3f} (independent masks {chance:.3f})."
+            f"Masks from two draws of the same calibration set overlap with a mean IoU of "
+            f"{iou['value'][same].mean():.3f} (chance: {chance:.3f})."
         )
     if not same.all():
         by_role = iou[~same].groupby("role", observed=True)["value"].mean()
@@ -163,10 +164,10 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         pairs = {(a, b): value for a, b in combinations(matrix.index, 2) if not np.isnan(value := matrix.loc[a, b])}
         most, least = max(pairs, key=pairs.__getitem__), min(pairs, key=pairs.__getitem__)
         yield (
-            f"Masks of different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
-            f"(independent masks {chance:.3f}); the least stable role is {by_role.idxmin()} "
-            f"({by_role.min():.3f}), the most stable {by_role.idxmax()} ({by_role.max():.3f}). Most alike are "
-            f"{most[0]} and {most[1]} ({pairs[most]:.3f}), least {least[0]} and {least[1]} ({pairs[least]:.3f})."
+            f"Masks from different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
+            f"(chance: {chance:.3f}); the least stable role is {by_role.idxmin()} ({by_role.min():.3f}), the most "
+            f"stable {by_role.idxmax()} ({by_role.max():.3f}). The most similar sets are {most[0]} and {most[1]} "
+            f"({pairs[most]:.3f}), the least similar {least[0]} and {least[1]} ({pairs[least]:.3f})."
         )
 
 
@@ -182,11 +183,11 @@ def _neurons(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         return
     ceiling = ""
     if "other_half_share" in dense:
-        ceiling = f"; two halves of the text agree on {dense['other_half_share']:.0%} in the dense model itself"
+        ceiling = f"; split halves of the text in the dense model: {dense['other_half_share']:.0%}"
     yield (
         f"{own['kept_share']:.0%} of the dense model's language-specific neurons are selected again after pruning "
-        f"(drawn at random: {own['kept_by_chance']:.1%}{ceiling}), and {sets['still_firing'] / before:.0%} still fire "
-        "above the dense model's threshold."
+        f"(chance: {own['kept_by_chance']:.1%}{ceiling}), and {sets['still_firing'] / before:.0%} still fire above the "
+        "dense model's threshold."
     )
 
 
@@ -198,9 +199,9 @@ def _questions(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     changes = everywhere if len(everywhere) else changes
     for task, rows in changes.groupby("task", observed=True):
         by_category = rows.groupby("category", observed=True)["value"].mean()
-        listed = ", ".join(f"{c} {by_category[c]:+.1%}" for c in labels.categories_of(rows))
-        what = "pairs of twins" if metric == "twin_accuracy" else "items"
-        yield f"Share of {what} answered right ({task}), after minus before pruning, mean over models: {listed}."
+        listed = ", ".join(f"{c} {100 * by_category[c]:+.1f}" for c in labels.categories_of(rows))
+        what = "Minimal-pair accuracy" if metric == "twin_accuracy" else "Accuracy"
+        yield f"{what} on {task} changes by {listed} (points, means over models)."
 
 
 _PARTS = (_text_matters, _questions, _where_the_damage_is, _masks, _neurons)

@@ -30,19 +30,19 @@ def diagnosis_findings(frame: pd.DataFrame) -> list[str]:
     exact = frame[(frame["direction"] == RESTORE) & frame["low"].notna()]
     main = exact[exact["metric"] == main_metric(exact)] if len(exact) else exact
     if not len(main):
-        sentences.append("So there is nothing to explain, and no causes are named.")
+        sentences.append("There is no drop to explain, so no causes are named.")
         return sentences
     stream = main[main["component"] == "residual"].set_index("layer")
     if len(stream):
-        sentences += _stream_in_words(main, stream, where)
+        sentences += _stream_in_words(main, stream)
     causes = main[main["position"].notna()].sort_values("position").head(3)
-    listed = "; ".join(f"{describe(row)} {_share(row)}" for row in causes.to_dict("records"))
-    sentences.append(f"Of single components these bring back most: {listed}.")
+    listed = "; ".join(f"{describe(row)}, {_share(row)}" for row in causes.to_dict("records"))
+    sentences.append(f"The single components that recover most: {listed}.")
     groups = main[main["component"].isin(["neurons", "random_neurons"])].set_index("component")
     if len(groups) == 2:
         sentences.append(
-            f"The neurons that are specific to the language bring back {_share(groups.loc['neurons'])}, as many "
-            f"random ones of the same blocks {_share(groups.loc['random_neurons'])}."
+            f"The language-specific neurons recover {_share(groups.loc['neurons'])}, as many random neurons of the "
+            f"same blocks {_share(groups.loc['random_neurons'])}."
         )
     sentences.append(_agreement_in_words(frame))
     return sentences
@@ -56,35 +56,42 @@ def _lost_in_words(lost: pd.DataFrame, where: str) -> str:
     if not (row["low"] > 0):
         return (
             f"Pruning changed {name} ({where}, n = {row['n']:.0f}) by {0 - row['value']:+.2f} nats "
-            f"[{0 - row['high']:+.2f}, {0 - row['low']:+.2f}]: no loss that could be told from nothing."
+            f"[{0 - row['high']:+.2f}, {0 - row['low']:+.2f}]: no significant drop."
         )
     accuracy = ""
     if "accuracy_lost" in lost.index:
         change = lost.loc["accuracy_lost"]
-        accuracy = f", and {change['value']:.1%} [{change['low']:.1%}, {change['high']:.1%}] of accuracy"
-    return f"Pruning took {interval} of {name} ({where}, n = {row['n']:.0f}){accuracy}."
+        value, low, high = (100 * change[column] for column in ("value", "low", "high"))
+        accuracy = f", and accuracy by {value:.1f} points [{low:.1f}, {high:.1f}]"
+    return f"Pruning lowers {name} by {interval} ({where}, n = {row['n']:.0f}){accuracy}."
 
 
-def _stream_in_words(main: pd.DataFrame, stream: pd.DataFrame, where: str) -> Iterator[str]:
+def _stream_in_words(main: pd.DataFrame, stream: pd.DataFrame) -> Iterator[str]:
     reached = stream[stream["value"] >= 0.5]
     layer = int(reached.index.min()) if len(reached) else int(stream["value"].idxmax())
     here = main[main["layer"] == layer].set_index("component")
+    if len(reached):
+        yield (
+            f"Restoring the residual stream after block {layer} recovers {_share(stream.loc[layer])} of the drop: half "
+            "of the damage is done by then. Blocks are numbered from 0."
+        )
+    else:
+        yield (
+            f"Restoring the residual stream recovers at most {_share(stream.loc[layer])} of the drop, after block "
+            f"{layer}. Blocks are numbered from 0."
+        )
     yield (
-        f"Restoring the whole residual stream brings back half of it from block {layer} on "
-        f"({_share(stream.loc[layer])} after that block): so much was lost by then. Blocks count from 0."
-    )
-    yield (
-        f"{_share(here.loc['agnostic'])} of what was lost in {where} comes back when the language-agnostic part after "
-        f"block {layer} is restored; the language-specific part brings back {_share(here.loc['specific'])}, a random "
-        f"subspace of the same size {_share(here.loc['random'])}."
+        f"After block {layer}, restoring the language-agnostic part alone recovers {_share(here.loc['agnostic'])}, the "
+        f"language-specific part {_share(here.loc['specific'])}, and a random subspace of the same rank "
+        f"{_share(here.loc['random'])}."
     )
 
 
 def _agreement_in_words(frame: pd.DataFrame) -> str:
     rho, top, number = agreement(frame)
     return (
-        f"Of the {number} components measured exactly, attribution and exact patching rank alike with Spearman's "
-        f"ρ = {rho:.2f}; {top} of the ten that attribution puts first are among the first ten exactly."
+        f"Over the {number} components that were patched exactly, attribution and exact recovery correlate with "
+        f"Spearman's ρ = {rho:.2f}; {top} of the ten that attribution ranks highest are in the exact top ten."
     )
 
 
@@ -95,7 +102,7 @@ def describe(row: Mapping[Any, Any]) -> str:
         "weights": f"undoing the mask of {row['role']}{layer}",
         "output": f"the output of {row['role']}{layer}",
         "specific": f"the language-specific part{layer.replace('in', 'after')}",
-        "neurons": "the neurons specific to the language",
+        "neurons": "the language-specific neurons",
         "random_neurons": "random neurons",
     }.get(str(row["component"]), f"{row['component']}{layer}")
 

@@ -48,7 +48,7 @@ class Request(BaseModel):
     category
         Of its items, ``"all"`` of them, or ``"text"``: its held-out text.
     half
-        Only every second pair of twins (or segment), the first or the others, so that what follows from a diagnosis can
+        Only every second minimal pair (or segment), the first or the others, so that what follows from a diagnosis can
         be judged on what it was not made with.
     confirm
         How many causes are confirmed by exact patching.
@@ -108,7 +108,7 @@ def carry_out(run: Run, request: Request, console: Console) -> Path:
     importance = diagnosis.importance(frame)
     (folder / REMEDY_FILE).unlink(missing_ok=True)  # of what this variant was before
     if importance:
-        fitted_on = f"{len(asked.questions)} {request.category} questions ({request.half} of the twins)"
+        fitted_on = f"{len(asked.questions)} {request.category} questions ({request.half} of the minimal pairs)"
         remedy = Remedy(
             model_fingerprint=run.fingerprint,
             variant=request.variant,
@@ -190,7 +190,7 @@ def check(study: Study, request: Request) -> Request:
         which = "" if request.half == "all" else f" in the {request.half} half"
         raise StudyError(
             f'too few questions of the category "{request.category}" in {named(language)}{which}: intervals need two '
-            "items (pairs of twins, if they have twins) or segments at least"
+            "items (minimal pairs, where items have them) or segments at least"
         )
     return request.model_copy(update={"language": language})
 
@@ -208,7 +208,7 @@ def _asked(run: Run, request: Request) -> Asked:
 
 
 def _twins(items: Sequence[Item], category: str) -> dict[str, list[Item]]:
-    """Return the items of a category by the word that twins share."""
+    """Return the items of a category by minimal pair."""
     twins: dict[str, list[Item]] = {}
     for item in items:
         if category in (ALL, item.category):

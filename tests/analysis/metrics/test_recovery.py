@@ -182,8 +182,8 @@ def test_damaged_neurons_come_back_with_the_neurons_of_the_language_and_not_with
     rows = frame[(frame["metric"] == "margin_recovery") & (frame["direction"] == RESTORE)].set_index("component")
     assert rows.loc["neurons", "value"] == pytest.approx(1, abs=1e-4)
     assert rows.loc["random_neurons", "value"] == pytest.approx(0, abs=1e-4)
-    sentence = next(said for said in diagnosis_findings(frame) if said.startswith("The neurons that are specific"))
-    assert "bring back 100 % [100, 100], as many random ones of the same blocks 0 % [" in sentence.replace("-0", "0")
+    sentence = next(said for said in diagnosis_findings(frame) if said.startswith("The language-specific neurons"))
+    assert "recover 100 % [100, 100], as many random neurons of the same blocks 0 % [" in sentence.replace("-0", "0")
 
 
 def test_controls_are_of_the_same_size_and_lie_elsewhere(model):
@@ -217,8 +217,8 @@ def test_a_model_that_lost_nothing_has_no_causes(model, tokenizer):
     assert importance(frame) == {}
     assert diagnosis_findings(frame) == [
         "Pruning changed the margin of the right choice (reasoning in Swahili, n = 16) by +0.00 nats "
-        "[+0.00, +0.00]: no loss that could be told from nothing.",
-        "So there is nothing to explain, and no causes are named.",
+        "[+0.00, +0.00]: no significant drop.",
+        "There is no drop to explain, so no causes are named.",
     ]
 
 
@@ -237,7 +237,7 @@ def test_a_model_that_gained_has_no_causes_either(model, tokenizer):
     row = frame.set_index("metric").loc["margin_lost"]
     assert row["high"] < 0
     assert len(frame) == 3
-    gained = f"by {-row['value']:+.2f} nats [{-row['high']:+.2f}, {-row['low']:+.2f}]: no loss"
+    gained = f"by {-row['value']:+.2f} nats [{-row['high']:+.2f}, {-row['low']:+.2f}]: no significant drop"
     assert gained in diagnosis_findings(frame)[0]
     assert "by +" in diagnosis_findings(frame)[0]
 
@@ -373,10 +373,10 @@ def test_text_is_diagnosed_by_its_loss_alone(model, tokenizer, segments):
     said = diagnosis_findings(frame)
     row = lost.loc["loss_added"]
     assert said[0] == (
-        f"Pruning took {row['value']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}] of the log-likelihood of a "
-        "segment (the text in German, n = 10)."
+        f"Pruning lowers the log-likelihood of a segment by {row['value']:.2f} nats [{row['low']:.2f}, "
+        f"{row['high']:.2f}] (the text in German, n = 10)."
     )
-    assert "what was lost in the text in German comes back" in said[2]
+    assert "restoring the language-agnostic part alone recovers" in said[2]
 
 
 # -- in words -------------------------------------------------------------------------------------------------------
@@ -422,18 +422,24 @@ PLANTED = (
 def test_sentences_say_what_the_frame_says():
     frame = planted_frame(*PLANTED)
     assert diagnosis_findings(frame)[:5] == [
-        "Pruning took 1.23 nats [0.50, 2.00] of the margin of the right choice (reasoning in Swahili, n = 64), and "
-        "12.5% [5.0%, 20.0%] of accuracy.",
-        "Restoring the whole residual stream brings back half of it from block 1 on (62 % [50, 70] after that block): "
-        "so much was lost by then. Blocks count from 0.",
-        "55 % [40, 66] of what was lost in reasoning in Swahili comes back when the language-agnostic part after "
-        "block 1 is restored; the language-specific part brings back 6 % [-2, 10], a random subspace of the same size "
-        "1 % [-3, 4].",
-        "Of single components these bring back most: undoing the mask of down in block 1 33 % [20, 45]; the "
-        "language-specific part after block 0 7 % [-2, 10]; the language-specific part after block 1 6 % [-2, 10].",
-        "The neurons that are specific to the language bring back 4 % [1, 8], as many random ones of the same blocks "
-        "-2 % [-5, 1].",
+        "Pruning lowers the margin of the right choice by 1.23 nats [0.50, 2.00] (reasoning in Swahili, n = 64), and "
+        "accuracy by 12.5 points [5.0, 20.0].",
+        "Restoring the residual stream after block 1 recovers 62 % [50, 70] of the drop: half of the damage is done by "
+        "then. Blocks are numbered from 0.",
+        "After block 1, restoring the language-agnostic part alone recovers 55 % [40, 66], the language-specific part "
+        "6 % [-2, 10], and a random subspace of the same rank 1 % [-3, 4].",
+        "The single components that recover most: undoing the mask of down in block 1, 33 % [20, 45]; the "
+        "language-specific part after block 0, 7 % [-2, 10]; the language-specific part after block 1, 6 % [-2, 10].",
+        "The language-specific neurons recover 4 % [1, 8], as many random neurons of the same blocks -2 % [-5, 1].",
     ]
+
+
+def test_a_stream_that_recovers_less_than_half_is_said_to():
+    rows = [row for row in PLANTED if row[1] != "residual"] + [share("residual", 1, None, None, 0.41, 0.3, 0.5)]
+    assert diagnosis_findings(planted_frame(*rows))[1] == (
+        "Restoring the residual stream recovers at most 41 % [30, 50] of the drop, after block 1. Blocks are numbered "
+        "from 0."
+    )
 
 
 def test_agreement_is_over_components_with_both_numbers():
@@ -444,8 +450,8 @@ def test_agreement_is_over_components_with_both_numbers():
     rho = 1 - 6 * distance / (4 * (4**2 - 1))
     assert agreement(frame) == (pytest.approx(rho), 4, 4)
     assert diagnosis_findings(frame)[-1] == (
-        "Of the 4 components measured exactly, attribution and exact patching rank alike with Spearman's ρ = "
-        f"{rho:.2f}; 4 of the ten that attribution puts first are among the first ten exactly."
+        "Over the 4 components that were patched exactly, attribution and exact recovery correlate with Spearman's "
+        f"ρ = {rho:.2f}; 4 of the ten that attribution ranks highest are in the exact top ten."
     )
 
 
