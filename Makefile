@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check format benchmarks imports
+.PHONY: demo test test-all check format benchmarks imports soak
 
 demo: $(READY)
 	$(BIN)/prunescope run demo
@@ -33,6 +33,12 @@ benchmarks: $(READY)
 # Draws which part imports which.
 imports: $(READY)
 	$(BIN)/python tests/imports.py docs/figures/imports.svg
+
+# Kills a small study at random moments and looks at what it leaves: make soak KILLS=20 SEED=1
+KILLS ?= 5
+SEED ?= 0
+soak: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

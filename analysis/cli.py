@@ -10,7 +10,7 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
-from pruning.errors import PrunescopeError, StudyError
+from pruning.errors import PrunescopeError, StudyError, shortened
 from pruning.text.sources import BUNDLED_LANGUAGES
 
 app = typer.Typer(
@@ -22,48 +22,68 @@ app = typer.Typer(
 
 
 _STOPPED = 130
-_MEMORY = "Most memory that pruning may take, such as 6GiB; a larger model is read from its shards."
+_Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory to take, such as 6GiB; what is free by default. A larger model is read from its shards."
+    ),
+]
+_DeviceMemory = Annotated[
+    str | None, typer.Option(help="Most memory to take of the GPU, such as 20GiB; what is free by default.")
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it."),
+]
 
 
-def _bytes(memory: str | None) -> int | None:
+def _bytes(option: str, amount: str | None) -> int | None:
     try:
-        return None if memory is None else int(TypeAdapter(ByteSize).validate_python(memory))
+        return None if amount is None else int(TypeAdapter(ByteSize).validate_python(amount))
     except ValidationError as error:
-        raise StudyError(f'--memory "{memory}" is not an amount of memory; write it like 6GiB or 500MB') from error
+        raise StudyError(
+            f'{option} "{shortened(amount)}" is not an amount of memory; write it like 6GiB or 500MB'
+        ) from error
 
 
 @app.command()
 def run(
     study: Annotated[str, typer.Argument(help='A study file (TOML), or "demo" for the embedded study.')],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it."),
-    ] = None,
-    memory: Annotated[str | None, typer.Option(help=_MEMORY)] = None,
+    out: _Out = None,
+    memory: _Memory = None,
+    device_memory: _DeviceMemory = None,
 ) -> None:
     """Carry out a study: prune, read, analyze, draw, report. Finished stages are skipped."""
     from .study.run import run_study
     from .study.study_file import resolved_study
 
-    report = run_study(resolved_study(study), out or Path("runs") / Path(study).stem, memory=_bytes(memory))
+    report = run_study(
+        resolved_study(study),
+        out or Path("runs") / Path(study).stem,
+        memory=_bytes("--memory", memory),
+        device_memory=_bytes("--device-memory", device_memory),
+    )
     typer.echo(f"report: {report}")
 
 
 @app.command()
 def prune(
     study: Annotated[str, typer.Argument(help='A study file (TOML), or "demo" for the embedded study.')],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it."),
-    ] = None,
-    memory: Annotated[str | None, typer.Option(help=_MEMORY)] = None,
+    out: _Out = None,
+    memory: _Memory = None,
+    device_memory: _DeviceMemory = None,
 ) -> None:
     """Make the pruned variants of a study, and nothing else. The model may be larger than memory."""
     from .study.run import run_study
     from .study.study_file import resolved_study
 
-    folder = out or Path("runs") / Path(study).stem
-    variants = run_study(resolved_study(study), folder, memory=_bytes(memory), only_prune=True)
+    variants = run_study(
+        resolved_study(study),
+        out or Path("runs") / Path(study).stem,
+        memory=_bytes("--memory", memory),
+        device_memory=_bytes("--device-memory", device_memory),
+        only_prune=True,
+    )
     typer.echo(f"variants: {variants}")
 
 
@@ -79,6 +99,8 @@ def compare(
     languages: Annotated[str, typer.Option(help="Evaluation languages.")] = ",".join(BUNDLED_LANGUAGES),
     text: Annotated[str, typer.Option(help='"bundled", "hub:PRESET" or "file:PATH/{lang}.jsonl".')] = "bundled",
     segments: Annotated[int, typer.Option(help="Held-out segments a language, and as many to fit subspaces.")] = 128,
+    memory: _Memory = None,
+    device_memory: _DeviceMemory = None,
 ) -> None:
     """Measure a model that was pruned elsewhere against its dense parent: all that needs no calibration sets."""
     from .study.comparison import comparison_study
@@ -87,7 +109,12 @@ def compare(
     tags = [tag.strip() for tag in languages.split(",")]
     study = comparison_study(dense, pruned, languages=tags, text=text, segments=segments)
     (name,) = study.imported
-    report = run_study(study, out or Path("runs") / f"compare-{name}")
+    report = run_study(
+        study,
+        out or Path("runs") / f"compare-{name}",
+        memory=_bytes("--memory", memory),
+        device_memory=_bytes("--device-memory", device_memory),
+    )
     typer.echo(f"report: {report}")
 
 
@@ -104,17 +131,21 @@ def diagnose(
         typer.Option(help="Use only one half of the questions, to judge a remedy on the other."),
     ] = "all",
     confirm: Annotated[int, typer.Option(min=1, help="How many causes to confirm by exact patching.")] = 20,
+    memory: _Memory = None,
+    device_memory: _DeviceMemory = None,
 ) -> None:
-    """Find the components of a pruned model that recover its drop when they are restored."""
-    from .study.diagnoses import Request
+    """Find out which components of a variant, restored to the dense model's, recover what pruning took from it."""
+    from .study.diagnosis_request import DiagnosisRequest
     from .study.run import STUDY_FILE, diagnose_study
 
     if not (folder / STUDY_FILE).is_file():
         raise StudyError(
             f"there is no study in {folder}; carry one out first: prunescope run STUDY.toml --out {folder}"
         )
-    request = Request(variant=variant, language=language, category=category, half=half, confirm=confirm)
-    report, found = diagnose_study(folder, request)
+    request = DiagnosisRequest(variant=variant, language=language, category=category, half=half, confirm=confirm)
+    report, found = diagnose_study(
+        folder, request, memory=_bytes("--memory", memory), device_memory=_bytes("--device-memory", device_memory)
+    )
     for sentence in found:
         typer.echo(f"- {sentence}")
     typer.echo(f"report: {report}")
@@ -129,7 +160,7 @@ def export(
 ) -> None:
     """Write a pruned variant as an ordinary checkpoint that from_pretrained loads."""
     from pruning import Variant, load_model
-    from pruning.errors import did_you_mean, shortened
+    from pruning.errors import did_you_mean
     from pruning.files import is_folder
 
     from .study.run import STUDY_FILE

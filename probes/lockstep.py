@@ -1,9 +1,8 @@
-"""Reading in lockstep: dense model and variants advance together, a block at a time.
+"""Reading in lockstep: the dense model and its variants advance together, one block at a time.
 
-The outer loop is over blocks. A block's dense weights are there once, in memory or read from the shards; for the dense
-model and each variant in turn the block becomes that model's, and all text of a wave flows through it in batches, each
-batch in one nnsight trace of the block. So a pass costs its forward passes and one application of each variant's block,
-whatever the amount of text.
+The outer loop is over blocks. A block's dense weights are loaded once; for the dense model and then each variant, the
+block takes on that model's weights and all the text of a wave passes through it, one nnsight trace per batch. Each
+variant's masks are thus applied once per wave and block, however much text there is.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .reading_plan import ReadingPlan
 from .session import Session
 from .streams import DENSE, Stream
 
-#: Called with the tokens that a model has read, as if it had read them whole: a block counts for its share of them.
+#: Called with the number of tokens read; one block counts for its share of a full forward pass.
 Progress = Callable[[float], None]
 
 
@@ -37,11 +36,11 @@ class _Passage:
     Attributes
     ----------
     hidden
-        Model to its states before the present block, ``[batch, tokens, hidden]``.
+        Model to its hidden states before the current block, ``[batch, tokens, hidden]``.
     arguments
-        What each block is called with beside them; the same for all models.
+        The other arguments of each block; the same for all models.
     dense
-        Site to the dense model's value in the present block, while variants are compared with it.
+        Site to the dense model's activations in the current block, while variants are compared with them.
     """
 
     stream: Stream
@@ -65,20 +64,20 @@ def read_streams(
     plan: ReadingPlan,
     progress: Progress = lambda tokens: None,
 ) -> None:
-    """Read all streams with all their models, and fill the streams with what was read.
+    """Read all streams with all their models; the results are stored in the streams.
 
     Parameters
     ----------
     session
-        Of the dense model, in memory or streamed from its checkpoint.
+        The dense model's session, in memory or streamed from its checkpoint.
     streams
         What to read.
     variants
-        Id to variant, for all models of the streams but the dense one.
+        Id to variant, for every model of the streams except the dense one.
     plan
-        As :func:`probes.plan_reading` makes it for these streams.
+        The plan that :func:`probes.plan_reading` returned for these streams.
     progress
-        Told of the tokens as they are read.
+        Called with the number of tokens read, as reading proceeds.
 
     Raises
     ------
@@ -97,7 +96,7 @@ def read_streams(
 
 
 class _Wave:
-    """Passages that go through all blocks together."""
+    """Passages that pass through all blocks together."""
 
     def __init__(
         self,
@@ -134,7 +133,7 @@ class _Wave:
                 passage.hidden = dict.fromkeys(passage.stream.models, self._held(hidden))
 
     def _groups(self, layer: int) -> Iterator[list[_Passage]]:
-        """Yield runs of passages whose dense values of a block, for variants to be compared with, fit into memory."""
+        """Yield groups of passages whose dense activations in a block, kept for the comparison, fit into memory."""
         width = self.plan.compared_width(layer)
         sizes = [
             passage.batch.ids.numel() * width if passage.stream.compares and self.variants else 0
@@ -183,5 +182,5 @@ class _Wave:
         passage.arguments = []
 
     def _held(self, hidden: Tensor) -> Tensor:
-        """Return states where they wait for the next block: on the device, or on the host where they do not fit."""
+        """Return states where they wait for the next block: on the device, or on the host if they do not fit."""
         return hidden.cpu() if self.plan.states_on_host else hidden

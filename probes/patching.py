@@ -1,12 +1,12 @@
-"""Interventions: a part of one run put into another, to see how much of the damage it makes or takes back.
+"""Activation and weight patching between the dense and the pruned model, to locate where pruning does its damage.
 
-A *component* is what is put over: the residual stream after a block, a part of it, the output of a role, some
-neurons, or the weights of a projection. *Restoring* puts the dense model's into the pruned one; *damaging* puts the
-pruned model's into the dense one. Both runs read the same tokens, so values fit place by place.
+A *component* is what is patched: the residual stream after a block, a subspace of it, the output of a role, some
+neurons, or the weights of a projection. *Restoring* patches the dense model's values into the pruned model;
+*damaging* patches the pruned model's values into the dense one. Both runs read the same tokens, so values correspond
+position by position.
 
-Exact patching runs the model once for each component. Attribution estimates all of them at once from gradients of the
-run that is changed (attribution patching: Nanda, 2023; Syed et al., 2024, 2310.10348): exact only as far as the model
-is linear, which is what the exact runs are there to tell.
+Exact patching needs one run per component. Attribution patching (Nanda, 2023; Syed et al., 2024, 2310.10348) estimates
+all effects at once from gradients of the patched run. It is a first-order approximation; the exact runs tell how good.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from .session import Session
 Direction = Literal["restore", "damage"]
 RESTORE: Direction = "restore"
 DAMAGE: Direction = "damage"
-#: Bytes of activations of the run that is put over, kept at a time.
+#: Bytes of source-run activations held at a time.
 _KEPT_BYTES = 1 << 30
-#: Batches are so many times smaller where everything on the way to a gradient has to be kept.
+#: Factor by which batches shrink when activations must be kept for the backward pass.
 _DIFFERENTIATED = 4
 
 Site = tuple[int, str]
@@ -52,16 +52,18 @@ Site = tuple[int, str]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Part of one site, to be put over.
+    """The part of a site that is patched.
 
     Attributes
     ----------
     layer, site
-        Where.
+        Block, counted from 0, and site.
     basis
-        Orthonormal columns, float32 ``[width, rank]``: only what lies in their span, or with `outside` only the rest.
+        Orthonormal columns, float32 ``[width, rank]``: patches only their span.
+    outside
+        Patches the orthogonal complement of the basis instead.
     columns
-        Only these values of each token, int64 ``[n]``.
+        Patches only these dimensions, int64 ``[n]``.
     """
 
     layer: int
@@ -71,7 +73,7 @@ class Place:
     columns: Tensor | None = None
 
     def part(self, values: Tensor) -> Tensor:
-        """Return this part of values ``[..., width]``: in the basis, of the columns, or whole."""
+        """Return this part of ``[..., width]`` values: projected onto the basis, the columns alone, or all of them."""
         if self.columns is not None:
             return values[..., self.columns.to(values.device)]
         if self.basis is None:
@@ -81,7 +83,7 @@ class Place:
         return values - inside if self.outside else inside
 
     def put(self, value: Tensor, other: Tensor) -> Tensor:
-        """Return `value` with this part taken from `other`."""
+        """Return `value` with this part replaced by that of `other`."""
         if self.columns is not None:
             return value.index_copy(-1, self.columns.to(value.device), self.part(other))
         return other if self.basis is None else value + self.part(other - value)
@@ -89,19 +91,19 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """What is put over as one.
+    """What is patched in one intervention.
 
     Attributes
     ----------
     kind
-        What it is: ``residual``, ``specific``, ``agnostic``, ``random``, ``output``, ``weights``, ``neurons``,
+        One of ``residual``, ``specific``, ``agnostic``, ``random``, ``output``, ``weights``, ``neurons``,
         ``random_neurons``.
     layer, role
-        The block, if it is of one; the role likewise.
+        Block and role, if the component belongs to a single one.
     places
-        Values that are put over.
+        Activations to patch.
     weights
-        Projections whose weights are.
+        Projections whose weights to patch.
     """
 
     kind: str
@@ -112,7 +114,7 @@ class Component:
 
     @property
     def first_layer(self) -> int:
-        """The first block in which anything is put over."""
+        """The first block that is patched."""
         return min([place.layer for place in self.places] + [layer for layer, _ in self.weights])
 
     @property
@@ -128,7 +130,7 @@ def residual(layer: int) -> Component:
 
 
 def stream_part(kind: str, layer: int, basis: Tensor, *, outside: bool = False) -> Component:
-    """Return the part of the residual stream after a block in the span of a basis, or outside of it."""
+    """Return the part of the residual stream after a block that lies in the span of a basis, or outside it."""
     return Component(kind, layer, places=(Place(layer, "residual", basis, outside),))
 
 
@@ -143,8 +145,10 @@ def role_weights(layer: int, role: str) -> Component:
 
 
 def neurons(kind: str, anatomy: Anatomy, chosen: Mapping[int, Tensor]) -> Component:
-    """Return MLP neurons, by block, in all blocks together: their gates' activation and, in a gated MLP, the product's
-    other factor, so that what they put out is put over.
+    """Return a set of MLP neurons over all blocks as one component.
+
+    The activation is patched and, in a gated MLP, the other factor of the product too, so that the neurons' whole
+    output is patched.
     """
     places = [
         Place(layer, site, columns=columns)
@@ -157,19 +161,19 @@ def neurons(kind: str, anatomy: Anatomy, chosen: Mapping[int, Tensor]) -> Compon
 
 
 class DamagedModel:
-    """A dense model that can be turned into a pruned variant and back quickly.
+    """A dense model that can be switched quickly to a pruned variant and back.
 
     Parameters
     ----------
     owner
-        Of the dense model (``session.owner``), which must be in memory.
+        Owner of the dense model (``session.owner``), which must be in memory.
     variant
-        Of that model.
+        A variant of that model.
 
     Raises
     ------
     VariantError
-        If the variant is of another model.
+        If the variant was made from another model.
     """
 
     def __init__(self, owner: DenseModel, variant: Variant) -> None:
@@ -179,15 +183,15 @@ class DamagedModel:
 
     @property
     def projections(self) -> tuple[Key, ...]:
-        """The projections that were pruned."""
+        """The pruned projections."""
         return tuple(self._variant.masks)
 
     def damaged(self) -> AbstractContextManager[None]:
-        """Make the model the pruned one inside a ``with`` block."""
+        """Context manager within which the model is pruned."""
         return self._owner.pruned_to(self._variant)
 
     def change(self, key: Key) -> Tensor:
-        """Return a projection's dense weight minus its pruned one, on the model's device."""
+        """Return a projection's dense weight minus its pruned weight, on the model's device."""
         dense = self._owner.dense[key].to(self._owner.anatomy.device)
         pruned = torch.empty_like(dense)
         self._variant.write(key, dense, pruned)
@@ -195,7 +199,7 @@ class DamagedModel:
 
     @contextmanager
     def with_weights(self, keys: Sequence[Key], *, dense: bool) -> Iterator[None]:
-        """Give some projections the weights of the dense, or of the pruned model, inside a ``with`` block."""
+        """Context manager within which some projections have their dense, or their pruned, weights."""
         try:
             for key in keys:
                 self._write(key, dense=dense)
@@ -213,17 +217,17 @@ class DamagedModel:
 
 @dataclass(frozen=True)
 class Patched:
-    """Scores of the same questions in the dense and the pruned model, and with components put over.
+    """Scores of the same questions by the dense model, the pruned model, and the patched models.
 
     Attributes
     ----------
     dense, pruned
         Scores of the two models.
     exact
-        Component's place in the list that was asked for → scores of the changed model with it put over.
+        Index of the component → scores of the model with it patched.
     attributed
-        Component's place → the estimated change of the objective (:func:`probes.scoring.objective`), float64
-        ``[questions]``; of weights only the sum over questions is known: a single value.
+        Index of the component → estimated effect on the objective (:func:`probes.scoring.objective`), float64
+        ``[questions]``; for weights only the sum over questions is known, a single value.
     """
 
     dense: ChoiceScores
@@ -241,22 +245,22 @@ def patch(
     direction: Direction = RESTORE,
     progress: Progress = lambda tokens: None,
 ) -> Patched:
-    """Put every component over, one at a time, and score the questions.
+    """Patch the components one at a time, and score the questions each time.
 
     Parameters
     ----------
     session
-        Of the dense model.
+        The dense model's session.
     questions
-        What is scored.
+        Questions to score.
     damage
         The pruned model.
     components
-        What is put over.
+        What to patch.
     direction
-        ``"restore"``: the dense model's into the pruned one; ``"damage"``: the other way.
+        ``"restore"``: from the dense model into the pruned one; ``"damage"``: the reverse.
     progress
-        Told of the tokens as they are read, by one run after another.
+        Called with the number of tokens read, after every batch of every run.
     """
     sites = _sites(place for component in components for place in component.places)
     dense, pruned = ScoreTable(questions), ScoreTable(questions)
@@ -271,7 +275,7 @@ def patch(
                 _run(session, batch, second, {}, progress, outputs)
             for component, scores in zip(components, exact, strict=True):
                 with damage.with_weights(component.weights, dense=direction == RESTORE):
-                    start = component.first_layer  # before it, the run is the clean one
+                    start = component.first_layer  # up to here, the run equals the clean one
                     for batch, values, outputs in zip(group, kept, clean, strict=True):
                         edits = [_Put(place, values[place.layer, place.site]) for place in component.places]
                         final = final_states(session, batch.batch, edits=edits, outputs=outputs, start=start)
@@ -289,10 +293,10 @@ def attribute(
     direction: Direction = RESTORE,
     progress: Progress = lambda tokens: None,
 ) -> Patched:
-    """Estimate what :func:`patch` would measure, for all components at once, from gradients.
+    """Estimate what :func:`patch` measures, for all components at once, from gradients (attribution patching).
 
-    The gradient of the objective in the model that is changed, times the difference that the component makes there.
-    Parameters are those of :func:`patch`.
+    The estimate is the gradient of the objective in the patched model times the change that patching would make.
+    The parameters are those of :func:`patch`.
     """
     sites = _sites(place for component in components for place in component.places)
     wanted = {key for component in components for key in component.weights}
@@ -340,7 +344,7 @@ def _sites(places: Iterator[Place]) -> dict[Site, None]:
 
 @dataclass(frozen=True, eq=False)
 class _Put:
-    """Puts the other run's values into a site."""
+    """An edit that patches a site with the source run's values."""
 
     place: Place
     other: Tensor
@@ -365,7 +369,7 @@ def _run(
     progress: Progress,
     outputs: dict[int, Any] | None = None,
 ) -> dict[Site, Tensor]:
-    """Score one batch with the model as it is, and return what it does at some sites."""
+    """Score one batch with the model as it is, and return its activations at some sites."""
     keep = Keep(sites)
     final = final_states(session, batch.batch, [keep], outputs=outputs)
     scores.take(batch, batch.scores(session.anatomy, final))
@@ -375,7 +379,7 @@ def _run(
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Values at sites of the run that is changed, the objective's gradients there, and those of the weights."""
+    """Activations of the patched run, and gradients of the objective by activations and by weights."""
 
     values: Mapping[Site, Tensor]
     gradients: Mapping[Site, Tensor]
@@ -385,8 +389,8 @@ class _Gradients:
 def _differentiate(
     session: Session, batch: QuestionBatch, scores: ScoreTable, sites: Mapping[Site, None], weights: bool
 ) -> _Gradients:
-    # Every site is touched by an edit that changes nothing: its value, which may be a part of a larger output, is then
-    # a tensor of its own on the way to the end, which a gradient can be asked of.
+    # Every site gets an identity edit: its value may be a view of a larger output, and must be a tensor of its own in
+    # the graph to have a gradient.
     with session.differentiable() as parameters, torch.enable_grad():
         keep = Keep(sites)
         touches = [_Touch(*site) for site in sites]
@@ -410,7 +414,7 @@ def _differentiate(
 
 @dataclass(frozen=True)
 class _Touch:
-    """Changes nothing, but makes a site's value a tensor of its own."""
+    """The identity edit, which makes a site's value a tensor of its own in the graph."""
 
     layer: int
     site: str
@@ -420,7 +424,7 @@ class _Touch:
 
 
 def _effect(place: Place, run: _Gradients, others: Mapping[Site, Tensor]) -> Tensor:
-    """Return the estimated change of the objective if a place is put over, by row."""
+    """Return the estimated effect of patching a place on the objective, per row."""
     site = place.layer, place.site
     if site not in run.gradients:
         return torch.zeros(len(run.values[site]))
@@ -431,7 +435,7 @@ def _effect(place: Place, run: _Gradients, others: Mapping[Site, Tensor]) -> Ten
 def _groups(
     session: Session, questions: Sequence[Question], sites: Mapping[Site, None], smaller: int = 1
 ) -> Iterator[list[QuestionBatch]]:
-    """Yield runs of batches whose kept activations fit the memory set aside for them."""
+    """Yield groups of batches whose kept activations fit into the memory set aside for them."""
     anatomy = session.anatomy
     width = sum(_width(anatomy, *site) for site in sites) + len(anatomy.blocks) * anatomy.hidden_size
     batches = question_batches(session, questions, smaller)

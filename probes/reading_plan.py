@@ -1,4 +1,4 @@
-"""What reading will need, before it starts: memory of host and device, and time; and how to keep within a cap."""
+"""Estimates of the memory and time that reading will need, and a split into waves that keeps within a memory cap."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from humanize import naturaldelta, naturalsize
 
 from pruning.engine.plan import MemoryCapError
+from pruning.memory import free_memory
 from pruning.models.anatomy import Anatomy
 
 from .batches import Batch
@@ -19,18 +19,18 @@ from .readers.signal import SIGNAL_SITES
 from .session import Session
 from .streams import DENSE, Stream, readable_neurons
 
-#: Bytes that Python, torch, transformers, nnsight and a tokenizer take before any model is there.
+#: Bytes taken by Python, torch, transformers, nnsight and a tokenizer before a model is loaded.
 _BASE = 800 << 20
-#: Memory that is taken over what is held: gaps that the allocator leaves, as in pruning.
+#: Resident memory over memory in use, because of allocator fragmentation, as in pruning.
 _SLACK = 1.4
-#: Share of what is left for text that the dense model's values of a block may take; the rest is for hidden states.
+#: Largest share of the room for text given to the dense activations of a block; the rest is for hidden states.
 _COMPARED = 0.4
-#: Readers' own work over a forward pass, measured on the embedded model.
+#: Cost of a pass with readers over a bare forward pass, measured on the embedded model.
 _READERS = 1.15
 _FLOAT = 4
-#: Of making a block a variant's: three passes over memory, at 5 GB/s.
+#: Cost of applying a variant to a block: three passes over memory, at 5 GB/s.
 _SECONDS_A_BYTE = 6e-10
-#: Tokens whose loss is timed.
+#: Number of tokens whose loss is timed.
 _TRIED = 256
 
 
@@ -41,19 +41,19 @@ class ReadingPlan:
     Attributes
     ----------
     memory, device_memory
-        Bytes at the most, estimated; of the device 0 on a CPU.
+        Estimated peak in bytes, on the host and on the device; the latter is 0 on a CPU.
     wave_bytes
-        Hidden states and arguments that are held at a time.
+        Bytes of hidden states and arguments held at a time.
     compared_bytes
-        Dense values of a block that are held at a time.
+        Bytes of the dense model's activations in a block held at a time.
     states_on_host
-        Whether hidden states wait on the host, since the device has no room for them.
+        Whether hidden states are offloaded to the host because they do not fit on the device.
     waves
-        How often the blocks are gone through.
+        Number of passes over the blocks.
     seconds
-        Estimated from a trial with one batch.
+        Estimated from a trial with one batch; 0 without a trial.
     tokens, models
-        Tokens that are read by each model, the sum over models; and the number of models.
+        Number of tokens read, summed over models; number of models.
     """
 
     memory: int
@@ -80,11 +80,11 @@ class ReadingPlan:
         return "reading plan: " + ", ".join(parts)
 
     def held(self, batch: Batch, models: int) -> int:
-        """Return the bytes that a batch takes between blocks: hidden states of its models, and arguments."""
+        """Return the bytes that a batch takes between blocks: hidden states of all models, and arguments."""
         return self._needs.held(batch, models)
 
     def compared_width(self, layer: int) -> int:
-        """Return the bytes of the dense model's values in a block that variants are compared with, a token."""
+        """Return the bytes per token of the dense model's activations that variants are compared with in a block."""
         return self._needs.compared_width(layer)
 
 
@@ -96,30 +96,32 @@ def plan_reading(
     device_memory: int | None = None,
     trial: bool = True,
 ) -> ReadingPlan:
-    """Work out what reading will need, and how many waves keep it within a cap.
+    """Estimate what reading will need, and split it into waves that keep within the memory cap.
 
     Parameters
     ----------
     session, streams
         As for :func:`probes.read_streams`.
     memory
-        Cap on the process's resident memory, in bytes; by default what it has and nine tenths of what is free.
+        Cap on the process's resident memory, in bytes; by default what it has now plus 90% of what is free.
     device_memory
-        Cap on the memory of a GPU, likewise.
+        The same for a GPU's memory.
     trial
-        Whether to time one batch, for the estimate of the time.
+        Whether to time one batch in order to estimate the total time.
 
     Raises
     ------
     MemoryCapError
-        If the cap cannot hold one block and one batch with what they need.
+        If one block and one batch do not fit under the cap.
     """
     needs = _Needs(session, streams)
     on_device = session.anatomy.device.type != "cpu"
     if device_memory is not None and not on_device:
         raise MemoryCapError("there is no device memory to cap: the model is on the CPU; use --memory")
-    cap = memory if memory is not None else _free_on_host()
-    device_cap = (device_memory if device_memory is not None else _free_on_device(session)) if on_device else 0
+    cap = memory if memory is not None else free_memory()
+    device_cap = 0
+    if on_device:
+        device_cap = device_memory if device_memory is not None else free_memory(session.anatomy.device)
     fixed, device_fixed = needs.fixed(on_device)
     least = needs.largest_batch()
     room = int((device_cap - device_fixed if on_device else cap - fixed) / _SLACK)
@@ -157,23 +159,14 @@ def plan_reading(
 def _refuse(cap: int, device_cap: int, needed: float, device_needed: float, on_device: bool) -> None:
     what, given, wanted = ("device memory", device_cap, device_needed) if on_device else ("memory", cap, needed)
     raise MemoryCapError(
-        f"{naturalsize(given, binary=True)} of {what} cannot hold one block and one batch with what they need: about "
-        f"{naturalsize(wanted, binary=True)} for this model and these variants; "
+        f"{naturalsize(given, binary=True)} of {what} cannot hold one block and one batch: this model and these "
+        f"variants need about {naturalsize(wanted, binary=True)}; "
         f"raise --{what.replace(' ', '-')}, or lower evaluation.batch_tokens"
     )
 
 
-def _free_on_host() -> int:
-    return int(psutil.Process().memory_info().rss + 0.9 * psutil.virtual_memory().available)
-
-
-def _free_on_device(session: Session) -> int:
-    free, _ = torch.cuda.mem_get_info(session.anatomy.device)
-    return int(torch.cuda.memory_allocated(session.anatomy.device) + 0.9 * free)
-
-
 class _Needs:
-    """Estimates for one model and some streams, in bytes unless it says otherwise."""
+    """Estimates for one model and some streams, in bytes unless stated otherwise."""
 
     def __init__(self, session: Session, streams: Sequence[Stream]) -> None:
         self.session = session
@@ -183,10 +176,10 @@ class _Needs:
         self.variants = len({model for stream in streams for model in stream.models} - {DENSE})
         self.widest = max(anatomy.shape(*key)[0] for key in anatomy)
 
-    # -- what does not depend on the amount of text --------------------------------------------------------------
+    # -- independent of the amount of text -----------------------------------------------------------------------
 
     def fixed(self, on_device: bool) -> tuple[int, int]:
-        """Return what is held beside text, on the host and on the device."""
+        """Return what everything but the text takes, on the host and on the device."""
         anatomy = self.anatomy
         sizes = [sum(p.numel() for p in block.parameters()) * self.element for block in anatomy.blocks]
         beside = anatomy.other_numel * self.element
@@ -200,7 +193,7 @@ class _Needs:
         return _BASE + results + weights + working + unpacking, 0
 
     def _results(self, stream: Stream) -> int:
-        """Return what is kept of a stream until all is read; what is written to files is mapped and not counted."""
+        """Return what a stream's results take until reading ends; those in files are memory-mapped and not counted."""
         files = stream.files
         layers = len(self.anatomy.blocks)
         rows = sum(len(batch.segments) for batch in stream.batches)
@@ -210,29 +203,29 @@ class _Needs:
         return a_model if stream.models == (DENSE,) else 0
 
     def _passing(self) -> int:
-        """Return what a batch needs on its way through a block."""
+        """Return the working memory of a batch inside a block."""
         longest = max((batch.ids.shape[1] for batch in self._batches()), default=0)
         heads = int(self.anatomy.config.num_attention_heads)
         width = self.widest * 5 + self.anatomy.hidden_size * 6 + heads * longest
         return max((batch.ids.numel() for batch in self._batches()), default=0) * width * max(self.element, _FLOAT)
 
     def _scoring(self) -> int:
-        """Return what the logits of a batch take, a tile of the vocabulary at a time, with the head's own tile."""
+        """Return what a batch's logits take, computed one vocabulary tile at a time, and that tile of the head."""
         tokens = max((batch.ids.numel() for batch in self._batches()), default=0)
         tile = tile_rows(self.anatomy.device)
         return (tokens * (3 * tile + self.anatomy.hidden_size) + tile * self.anatomy.hidden_size) * _FLOAT
 
-    # -- what does ---------------------------------------------------------------------------------------------------
+    # -- proportional to the amount of text --------------------------------------------------------------------------
 
     def held(self, batch: Batch, models: int) -> int:
-        """Return what a batch takes between blocks."""
+        """See :meth:`ReadingPlan.held`."""
         tokens = batch.ids.numel()
-        masks = 2 * tokens * batch.ids.shape[1]  # bool; some models have one for sliding and one for full attention
+        masks = 2 * tokens * batch.ids.shape[1]  # bool; some models have one each for sliding and full attention
         rotary = 4 * tokens * 256 * _FLOAT
         return tokens * self.anatomy.hidden_size * self.element * (models + 1) + masks + rotary
 
     def compared_width(self, layer: int) -> int:
-        """Return the bytes a token of the dense values of a block."""
+        """See :meth:`ReadingPlan.compared_width`."""
         if not self.variants:
             return 0
         anatomy = self.anatomy
@@ -253,7 +246,7 @@ class _Needs:
         return self._widest_compared() * max((batch.ids.numel() for batch in self._compared()), default=0)
 
     def largest_batch(self) -> int:
-        """Return the least that any text takes."""
+        """Return the minimum that must fit for any text to be read."""
         return self.largest_held() + self.largest_compared()
 
     @property
@@ -264,7 +257,7 @@ class _Needs:
 
     @torch.no_grad()
     def seconds(self, waves: int) -> float:
-        """Try one batch in the first block and one tile of the vocabulary, and scale up."""
+        """Time one batch in the first block and in the head, and extrapolate."""
         batches = list(self._batches())
         if not batches:
             return 0.0
@@ -301,7 +294,7 @@ class _Needs:
 
 
 def _timed(run: Callable[[], object], anatomy: Anatomy, repeats: int = 2) -> float:
-    """Return the shortest of some times in seconds."""
+    """Return the shortest of several run times, in seconds."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()

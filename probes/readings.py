@@ -1,4 +1,4 @@
-"""What was read of one model in one language: sums that analyzers work from, in memory or mapped from a file."""
+"""Readings of one model in one language: the sums that analyzers work from, in memory or memory-mapped."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ _FILL = {"power": np.nan, "error": np.nan}
 
 @dataclass(frozen=True)
 class Readings:
-    """Everything that the analyzers need of one model in one language: sums, never whole activations.
+    """Everything that analyzers need of one model in one language: sums, never full activations.
 
-    Opened from a file, the tensors are mapped: a slice is read when it is used. At 32 blocks × 4096 × 14336 with 128
-    segments a file has 83 MB.
+    Tensors opened from a file are memory-mapped, so that a slice is read only when used. For 32 blocks × 4096 × 14336
+    and 128 segments a file takes 83 MB.
 
     Attributes
     ----------
     pooled
         Mean hidden state of each segment after each block, float32 ``[layers, segments, hidden]``.
     fired
-        Tokens on which each MLP neuron fires, int32 ``[folds, layers, neurons]``, where segment i is counted in fold
-        i mod :data:`probes.readers.firing.FOLDS`; no neurons in a mixture of experts.
+        Number of tokens on which each MLP neuron fires, int32 ``[folds, layers, neurons]``, where segment i counts in
+        fold i mod :data:`probes.readers.firing.FOLDS`; no neurons in a mixture of experts.
     tokens
-        Counted tokens of each segment, int64 ``[segments]``.
+        Number of tokens counted in each segment, int64 ``[segments]``.
     nll
         Negative log-likelihood of each segment in nats, float64 ``[segments]``.
     predicted
-        Predicted tokens of each segment, int64 ``[segments]``.
+        Number of tokens predicted in each segment, int64 ``[segments]``.
     utf8_bytes
-        Length of each segment, as far as it was read, int64 ``[segments]``.
+        Length in UTF-8 bytes of the part of each segment that was read, int64 ``[segments]``.
     power
-        The dense model's ``Σ‖x‖²`` over a segment's counted tokens, float64 ``[segments, layers, sites]``, sites as in
-        :data:`probes.readers.signal.SIGNAL_SITES`; NaN where a block lacks the site.
+        The dense model's ``Σ‖x‖²`` over a segment's counted tokens, float64 ``[segments, layers, sites]``, with the
+        sites of :data:`probes.readers.signal.SIGNAL_SITES`; NaN where a block lacks a site.
     error
-        ``Σ‖x − x̂‖²`` of this model against the dense one, likewise; zero for the dense model itself.
+        ``Σ‖x − x̂‖²`` between the dense model and this one, of the same shape; zero for the dense model itself.
     """
 
     pooled: Tensor
@@ -63,12 +63,12 @@ class Readings:
 
     @classmethod
     def empty(cls, segments: int, layers: int, hidden: int, neurons: int, path: Path | None = None) -> Readings:
-        """Return readings to be filled in: in memory, or in a new file at `path`.
+        """Return empty readings to be filled in, in memory or in a new file at `path`.
 
         Raises
         ------
         DiskError
-            If the file cannot be written, or the disk has no room for all of it.
+            If the file cannot be written, or does not fit on the disk.
         """
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {
             "pooled": ("F32", (layers, segments, hidden)),
@@ -94,7 +94,7 @@ class Readings:
 
     @classmethod
     def open(cls, path: Path) -> Readings:
-        """Open a file of :meth:`empty`; its tensors are mapped from it.
+        """Open a file written through :meth:`empty`; its tensors are memory-mapped.
 
         Raises
         ------
@@ -117,12 +117,12 @@ class Readings:
 
 
 class StoredReadings(Mapping[tuple[str, str], Readings]):
-    """Readings on disk by ``(model, language)``: each is opened when it is asked for, and none is kept.
+    """Readings on disk by ``(model, language)``, opened at each access and never cached.
 
     Parameters
     ----------
     files
-        Where each of them is.
+        ``(model, language)`` to path.
     """
 
     def __init__(self, files: Mapping[tuple[str, str], Path]) -> None:
@@ -133,20 +133,20 @@ class StoredReadings(Mapping[tuple[str, str], Readings]):
         return Readings.open(self._files[key])
 
     def __contains__(self, key: object) -> bool:
-        """Whether there are such readings."""
-        return key in self._files  # without opening them, which Mapping's own does
+        """Whether there are readings for this model and language."""
+        return key in self._files  # Mapping's own would open the file
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Iterate over models and languages."""
         return iter(self._files)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of readings."""
         return len(self._files)
 
 
 def _created(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
-    """Make a safetensors file of zeros, with all the disk that it needs, and map its tensors."""
+    """Create a safetensors file of zeros, with all its disk space allocated, and memory-map its tensors."""
     header: dict[str, Any] = {}
     end = 0
     for name, (kind, shape) in sorted(shapes.items(), key=lambda item: -np.dtype(_DTYPES[item[1][0]]).itemsize):
@@ -158,7 +158,7 @@ def _created(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> d
     with disk_errors(path), path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.flush()
-        if hasattr(os, "posix_fallocate"):  # else a full disk would show as a crash in the middle of writing
+        if hasattr(os, "posix_fallocate"):  # otherwise writing to a memory map crashes when the disk is full
             os.posix_fallocate(file.fileno(), 0, start + end)
         else:
             file.truncate(start + end)

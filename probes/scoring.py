@@ -1,8 +1,8 @@
-"""How likely a model finds each choice of an item, or a text.
+"""Log-likelihoods of the choices of an item, or of a text.
 
-A *question* is what is scored: an item with its choices, or a segment of text, which is a question with one choice.
-Whatever choices share is read once: a choice that is another one's beginning needs no row of its own, and no last token
-is ever fed to the model, so that choices of one token each cost one row together.
+A *question* is what is scored: an item with its choices, or a segment of text, as a question with one choice. Shared
+prefixes are read once: a choice that is a prefix of another needs no row of its own, and since the last token of a
+choice is never fed to the model, single-token choices share one row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .readers.keep import Keep
 from .readers.loss import log_likelihood
 from .session import Edit, Session
 
-#: Called with the tokens that a model has just read.
+#: Called with the number of tokens that a model has just read.
 Progress = Callable[[float], None]
 
 
@@ -42,11 +42,11 @@ class Question:
     Attributes
     ----------
     rows
-        Token ids of each row; none is the beginning of another.
+        Token ids of each row; none is a prefix of another.
     targets
-        ``(row, position, token, choice)``: the token's log-probability after that position counts for that choice.
+        ``(row, position, token, choice)``: the token's log-probability after that position counts towards that choice.
     choices, answer
-        Number of choices, and which one is right.
+        Number of choices, and index of the right one.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -56,13 +56,13 @@ class Question:
 
     @property
     def tokens(self) -> int:
-        """Tokens to read."""
+        """Number of tokens to read."""
         return sum(map(len, self.rows))
 
 
 @dataclass(frozen=True)
 class QuestionBatch:
-    """Rows of some questions, padded to one length, and what to score; every question is whole.
+    """The rows of some whole questions, padded to one length, and what to score in them.
 
     Attributes
     ----------
@@ -71,15 +71,15 @@ class QuestionBatch:
     questions
         Which questions these are, in order.
     state
-        Row and position of every final state that something is scored after, int64 ``[states, 2]``.
+        Row and position of every final state that predicts a target, int64 ``[states, 2]``.
     index, token
-        For each target, after which of these states, and which token, int64 ``[targets]``.
+        For each target, which of these states predicts it, and its token id, int64 ``[targets]``.
     cell
-        For each target, the place of its choice in a flat ``[questions, choices]``, int64 ``[targets]``.
+        For each target, the flat index of its choice in ``[questions, choices]``, int64 ``[targets]``.
     there
-        Which choices there are, bool ``[questions, choices]``.
+        Which choices exist, bool ``[questions, choices]``.
     answers
-        Number of the right choice, int64 ``[questions]``.
+        Index of the right choice, int64 ``[questions]``.
     """
 
     batch: Batch
@@ -94,7 +94,7 @@ class QuestionBatch:
     def scores(self, anatomy: Anatomy, final: Tensor) -> Tensor:
         """Return the log-likelihood of every choice, given the final states ``[rows, tokens, hidden]``.
 
-        In nats, ``[questions, choices]``, −inf where a question has no such choice. It can be differentiated.
+        In nats, ``[questions, choices]``, −inf where a question has no such choice. Differentiable.
         """
         hidden = final[self.state[:, 0], self.state[:, 1]]
         found = log_likelihood(anatomy, hidden, self.index, self.token)
@@ -103,7 +103,7 @@ class QuestionBatch:
 
 
 def objective(scores: Tensor, answers: Tensor) -> Tensor:
-    """Return what damage is measured by, ``[questions]``: the right choice's margin, or a text's log-likelihood."""
+    """Return the metric for damage, ``[questions]``: the right choice's margin, or a text's log-likelihood."""
     right = scores.gather(1, answers[:, None])[:, 0]
     if scores.shape[1] == 1:
         return right
@@ -119,7 +119,7 @@ class ChoiceScores:
     values
         In nats, float64 ``[questions, choices]``, −inf where a question has no such choice.
     answers
-        Number of the right choice, int64 ``[questions]``.
+        Index of the right choice, int64 ``[questions]``.
     """
 
     values: Float[np.ndarray, "questions choices"]
@@ -133,16 +133,16 @@ class ChoiceScores:
 
     @property
     def margin(self) -> Float[np.ndarray, " questions"]:
-        """That of the right choice minus the highest of the others; the log-likelihood itself for a text."""
+        """Log-likelihood of the right choice minus the highest of the others; of a text, the log-likelihood itself."""
         return objective(torch.from_numpy(self.values), torch.from_numpy(self.answers)).numpy()
 
     @property
     def correct(self) -> Float[np.ndarray, " questions"]:
-        """1 where the right choice is the likeliest, else 0."""
+        """1 where the right choice is the most likely, else 0."""
         return (self.margin > 0).astype(np.float64)
 
     def save(self, path: Path) -> None:
-        """Write as safetensors, whole or not at all."""
+        """Write atomically as safetensors."""
         with whole_file(path) as partial:
             save_file({"values": torch.from_numpy(self.values), "answers": torch.from_numpy(self.answers)}, partial)
 
@@ -164,14 +164,13 @@ class ChoiceScores:
 def item_questions(session: Session, items: Sequence[Item]) -> list[Question]:
     """Return items as questions.
 
-    A choice counts from the first token in which it, or any other choice, departs from the prompt's own tokens: where a
-    tokenizer merges across that border, all choices are scored from the same place.
+    All choices are scored from the same position: the first token at which any of them differs from the prompt's own
+    tokenization, in case the tokenizer merges across the boundary.
 
     Raises
     ------
     TextError
-        If an item has nothing before its choices, is too long for the model, or two choices are the same to the
-        tokenizer.
+        If an item has no token before its choices, is too long for the model, or two choices have the same tokens.
     """
     return [_item_question(session, item) for item in items]
 
@@ -186,9 +185,9 @@ def _item_question(session: Session, item: Item) -> Question:
     if start == 0:
         raise TextError(f'item "{item.id}" has no token before its choices; give it a longer prompt')
     if max(map(len, wholes)) > limit:
-        raise TextError(f'item "{item.id}" has more than the {limit} tokens that the model takes; shorten it')
+        raise TextError(f'item "{item.id}" is longer than the model\'s {limit} tokens; shorten it')
     if any(len(whole) <= start for whole in wholes) or len(set(wholes)) < len(wholes):
-        raise TextError(f'item "{item.id}": the tokenizer tells its choices from each other or the prompt nowhere')
+        raise TextError(f'item "{item.id}": two choices, or a choice and the prompt, have the same tokens; reword it')
     rows = _without_beginnings([whole[:-1] for whole in wholes])
     targets = []
     for choice, whole in enumerate(wholes):
@@ -198,7 +197,13 @@ def _item_question(session: Session, item: Item) -> Question:
 
 
 def text_questions(session: Session, segments: Sequence[Segment]) -> list[Question]:
-    """Return segments of text as questions with one choice each: every token but the first, given those before it."""
+    """Return segments of text as questions with one choice each: all tokens but the first, each given its prefix.
+
+    Raises
+    ------
+    TextError
+        If a segment has fewer than two tokens.
+    """
     questions = []
     for segment in segments:
         ids = session.tokenizer(segment.text, truncation=True, max_length=session.batcher.max_length)["input_ids"]
@@ -210,7 +215,7 @@ def text_questions(session: Session, segments: Sequence[Segment]) -> list[Questi
 
 
 def question_batches(session: Session, questions: Sequence[Question], smaller: int = 1) -> list[QuestionBatch]:
-    """Cut questions into batches of similar length: the session's tokens a batch, or a part of that many."""
+    """Batch questions of similar length: the session's tokens per batch, or that divided by `smaller`."""
     longest = [max(map(len, question.rows)) for question in questions]
     order = sorted(range(len(questions)), key=lambda i: (longest[i], i))
     groups: list[list[int]] = []
@@ -238,7 +243,7 @@ def final_states(
 ) -> Tensor:
     """Run the model on a batch and return its normed final states, ``[rows, tokens, hidden]``.
 
-    Arguments are those of :meth:`probes.Session.read`.
+    The arguments are those of :meth:`probes.Session.read`.
     """
     final = Keep({"final"})
     session.read(batch, [*readers, final], edits, **run)
@@ -246,14 +251,14 @@ def final_states(
 
 
 class ScoreTable:
-    """Scores of questions, as batches of them come in."""
+    """Scores of questions, filled batch by batch."""
 
     def __init__(self, questions: Sequence[Question]) -> None:
         values = np.full((len(questions), max(question.choices for question in questions)), -np.inf)
         self.scores = ChoiceScores(values, np.array([question.answer for question in questions]))
 
     def take(self, group: QuestionBatch, scores: Tensor) -> None:
-        """Take in the scores of one batch, as :meth:`QuestionBatch.scores` gives them."""
+        """Enter the scores of one batch, as returned by :meth:`QuestionBatch.scores`."""
         self.scores.values[list(group.questions), : scores.shape[1]] = scores.detach().double().cpu().numpy()
 
 
@@ -291,12 +296,12 @@ def _question_batch(session: Session, group: Sequence[int], questions: Sequence[
 
 
 def _common_start(sequences: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all sequences begin with together."""
+    """Return the length of the sequences' longest common prefix."""
     shortest = min(map(len, sequences))
     return next((i for i in range(shortest) if len({s[i] for s in sequences}) > 1), shortest)
 
 
 def _without_beginnings(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return the rows that are not another one's beginning, each once."""
+    """Return the distinct rows that are not a prefix of another."""
     distinct = list(dict.fromkeys(rows))
     return [r for r in distinct if not any(len(o) > len(r) and o[: len(r)] == r for o in distinct)]

@@ -1,11 +1,10 @@
-"""One model behind nnsight: traces of the whole model and of single blocks, with readers and edits.
+"""One model wrapped in nnsight: traces of the whole model and of single blocks, with readers and edits.
 
-An *edit* puts another value into a site on the way; what comes after sees that one.
+An *edit* replaces the value at a site; everything downstream sees the new value.
 
-A *reader* (:mod:`probes.readers`) wants some sites of the model (the roles of every block, the MLP activation, the
-residual stream after a block, the final state) and reduces each value as it passes, inside the trace. However many
-readers there are, the model runs once. A block that lacks a site (the inside of experts, the gate of an MLP without
-one) is passed over.
+A *reader* (:mod:`probes.readers`) names the sites that it reads (the roles of every block, the MLP activation, the
+residual stream after a block, the final state) and reduces each value inside the trace. The model runs once, however
+many readers there are. Blocks that lack a site (the inside of experts, the gate of an MLP without one) are skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from .readers.keep import Keep
 
 
 class Edit(Protocol):
-    """What a session needs of an edit."""
+    """The interface of an edit."""
 
     @property
     def layer(self) -> int:
@@ -44,31 +43,31 @@ class Edit(Protocol):
         """The site: a role, ``activation`` or ``residual``."""
 
     def change(self, value: Tensor, batch: Batch) -> Tensor:
-        """Return what takes the place of a site's output, ``[batch, tokens, width]``; `value` is left as it is."""
+        """Return the new value of a site, ``[batch, tokens, width]``; must not change `value` in place."""
 
 
 class Session:
-    """The one owner of a loaded model: its nnsight wrapper, its dense weights, and how text becomes batches.
+    """The sole owner of a loaded model: its nnsight wrapper, its dense weights, and its batching.
 
     Parameters
     ----------
     model, tokenizer
-        As :func:`pruning.load_model` gives them. The model may be streamed from its checkpoint: then it is read block
-        by block only (:func:`probes.read_streams`).
+        As returned by :func:`pruning.load_model`. A model that is streamed from its checkpoint can only be read block
+        by block (:func:`probes.read_streams`).
     max_length
-        Segments are cut after this many tokens, special ones included.
+        Segments are truncated to this many tokens, special tokens included.
     batch_tokens
-        Tokens of a batch at most, padding included; bounds the memory.
+        Maximum number of tokens per batch, padding included; bounds the memory.
     padding
         Side on which short segments are padded. Makes no difference beyond rounding.
     special_tokens
-        Whether special tokens count in means, frequencies and signal. The first token (BOS) of every text has by far
-        the largest states of all, the same in every text, and would swamp the rest.
+        Whether special tokens count in means, frequencies and signal. The first token (BOS) has by far the largest
+        hidden states, the same in every text, and would swamp the rest.
 
     Attributes
     ----------
     owner
-        The dense weights; it turns the model into a variant and back.
+        Holds the dense weights, and switches the model to a variant and back.
 
     Raises
     ------
@@ -93,7 +92,7 @@ class Session:
         self.owner = DenseModel(model)
         self.anatomy = self.owner.anatomy
         if self.anatomy.encoder_decoder:
-            raise ModelError(f'probes read decoder-only models; "{self.anatomy.kind}" can be pruned, not read')
+            raise ModelError(f'only decoder-only models can be read; "{self.anatomy.kind}" can only be pruned')
         self.batcher = Batcher(
             tokenizer,
             self.anatomy.device,
@@ -104,11 +103,11 @@ class Session:
         )
         self._accepted = inspect.signature(type(model).forward).parameters.keys()
         self._differentiating = False
-        # Not nnsight's class for transformers: that one brings all parameters to a device, and they may be on disk.
+        # Not nnsight's LanguageModel: it moves all parameters to a device, and here they may be on disk.
         self._traced = NNsight(model)
 
     def batches(self, segments: Sequence[Segment]) -> list[Batch]:
-        """Cut segments into batches of similar length; see :meth:`probes.batches.Batcher.batches`."""
+        """Batch segments of similar length; see :meth:`probes.batches.Batcher.batches`."""
         return self.batcher.batches(segments)
 
     # -- the whole model -------------------------------------------------------------------------------------
@@ -122,31 +121,32 @@ class Session:
         outputs: dict[int, Any] | None = None,
         start: int = 0,
     ) -> None:
-        """Run the model once on a batch, in one nnsight trace, and let every reader take what it wants.
+        """Run the model once on a batch, in one nnsight trace, with all readers.
 
-        Inside :meth:`differentiable`, what is read can be differentiated.
+        Inside :meth:`differentiable`, the values that are read are differentiable.
 
         Parameters
         ----------
         batch
             What to read.
         readers
-            They see the values that edits have made.
+            They see the values after edits.
         edits
-            Values to change.
+            Edits to make.
         outputs
-            Filled with the output of every block, if an empty one is given.
+            An empty dictionary is filled with the output of every block. A filled one, from an earlier run on the same
+            batch, supplies the outputs of the blocks before `start`.
         start
-            The first block that runs, if `outputs` is of an earlier run on the same batch: those before it are left
-            out, and the run goes on from what the last of them put out then. What is read and changed must come after.
+            The first block to run; the blocks before it are skipped. Sites that are read or edited must not be in
+            skipped blocks.
 
         Raises
         ------
         ModelError
-            If the model's weights stay on disk.
+            If the model is streamed from its checkpoint.
         """
         if self.anatomy.streamed:
-            raise ModelError("this takes the whole model in memory, and its weights stay on disk; load it whole")
+            raise ModelError("this needs the whole model in memory, but its weights stay on disk; load it whole")
         keep = outputs if outputs is not None and not outputs else None
         goes_on_from = outputs[start - 1] if outputs is not None and start else None
         wanted = self._wanted(readers, edits, every_block=keep is not None)
@@ -171,7 +171,7 @@ class Session:
             reader.flush()
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what the model is called with for a batch, as far as it accepts it."""
+        """Return the model's arguments for a batch, restricted to those that it accepts."""
         inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
         return {name: value for name, value in inputs.items() if name in self._accepted}
 
@@ -182,9 +182,9 @@ class Session:
 
     @contextmanager
     def differentiable(self) -> Iterator[dict[str, Parameter]]:
-        """Make what is read inside a ``with`` block differentiable, and give the projections' parameters by path.
+        """Context manager within which reads are differentiable; yields the projections' parameters by path.
 
-        Gradients reach what was read, and these parameters; no others, which saves memory.
+        Only the values read and these parameters can have gradients, which saves memory.
         """
         before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         projections = self.anatomy.block_parameters()
@@ -203,12 +203,12 @@ class Session:
     # -- block by block --------------------------------------------------------------------------------------
 
     def stack_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what the stack of blocks is called with for a batch, as far as it accepts it."""
+        """Return the block stack's arguments for a batch, restricted to those that it accepts."""
         accepted = inspect.signature(type(self.anatomy.stack_module(self.anatomy.stacks[-1])).forward).parameters
         return {name: value for name, value in self.inputs(batch).items() if name in accepted}
 
     def starter(self) -> StackStarter:
-        """Return what brings batches to the first block; embeddings must be present (``anatomy.loaded_for_start``)."""
+        """Return what computes the first block's inputs; needs the embeddings (``anatomy.loaded_for_start``)."""
         return StackStarter(self.anatomy, self.anatomy.stacks[-1])
 
     def read_block(
@@ -220,27 +220,27 @@ class Session:
         readers: Sequence[Reader] = (),
         dense: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Run one block on a batch, in one nnsight trace, with whatever weights it has now.
+        """Run one block on a batch, in one nnsight trace, with its current weights.
 
         Parameters
         ----------
         layer
-            Which block; its weights must be present.
+            The block, whose weights must be loaded.
         hidden
-            States before it, ``[batch, tokens, hidden]``.
+            Hidden states before it, ``[batch, tokens, hidden]``.
         arguments
-            What else the block is called with.
+            The block's other arguments.
         batch
             What is read.
         readers
-            They are not flushed: a caller does that after several batches.
+            Not flushed: the caller does that, after several batches.
         dense
-            Site to the dense model's value there, for readers that compare.
+            Site to the dense model's activations, for readers that compare.
 
         Returns
         -------
         Tensor
-            States after the block, likewise.
+            Hidden states after the block, ``[batch, tokens, hidden]``.
         """
         after = Keep({"residual"})
         wanted = self._visits([layer], [*readers, after], (), dense or {})
@@ -253,7 +253,7 @@ class Session:
         return after.values[layer, "residual"]
 
     def read_final(self, hidden: Tensor, batch: Batch, readers: Sequence[Reader]) -> None:
-        """Run the last normalisation on states after the last block, for readers of ``final``; they are not flushed."""
+        """Apply the final norm to states after the last block, for readers of ``final``, which are not flushed."""
         norm = self._envoy(self.anatomy.final_norm_path)
         interested = [reader for reader in readers if "final" in reader.sites]
         with torch.no_grad(), norm.trace(hidden):
@@ -266,7 +266,7 @@ class Session:
     def _wanted(
         self, readers: Sequence[Reader], edits: Sequence[Edit], *, every_block: bool
     ) -> list[tuple[Any, list[_Visit]]]:
-        """List what to do at which module of the whole model."""
+        """List the visits at every module of the whole model."""
         layers = len(self.anatomy.blocks)
         wanted = self._visits(range(layers), readers, edits, {}, every_block=every_block)
         interested = [reader for reader in readers if "final" in reader.sites]
@@ -284,7 +284,7 @@ class Session:
         *,
         every_block: bool = False,
     ) -> list[tuple[Any, list[_Visit]]]:
-        """List what to do at which module in the order in which they run: nnsight accepts no other."""
+        """List the visits at every module in order of execution, which nnsight requires."""
         wanted: dict[str, list[_Visit]] = {}
         for layer in layers:
             for site in self.anatomy.sites(layer):
@@ -304,7 +304,7 @@ class Session:
 
 @dataclass(frozen=True)
 class _Visit:
-    """One site of one module's output, who changes it, and who wants it."""
+    """One site of a module's output, with its edits and readers."""
 
     anatomy: Anatomy
     layer: int
@@ -314,7 +314,7 @@ class _Visit:
     dense: Mapping[str, Tensor]
 
     def __call__(self, output: Any, batch: Batch) -> Any:
-        """Return the module's output with the edits made."""
+        """Apply the edits, call the readers, and return the module's output."""
         value = output if self.site == "final" else self.anatomy.site(self.layer, self.site, output, batch.ids.shape)
         for edit in self.edits:
             value = edit.change(value, batch)

@@ -1,4 +1,4 @@
-"""What a lockstep pass is asked for: text or questions, the models that read them, and what is kept of each."""
+"""What a lockstep pass reads: text or questions, with which models, and what it keeps of each."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ DENSE = "dense"
 
 
 class Stream(Protocol):
-    """Batches that some models read together.
+    """Batches that several models read in lockstep.
 
     Attributes
     ----------
     models
-        Ids of the models that read it: variants', and :data:`DENSE`.
+        Ids of the models that read it: variants, and :data:`DENSE`.
     batches
-        What they read.
+        The batches.
     compares
-        Whether variants are compared with the dense model's values of the same batch.
+        Whether variants are compared with the dense model's activations on the same batch.
     files
-        Model to the file that its results go to; those of other models stay in memory.
+        Model to the file for its results; those of other models stay in memory.
     """
 
     @property
@@ -54,30 +54,30 @@ class Stream(Protocol):
     def files(self) -> Mapping[str, Path]: ...
 
     def opened(self) -> AbstractContextManager[object]:
-        """Have the place for results ready inside a ``with`` block; they are whole once it is left without an error."""
+        """Context manager that prepares storage for the results; they are complete when it exits without an error."""
 
     def readers(self, model: str, batch: int) -> Sequence[Reader]:
-        """Return the readers of one model for one batch; the same ones each time."""
+        """Return the readers of one model for one batch; the same objects every time."""
 
 
 class HeldoutStream:
-    """Text on which models are compared: pooled states, firing, loss, and the signal against the dense model.
+    """Held-out text on which models are compared: pooled states, firing, loss, and error against the dense model.
 
     Parameters
     ----------
     session
-        Of the dense model.
+        The dense model's session.
     segments
         Text of one language.
     models
-        Variants; the dense model is read too, since they are compared with it.
+        Ids of variants; the dense model is always read too, as the reference.
     files
         Model to the file that its readings are written to, block by block; those of other models stay in memory.
 
     Attributes
     ----------
     readings
-        Model to what was read of it.
+        Model to its readings.
     """
 
     compares = True
@@ -126,20 +126,20 @@ class HeldoutStream:
         return [*readers, SignalError([read.error])]
 
     def _fill(self, read: Readings) -> None:
-        """Write what needs no model."""
+        """Fill in what does not depend on the model."""
         read.utf8_bytes[:] = self._utf8
         for batch in self.batches:
             read.tokens[list(batch.segments)] = batch.counted.sum(dim=1).long().cpu()
 
     def _mark_sites(self) -> None:
-        """Note that the dense model has no error at the sites that it has."""
+        """Set the dense model's own error to zero at the sites that exist."""
         for layer in range(len(self._anatomy.blocks)):
             there = [site in self._anatomy.sites(layer) for site in SIGNAL_SITES]
             self.readings[DENSE].error[:, layer, there] = 0
 
 
 class FittingStream:
-    """Text that the LSAR subspaces are fitted on, read by the dense model only.
+    """Text for fitting the LSAR subspaces, read by the dense model only.
 
     Attributes
     ----------
@@ -172,16 +172,16 @@ class FittingStream:
 
 
 class QuestionStream:
-    """Questions that models are asked.
+    """Questions that models are scored on.
 
     Parameters
     ----------
     session
-        Of the dense model.
+        The dense model's session.
     questions
-        As from :func:`probes.item_questions`.
+        As returned by :func:`probes.item_questions`.
     models
-        Who is asked, :data:`DENSE` or not.
+        Ids of the models; :data:`DENSE` is optional.
 
     Attributes
     ----------
@@ -236,7 +236,7 @@ class _Scoring(Reader):
 
 
 def readable_neurons(anatomy: Anatomy) -> int:
-    """Return the MLP neurons of a block, 0 if they cannot be read in every block."""
+    """Return the number of MLP neurons per block, 0 if they cannot be read in every block."""
     if not all("activation" in anatomy.sites(layer) for layer in range(len(anatomy.blocks))):
         return 0
     try:

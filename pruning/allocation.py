@@ -1,6 +1,6 @@
-"""Allocation: how many weights each matrix gives. Pure functions from what was surveyed to budgets.
+"""Sparsity allocation: how many weights to prune in each matrix. Pure functions from survey results to budgets.
 
-Whatever the allocation, the whole model gives exactly as many weights as under the uniform one, to the weight.
+Under every allocation exactly as many weights are pruned in the whole model as under the uniform one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPREAD = Parameter(0.08, 0, 0.5, "most that a block's sparsity may differ from 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A rule for how much each block, or each matrix, gives.
+    """A rule for the sparsity of each block or matrix.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Allocation:
     parameters
         What a recipe may set.
     surveys
-        Whether it looks at what calibration text does in the dense model before the first weight goes.
+        Whether it surveys the dense model on calibration text before anything is pruned.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Allocation:
 
 UNIFORM, OWL, CROSS_LINGUAL, DIAGNOSIS = "uniform", "owl", "cross-lingual", "diagnosis"
 _ALLOCATIONS = {
-    UNIFORM: Allocation(UNIFORM, "every matrix gives the same share", surveys=False),
+    UNIFORM: Allocation(UNIFORM, "every matrix has the same sparsity", surveys=False),
     OWL: Allocation(
         OWL,
         "Yin et al., ICML 2024, 2310.05175",
@@ -60,16 +60,16 @@ _ALLOCATIONS = {
         "reconstruction after Choenni & Titov, EMNLP 2025, 2505.21171",
         {
             "spread": _SPREAD,
-            "sign": Parameter(1, -1, 1, "1: blocks whose inputs correlate between languages give more; -1: less"),
+            "sign": Parameter(1, -1, 1, "1: blocks whose inputs correlate between languages are sparser; -1: denser"),
         },
     ),
     DIAGNOSIS: Allocation(
         DIAGNOSIS,
-        "matrices whose masks a diagnosis found to matter give less",
+        "matrices whose pruning a diagnosis found to hurt most are pruned less",
         {
             "spread": Parameter(0.08, 0, 0.5, "half the range of the matrices' sparsities"),
             "shuffle": Parameter(
-                0, 0, 999_999, "0: as diagnosed; else the seed of a control that spares other places", whole=True
+                0, 0, 999_999, "0: as diagnosed; else the seed of a control that spares other matrices", whole=True
             ),
         },
         surveys=False,
@@ -91,12 +91,12 @@ def allocation_named(name: str) -> Allocation:
 
 
 def uniform(shapes: Mapping[Key, Shape], pattern: Pattern, sparsity: float) -> Budgets:
-    """Return the budgets under which every matrix gives the same share."""
+    """Return the budgets that give every matrix the same sparsity."""
     return {key: pattern.uniform(shape, sparsity) for key, shape in shapes.items()}
 
 
 def threshold(scores: Mapping[Key, Tensor], total: int) -> Budgets:
-    """Return how many of the `total` lowest scores of all matrices together each of them holds; ties go in order."""
+    """Return how many of the model's `total` lowest scores lie in each matrix; ties are counted in matrix order."""
     if total == 0:
         return dict.fromkeys(scores, 0)
     everything = torch.cat([score.flatten() for score in scores.values()])
@@ -136,7 +136,7 @@ def shifted(importance: Sequence[float], sizes: Sequence[int], sparsity: float, 
     Raises
     ------
     RecipeError
-        If one of them would give more than it has, or less than nothing.
+        If a sparsity would fall outside [0, 1).
 
     Examples
     --------
@@ -149,7 +149,7 @@ def shifted(importance: Sequence[float], sizes: Sequence[int], sparsity: float, 
     sparsities = sparsity - (ratio - np.average(ratio, weights=sizes))
     if sparsities.min() < 0 or sparsities.max() >= 1:
         raise RecipeError(
-            f"sparsity {sparsity:g} with a spread of {spread:g} would take shares from {sparsities.min():.2f} to "
+            f"sparsity {sparsity:g} with a spread of {spread:g} needs sparsities from {sparsities.min():.2f} to "
             f"{sparsities.max():.2f}; lower the spread"
         )
     return [float(value) for value in sparsities]
@@ -163,20 +163,20 @@ def diagnosed(
     spread: float = 0.08,
     shuffle: float = 0,
 ) -> dict[Key, float]:
-    """Return the sparsity of every matrix: lower where undoing its mask brings back more.
+    """Return the sparsity of every matrix: lower where restoring its weights recovers more.
 
-    What counts is the rank of an importance among the matrices in `shapes`, not its value; equal ones share their mean
-    rank. Attributed effects are heavy-tailed, and some are negative: mapped by value, two or three matrices would take
-    up the whole range, and all others would give the same.
+    Sparsities follow the ranks of the importances among the matrices in `shapes`, not their values; ties share their
+    mean rank. Attributed effects are heavy-tailed, and some are negative: mapped by value, two or three matrices would
+    take up the whole range and all others would get the same sparsity.
 
     Parameters
     ----------
     importance
-        How much undoing the mask of each matrix brings back, on any scale.
+        How much restoring each matrix's dense weights recovers, on any scale.
     shapes
-        Of the matrices that are pruned.
+        Shapes of the matrices to prune.
     sparsity
-        The target, which is the average over weights.
+        The target: the average over all weights.
     spread
         Half the range of the matrices' sparsities, as for OWL; see :func:`shifted`.
     shuffle
@@ -185,7 +185,7 @@ def diagnosed(
     Raises
     ------
     RecipeError
-        If a matrix would give more than it has, or less than nothing.
+        If a sparsity would fall outside [0, 1).
 
     Examples
     --------
@@ -202,7 +202,7 @@ def diagnosed(
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """Return the rank of every value, the lowest first, from 1; equal ones share their mean rank.
+    """Return the rank of every value, from 1 for the lowest; ties share their mean rank.
 
     >>> ranks([0.3, -2.0, 0.3, 50.0])
     [2.5, 1.0, 2.5, 4.0]
@@ -213,10 +213,10 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def shuffled(importance: Mapping[Key, float], seed: int) -> dict[Key, float]:
-    """Return the importances permuted among the blocks within each role: the same shape in other places.
+    """Return the importances permuted across blocks within each role: the same values for other matrices.
 
-    The blocks of a role are put into the order of a hash of seed, role and block, so that the permutation is the same
-    on every machine and with every version of every library.
+    Blocks are ordered by a hash of seed, role and block, so that the permutation is the same on every machine and with
+    every library version.
     """
     by_role: dict[str, list[Key]] = {}
     for key in importance:

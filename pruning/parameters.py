@@ -32,7 +32,7 @@ class Parameter:
     whole: bool = False
 
 
-def exact(value: float) -> str:
+def exact(value: float | int) -> str:
     """Return the shortest text that identifies a number exactly.
 
     >>> exact(0.5), exact(1234567), exact(0.1234567)

@@ -1,7 +1,7 @@
-"""Patterns: which weights of a scored matrix go.
+"""Sparsity patterns: which weights of a scored matrix are pruned.
 
-Each is a pure function of scores and a *budget*, the number of weights to remove, and returns a mask, ``True`` = kept.
-Exactly the budget is removed; ties go by position, the first one first (stable, as a stable sort would).
+Each is a pure function of scores and a *budget*, the number of weights to prune, and returns a mask, ``True`` = kept.
+Exactly the budget is pruned; ties are broken by position, first come first pruned, as by a stable sort.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from .errors import RecipeError, unknown
 
 Shape = tuple[int, int]
-#: Scores that are compared at a time on a CPU.
+#: Number of scores compared at a time on a CPU.
 _AT_A_TIME = 1 << 18
 
 
 def removed(n: int, sparsity: float) -> int:
-    """Return ``floor(n · sparsity)``, not fooled by the binary fraction behind a decimal sparsity.
+    """Return ``floor(n · sparsity)``, robust to the rounding of decimal sparsities in binary.
 
     >>> removed(100, 0.29), int(100 * 0.29)
     (29, 28)
@@ -34,7 +34,7 @@ def removed(n: int, sparsity: float) -> int:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a matrix are looked at: from `start`, of `inputs` in all."""
+    """A run of columns of a matrix: begins at `start`, out of `inputs` in all."""
 
     start: int
     inputs: int
@@ -45,19 +45,19 @@ Keep = Callable[[Float[Tensor, "outputs columns"], int, Columns], Bool[Tensor, "
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which weights compete with each other.
+    """A sparsity pattern: which weights compete with each other.
 
     Attributes
     ----------
     name
         As written in a recipe.
     choose
-        ``choose(scores, budget, columns)`` gives the mask of some columns of a matrix, whose share of the budget grows
-        evenly with the columns.
+        ``choose(scores, budget, columns)`` returns the mask of some columns of a matrix, which take a proportional
+        share of the budget.
     uniform
-        ``uniform(shape, sparsity)`` gives the budget of a matrix when every matrix gives the same share.
+        ``uniform(shape, sparsity)`` returns the budget of a matrix under uniform allocation.
     group
-        Consecutive inputs that compete within n:m; 0 for other patterns.
+        m for an n:m pattern, the number of consecutive inputs that compete; 0 for other patterns.
     """
 
     name: str
@@ -68,17 +68,17 @@ class Pattern:
     def keep(
         self, scores: Float[Tensor, "outputs columns"], budget: int, columns: Columns | None = None
     ) -> Bool[Tensor, "outputs columns"]:
-        """Return which weights stay.
+        """Return the mask of the weights to keep.
 
         Parameters
         ----------
         scores
-            The lowest go.
+            The lowest are pruned.
         budget
-            Weights that the whole matrix gives.
+            Number of weights to prune in the whole matrix.
         columns
-            Which of its columns these are; all by default. Blocks of columns that together are the whole matrix
-            give the budget exactly.
+            Which of its columns these are; all by default. Over column blocks that cover the matrix, exactly the
+            budget is pruned.
         """
         return self.choose(scores, budget, columns or Columns(0, scores.shape[1]))
 
@@ -97,7 +97,7 @@ def _matrix(scores: Float[Tensor, "outputs columns"], budget: int, columns: Colu
 
 
 def _share(budget: Int[Tensor, " groups"], width: int, columns: Columns) -> Int[Tensor, " groups"]:
-    """Return what `width` columns give of a budget that grows evenly with the columns."""
+    """Return the share of the budget that falls on `width` columns, in proportion to their number."""
     before = budget * columns.start // columns.inputs
     return budget * (columns.start + width) // columns.inputs - before
 
@@ -106,7 +106,7 @@ def _n_of_m(n: int, m: int) -> Keep:
     def choose(
         scores: Float[Tensor, "outputs columns"], budget: int, columns: Columns
     ) -> Bool[Tensor, "outputs columns"]:
-        """Remove the `n` lowest of every `m`, by counting for each weight the lower ones of its group."""
+        """Prune the `n` lowest of every `m`, by counting for each weight the lower ones in its group."""
         planes = [plane.contiguous() for plane in scores.reshape(scores.shape[0], -1, m).unbind(dim=2)]
         ranks = [torch.zeros_like(planes[0], dtype=torch.int8) for _ in planes]
         for later in range(1, m):
@@ -120,7 +120,7 @@ def _n_of_m(n: int, m: int) -> Keep:
 
 
 def _keep_highest(groups: Float[Tensor, "groups n"], counts: Int[Tensor, " groups"]) -> Bool[Tensor, "groups n"]:
-    """Return ``True`` for all but the lowest of each group, as many as `counts` says, ties broken by position."""
+    """Return ``True`` for all but the `counts` lowest of each group, ties broken by position."""
     keep = torch.ones_like(groups, dtype=torch.bool)
     for count in counts.unique().tolist():
         if count > 0:
@@ -134,7 +134,7 @@ def _keep_highest(groups: Float[Tensor, "groups n"], counts: Int[Tensor, " group
 
 
 def _all_but_lowest(groups: Float[Tensor, "groups n"], k: int) -> Bool[Tensor, "groups n"]:
-    # As much at a time as fits into a processor's cache: large matrices take half the time, and no large copies.
+    # In chunks that fit into the CPU cache: halves the time for large matrices, and avoids large copies.
     rows = max(_AT_A_TIME // groups.shape[1], 1) if groups.device.type == "cpu" else len(groups)
     return torch.cat([_all_but_lowest_of_few(few, k) for few in groups.split(rows)])
 
@@ -142,7 +142,7 @@ def _all_but_lowest(groups: Float[Tensor, "groups n"], k: int) -> Bool[Tensor, "
 def _all_but_lowest_of_few(groups: Float[Tensor, "groups n"], k: int) -> Bool[Tensor, "groups n"]:
     threshold = _kth_lowest(groups, k)[:, None]
     keep = groups > threshold
-    # Where several scores equal the threshold, too many went: the last of them stay.
+    # Where several scores equal the threshold, too many are pruned: the last of them are kept.
     spared = groups.shape[1] - keep.sum(dim=1, dtype=torch.int32) - k  # eight times as fast as int64
     tied = spared.nonzero().flatten()
     if len(tied):
@@ -166,7 +166,7 @@ def _matrix_share(shape: Shape, sparsity: float) -> int:
     return removed(shape[0] * shape[1], sparsity)
 
 
-#: One threshold over all weights of the model: its budgets come from ``allocation.threshold``, matrix by matrix.
+#: One threshold over all weights of the model; ``allocation.threshold`` turns it into a budget per matrix.
 MODEL = "model"
 _PATTERNS: dict[str, Pattern] = {
     "row": Pattern("row", _row, _rows_share),
@@ -185,7 +185,7 @@ def n_of_m(name: str) -> tuple[int, int] | None:
     Raises
     ------
     RecipeError
-        If it is written like n:m, but n is not between 0 and m.
+        If it has the form n:m, but not 0 < n < m <= 64.
     """
     found = _N_OF_M.fullmatch(name)
     if found is None:
@@ -214,5 +214,5 @@ def pattern_named(name: str) -> Pattern:
 
 
 def known_patterns() -> tuple[str, ...]:
-    """Return the names of all patterns; further n:m are made as they are named."""
+    """Return the names of the patterns; any other valid n:m is accepted too."""
     return (*sorted(_PATTERNS), "2:4", "4:8")

@@ -1,4 +1,4 @@
-"""What to prune, and how: validated, hashable, and the same from Python, TOML or a JSON file."""
+"""Pruning recipes: validated, hashable, and the same from Python, TOML or JSON."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from .parameters import checked, exact
 from .patterns import MODEL, Pattern, n_of_m, pattern_named
 from .text.calibration import CalibrationSet
 
-#: Calibration column of variants that no text was needed for, and of the dense model.
+#: Value of the calibration column for variants made without text, and for the dense model.
 UNCALIBRATED = "none"
-#: Scope column of variants that were pruned everywhere, and of the dense model.
+#: Value of the scope column for variants pruned everywhere, and for the dense model.
 EVERYWHERE = "all"
-#: Digits of the hash that tells one diagnosis from another in names.
+#: Digits of the hash that distinguishes diagnoses in names.
 _DIGITS = 6
 _BLOCKS = re.compile(r"(\d*):(\d*)|(\d+)")
 
 
 class Recipe(BaseModel):
-    """How weights are chosen: method, sparsity, pattern, allocation, propagation and scope.
+    """How a model is pruned: method, sparsity, pattern, allocation, propagation and scope.
 
     Attributes
     ----------
     method
         A registered method (``pruning.methods.known_methods()``).
     sparsity
-        Share of weights removed, above 0 and below 1; may be left out with an n:m pattern.
+        Share of weights to prune, between 0 and 1; may be omitted with an n:m pattern.
     pattern
-        Which weights compete with each other: ``row``, ``matrix``, ``model`` (one threshold over all), or n:m, which
-        removes n out of every m consecutive inputs; the method's native one by default.
+        Which weights compete with each other: ``row``, ``matrix``, ``model`` (one global threshold), or n:m, which
+        removes n out of every m consecutive inputs. Defaults to the method's native pattern.
     allocation
-        How much each block gives: ``uniform``, ``owl`` or ``cross-lingual``; the method's native one by default. With
-        ``diagnosis`` each matrix has a share of its own, by its `importance`.
+        How sparsity is distributed over blocks: ``uniform``, ``owl`` or ``cross-lingual``; or over matrices, by
+        `importance`: ``diagnosis``. Defaults to the method's native allocation.
     propagation
-        ``pruned``: each block's statistics are gathered behind the already pruned blocks (as published);
-        ``dense``: all statistics come from the dense model, which is cheaper and another method from the second
+        ``pruned``: each block's statistics are gathered with the preceding blocks already pruned, as published.
+        ``dense``: all statistics come from the dense model, which is cheaper but gives other results from the second
         block on. Methods that differentiate the loss of the whole model are always ``dense``.
     roles
-        Only these projections, such as ``("o",)``; all by default.
+        Prune only these projections, such as ``("o",)``; all by default.
     blocks
-        Only these blocks, in Python's notation without a step: ``0:4``, joined by commas, ``0:4,30:``; all by
+        Prune only these blocks, as comma-separated Python slices without a step: ``0:4`` or ``0:4,30:``; all by
         default.
     parameters
-        What the method and the allocation leave to their user, such as ``{"power": 0.7}``.
+        Hyperparameters of the method and the allocation, such as ``{"power": 0.7}``.
     importance
-        For allocation ``diagnosis``, and for no other: how much undoing the mask of each matrix brings back, such as
+        For allocation ``diagnosis`` only: how much restoring each matrix's dense weights recovers, such as
         ``{"9.down": 0.12}``, for every matrix in scope. See :class:`pruning.Remedy`.
 
     Raises
     ------
     RecipeError
-        (wrapped in pydantic's ``ValidationError``) if something is unknown, out of range or does not go together.
+        (wrapped in pydantic's ``ValidationError``) if a value is unknown or out of range, or values are incompatible.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -105,7 +105,7 @@ class Recipe(BaseModel):
     def _true_share(cls, sparsity: float) -> float:
         if not 0 < sparsity < 1:
             raise RecipeError(
-                f"sparsity {sparsity:g} is not between 0 and 1; it is the share of weights to remove, such as 0.5"
+                f"sparsity {sparsity:g} is not between 0 and 1; it is the share of weights to prune, such as 0.5"
             )
         return sparsity
 
@@ -123,7 +123,7 @@ class Recipe(BaseModel):
     @classmethod
     def _each_once(cls, parameters: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
         if len(dict(parameters)) < len(parameters):
-            raise RecipeError("parameters names one of them twice")
+            raise RecipeError("a name occurs twice in parameters")
         return parameters
 
     @field_validator("roles")
@@ -139,9 +139,9 @@ class Recipe(BaseModel):
     def _one_number_a_matrix(cls, importance: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
         for name, value in importance:
             if not math.isfinite(value):
-                raise RecipeError(f'importance of "{name}" is {value:g}, which is no number to rank by')
+                raise RecipeError(f'importance of "{name}" is {value:g}; it must be a finite number')
         if len(dict(importance)) < len(importance):
-            raise RecipeError("importance names a matrix twice")
+            raise RecipeError("a matrix occurs twice in importance")
         return tuple(sorted(importance))
 
     @field_validator("blocks")
@@ -151,7 +151,7 @@ class Recipe(BaseModel):
         for part in blocks.split(",") if blocks else ():
             if not _BLOCKS.fullmatch(part) or part == ":":
                 raise RecipeError(
-                    f'blocks "{shortened(blocks)}" is not like "0:4" (the first four), "30:" or "0:4,30:"'
+                    f'invalid blocks "{shortened(blocks)}"; write "0:4" (the first four), "30:" or "0:4,30:"'
                 )
         return blocks
 
@@ -161,14 +161,14 @@ class Recipe(BaseModel):
         if numbers and abs(self.sparsity - numbers[0] / numbers[1]) > 1e-9:
             raise RecipeError(
                 f'pattern "{self.pattern}" removes {numbers[0] / numbers[1]:g} of the weights; '
-                f"leave sparsity out instead of setting it to {self.sparsity:g}"
+                f"omit sparsity instead of setting it to {self.sparsity:g}"
             )
         if numbers:
             object.__setattr__(self, "sparsity", numbers[0] / numbers[1])
         if self.allocation != UNIFORM and (numbers or self.pattern == MODEL):
             raise RecipeError(
-                f'pattern "{self.pattern}" settles how much every matrix gives; '
-                f'allocation "{self.allocation}" goes with row or matrix'
+                f'pattern "{self.pattern}" fixes the sparsity of every matrix; '
+                f'allocation "{self.allocation}" needs pattern "row" or "matrix"'
             )
         if self.allocation == DIAGNOSIS and not self.importance:
             raise RecipeError(
@@ -176,7 +176,7 @@ class Recipe(BaseModel):
                 'diagnosis = "remedy.json" in a study, importance = Remedy.open(path).importance in Python'
             )
         if self.importance and self.allocation != DIAGNOSIS:
-            raise RecipeError(f'importance goes with allocation "{DIAGNOSIS}", not with "{self.allocation}"')
+            raise RecipeError(f'importance needs allocation "{DIAGNOSIS}", not "{self.allocation}"')
         known = dict(self.scoring.parameters) | dict(allocation_named(self.allocation).parameters)
         given = checked(f'"{self.method}" with {self.allocation} allocation', known, dict(self.parameters))
         object.__setattr__(self, "parameters", tuple(sorted(given.items())))
@@ -189,7 +189,7 @@ class Recipe(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether it needs calibration text: for the method, or for the allocation."""
+        """Whether the method or the allocation needs calibration text."""
         return self.scoring.calibrated or allocation_named(self.allocation).surveys
 
     @property
@@ -199,7 +199,7 @@ class Recipe(BaseModel):
 
     @property
     def method_parameters(self) -> dict[str, float]:
-        """Those of the parameters that the method takes."""
+        """The parameters that belong to the method."""
         return {name: value for name, value in self.parameters if name in self.scoring.parameters}
 
     @property
@@ -231,29 +231,29 @@ class Recipe(BaseModel):
 
     @property
     def scope(self) -> str:
-        """What the recipe is confined to, in words: ``all``, ``o``, ``blocks 0:4``, ``q k v, blocks 0:4``."""
+        """The recipe's scope in words: ``all``, ``o``, ``blocks 0:4``, ``q k v, blocks 0:4``."""
         parts = [" ".join(self.roles)] if self.roles else []
         parts += [f"blocks {self.blocks}"] if self.blocks else []
         return ", ".join(parts) or EVERYWHERE
 
     @property
     def method_label(self) -> str:
-        """What frames call the method: its name, with every parameter that is not the default."""
+        """The method's name in frames, with every parameter that is not the default."""
         return _label(self.method, self.method_parameters)
 
     @property
     def allocation_label(self) -> str:
-        """What frames call the allocation, likewise; with the start of the importances' SHA-256 if it has any."""
+        """The allocation's name in frames, likewise, and the first digits of the importances' hash if there are any."""
         known = allocation_named(self.allocation).parameters
         return _label(self._allocation_name, {name: value for name, value in self.parameters if name in known})
 
     @property
     def _allocation_name(self) -> str:
-        """The allocation, and which diagnosis it follows."""
+        """The allocation's name, with the hash of the diagnosis it follows, if any."""
         return f"{self.allocation}={self.importance_sha256[:_DIGITS]}" if self.importance else self.allocation
 
     def variant_id(self, calibration: CalibrationSet | None) -> str:
-        """Return the name of the variant that this recipe makes with a calibration set: readable and unique in a study.
+        """Return the id of the variant made by this recipe with a calibration set: readable, and unique in a study.
 
         >>> Recipe(method="wanda", sparsity=0.5).variant_id(CalibrationSet.named("en+sw"))
         'wanda-0.5-row-pruned-en+sw-s0'

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .code_version import code_version
 from .engine import Job, check_fits, planned_jobs, sweep
 from .engine.plan import Plan, make_plan
 from .engine.streams import Progress
@@ -139,6 +139,30 @@ class Wave:
             return f"{methods}, without text"
         which = sets[0] if len(sets) == 1 else f"{len(sets)} calibration sets"
         return f"{len(self.jobs)} variant{'s' * (len(self.jobs) > 1)}: {methods}; {which}"
+
+
+def job_key(job: Job, model_fingerprint: str, dtype: str, text_fingerprint: str | None) -> str:
+    """Return a hash of everything that a variant depends on, the version of the code that makes it included.
+
+    Parameters
+    ----------
+    job
+        What is made.
+    model_fingerprint, dtype
+        Of the dense model.
+    text_fingerprint
+        Of the calibration text, if there is some.
+    """
+    return content_sha256(
+        {
+            "code": code_version("pruning"),
+            "model": model_fingerprint,
+            "dtype": dtype,
+            "recipe": job.recipe.model_dump(mode="json"),
+            "set": job.calibration.model_dump(mode="json") if job.calibration else None,
+            "text": text_fingerprint,
+        }
+    )
 
 
 class PruningRun:
@@ -317,16 +341,7 @@ class PruningRun:
         )
 
     def _key(self, job: Job) -> str:
-        return content_sha256(
-            {
-                "prunescope": version("prunescope"),
-                "model": self.fingerprint,
-                "dtype": str(self.anatomy.model.dtype),
-                "recipe": job.recipe.model_dump(mode="json"),
-                "set": job.calibration.model_dump(mode="json") if job.calibration else None,
-                "text": self._texts.get(job.id),
-            }
-        )
+        return job_key(job, self.fingerprint, str(self.anatomy.model.dtype), self._texts.get(job.id))
 
     # -- what cannot be made -----------------------------------------------------------------------------------
 

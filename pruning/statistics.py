@@ -1,4 +1,4 @@
-"""What a scoring method may want to know of a projection, accumulated over the calibration text."""
+"""Statistics that scoring methods need of a projection, accumulated over the calibration text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .errors import MethodError
 
-#: Names of the statistics that a method can ask for.
+#: Names of the statistics that a method can request.
 SQUARES, GRAM, POSITIVE, GRADIENT, CURVATURE = "squares", "gram", "positive", "gradient", "curvature"
 STATISTICS = (SQUARES, GRAM, POSITIVE, GRADIENT, CURVATURE)
-#: Columns of a Gram matrix that are updated at a time; only panels on and above the diagonal are.
+#: Panel width for updates of a Gram matrix; only panels on and above the diagonal are computed.
 _PANEL = 512
 
 
@@ -28,11 +28,11 @@ class LanguageSums:
     Attributes
     ----------
     tokens
-        How many there were.
+        Number of tokens.
     squares
-        Sum of squares of every input: squared ``‖X_j‖₂``; float32 ``[inputs]``.
+        Sum of squares of every input, ``‖X_j‖₂²``; float32 ``[inputs]``.
     positive
-        Tokens on which an input is above zero, float32 ``[inputs]``; exact below 2^24 tokens.
+        Number of tokens on which an input is positive, float32 ``[inputs]``; exact below 2^24 tokens.
     """
 
     tokens: int
@@ -40,31 +40,31 @@ class LanguageSums:
     positive: Tensor
 
     def __add__(self, other: LanguageSums) -> LanguageSums:
-        """Return the sums over the tokens of both."""
+        """Return the sums over both sets of tokens."""
         return LanguageSums(self.tokens + other.tokens, self.squares + other.squares, self.positive + other.positive)
 
 
 class InputStatistics:
-    """Sums over the tokens that one projection reads, in float32 whatever the model's dtype.
+    """Sums over the inputs of one projection, in float32 whatever the model's dtype.
 
-    Statistics of two pieces of text add up to those of both, exactly up to the rounding of the sums. Reading what was
-    not gathered raises :class:`~pruning.errors.MethodError`.
+    The statistics of two texts add up to those of both, up to rounding. Reading a statistic that was not gathered
+    raises :class:`~pruning.errors.MethodError`.
 
     Parameters
     ----------
     inputs
-        Width of the input.
+        Number of input features.
     needs
-        What to gather: ``squares``, ``positive`` and ``gram``.
+        What to gather: any of ``squares``, ``positive`` and ``gram``.
     device
-        Where.
+        Device of the sums.
 
     Attributes
     ----------
     languages
         Language to its sums.
     memo
-        What a method works out from these statistics and wants to find again for the next recipe.
+        A method's cache of intermediate results that later recipes can reuse.
     """
 
     def __init__(self, inputs: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
@@ -78,7 +78,7 @@ class InputStatistics:
         self.memo: dict[Hashable, Any] = {}
 
     def add(self, x: Float[Tensor, "*tokens inputs"], language: str = "") -> None:
-        """Add a batch of inputs, one row a token."""
+        """Add a batch of inputs, one row per token."""
         rows = x.reshape(-1, self.inputs).float()
         if language not in self.languages:
             zeros = torch.zeros(self.inputs, dtype=torch.float32, device=self.device)
@@ -108,12 +108,12 @@ class InputStatistics:
 
     @property
     def tokens(self) -> int:
-        """Tokens seen."""
+        """Number of tokens seen."""
         return sum(sums.tokens for sums in self.languages.values())
 
     @property
     def squares(self) -> Float[Tensor, " inputs"]:
-        """Sum of squares of every input over all tokens; a Gram matrix has them, too."""
+        """Sum of squares of every input over all tokens; a Gram matrix has them on its diagonal."""
         if SQUARES not in self.needs and self._panels is not None:
             return self._panels.diagonal().clone()
         self._require(SQUARES)
@@ -126,13 +126,13 @@ class InputStatistics:
 
     @property
     def firing(self) -> Float[Tensor, " inputs"]:
-        """Share of tokens on which an input is above zero."""
+        """Share of tokens on which each input is positive."""
         self._require(POSITIVE)
         total = sum((s.positive for s in self.languages.values()), torch.zeros(self.inputs, device=self.device))
         return total / max(self.tokens, 1)
 
     def norms_by_language(self) -> dict[str, Tensor]:
-        """Return ``‖X_j‖₂`` for each language, as if all had the same number of tokens (their mean number)."""
+        """Return ``‖X_j‖₂`` for each language, rescaled as if each had the mean number of tokens."""
         self._require(SQUARES)
         mean = self.tokens / max(len(self.languages), 1)
         return {
@@ -146,7 +146,7 @@ class InputStatistics:
         return upper.triu() + upper.triu(1).T
 
     def gram_above_diagonal(self) -> Float[Tensor, "inputs inputs"]:
-        """Return a copy of ``XᵀX`` of which only the diagonal and what is above it are meant."""
+        """Return a copy of ``XᵀX`` that is valid only on and above the diagonal."""
         return self._gathered_panels().clone()
 
     def _gathered_panels(self) -> Tensor:
@@ -161,18 +161,18 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """All that a scoring method may look at beside the weight.
+    """Everything a scoring method may use besides the weight.
 
     Attributes
     ----------
     inputs
-        Of the projection's inputs; ``None`` for methods that need no text.
+        Statistics of the projection's inputs; ``None`` for methods that need no text.
     gradient
-        Derivative of the mean token loss by every weight, float32 ``[outputs, inputs]``.
+        Gradient of the mean token loss, float32 ``[outputs, inputs]``.
     curvature
-        Hessian of that loss times its gradient, likewise.
+        Hessian of that loss times its gradient, float32 ``[outputs, inputs]``.
     seed
-        For methods that draw random numbers: differs between projections.
+        For methods that draw random numbers; differs between projections.
     """
 
     inputs: InputStatistics | None = None
@@ -182,30 +182,30 @@ class Statistics:
 
     @property
     def known_inputs(self) -> InputStatistics:
-        """The inputs' statistics, which must be there."""
+        """The input statistics; raises ``MethodError`` if they were not requested."""
         if self.inputs is None:
             raise _not_asked_for(" or ".join((SQUARES, POSITIVE, GRAM)))
         return self.inputs
 
     @property
     def known_gradient(self) -> Float[Tensor, "outputs inputs"]:
-        """The gradient, which must be there."""
+        """The gradient; raises ``MethodError`` if it was not requested."""
         if self.gradient is None:
             raise _not_asked_for(GRADIENT)
         return self.gradient
 
     @property
     def known_curvature(self) -> Float[Tensor, "outputs inputs"]:
-        """The Hessian times the gradient, which must be there."""
+        """The Hessian times the gradient; raises ``MethodError`` if it was not requested."""
         if self.curvature is None:
             raise _not_asked_for(CURVATURE)
         return self.curvature
 
 
 def _not_asked_for(need: str) -> MethodError:
-    return MethodError(f"a method reads {need} without asking for it; add it to the needs of its Method")
+    return MethodError(f"a method reads {need} without requesting it; add it to the needs of its Method")
 
 
 def together(parts: Iterable[InputStatistics]) -> InputStatistics:
-    """Return the statistics of several pieces of text as of one."""
+    """Return the statistics of several texts as those of one."""
     return reduce(operator.add, parts)

@@ -96,6 +96,10 @@ ARCHITECTURES = [
 DECODERS = [kind for kind in ARCHITECTURES if kind != "mt5"]
 
 
+#: Not a test, and it may be imported once only.
+collect_ignore = ["standin.py"]
+
+
 def tiny_model(kind: str = "llama", seed: int = 0, **settings: Any) -> Any:
     """Return a random model of three blocks; weights large enough for its states to differ between tokens.
 

@@ -153,26 +153,68 @@ def diagnose(
         Told of the tokens as they are read.
     """
     estimate = attribute(session, asked.questions, damage, components, progress=progress)
+    exact = {}
+    for direction, chosen in to_confirm(asked, components, estimate, confirm).items():
+        some = [components[i] for i in chosen]
+        found = patch(session, asked.questions, damage, some, direction=direction, progress=progress)
+        exact[direction] = {i: found.exact[k] for k, i in enumerate(chosen)}
+    return recovery_frame(asked, components, columns, estimate, exact)
+
+
+def to_confirm(
+    asked: Asked, components: Sequence[Component], estimate: Patched, confirm: int = CONFIRMED
+) -> dict[Direction, list[int]]:
+    """Return which components are to be patched exactly in which direction; none if nothing was lost.
+
+    Parameters
+    ----------
+    asked, components
+        As for :func:`diagnose`.
+    estimate
+        From :func:`probes.attribute`.
+    confirm
+        How many causes are confirmed.
+    """
     drop = _Drop(asked, estimate)
-    place = {**columns, "language": asked.language, "task": asked.task, "category": asked.category}
-    rows: list[dict[str, Any]] = [{**place, "component": EVERYTHING, **drop.lost()}]
     if not drop.significant:
-        return tidy("recovery", rows)
-    shares = {i: effect.sum() / drop.total for i, effect in estimate.attributed.items()}
+        return {}
+    shares = drop.shares(estimate)
     causes = [i for i, component in enumerate(components) if component.kind in _CAUSES]
     causes.sort(key=lambda i: -shares[i])
     likeliest = _likeliest(components, causes, confirm)
     curves = {i for i, c in enumerate(components) if c.kind in _CURVES or "neurons" in c.kind}
-    for direction, chosen in ((RESTORE, sorted(likeliest | curves)), (DAMAGE, sorted(likeliest))):
-        found = patch(
-            session, asked.questions, damage, [components[i] for i in chosen], direction=direction, progress=progress
-        )
-        exact = {i: drop.recovered(found.exact[k], direction) for k, i in enumerate(chosen)}
-        positions = _positions(components, exact) if direction == RESTORE else {}
+    return {RESTORE: sorted(likeliest | curves), DAMAGE: sorted(likeliest)}
+
+
+def recovery_frame(
+    asked: Asked,
+    components: Sequence[Component],
+    columns: Mapping[str, Any],
+    estimate: Patched,
+    exact: Mapping[Direction, Mapping[int, ChoiceScores]],
+) -> pd.DataFrame:
+    """Return the frame ``recovery`` of what attribution and exact patching found.
+
+    Parameters
+    ----------
+    asked, components, columns
+        As for :func:`diagnose`.
+    estimate
+        From :func:`probes.attribute`.
+    exact
+        Direction to the scores with each component patched, for those that :func:`to_confirm` names.
+    """
+    drop = _Drop(asked, estimate)
+    place = {**columns, "language": asked.language, "task": asked.task, "category": asked.category}
+    rows: list[dict[str, Any]] = [{**place, "component": EVERYTHING, **drop.lost()}]
+    shares = drop.shares(estimate) if drop.significant else {}
+    for direction, scores in exact.items():
+        found = {i: drop.recovered(own, direction) for i, own in scores.items()}
+        positions = _positions(components, found) if direction == RESTORE else {}
         for i, component in enumerate(components):
             own = {**place, "direction": direction, **_where(component), "position": positions.get(i)}
-            if i in exact:
-                rows.append({**own, **exact[i]})
+            if i in found:
+                rows.append({**own, **found[i]})
             if direction == RESTORE:
                 rows.append({**own, "metric": "attributed_recovery", "value": float(shares[i])})
     return tidy("recovery", rows)
@@ -224,6 +266,10 @@ class _Drop:
         """Return the sums of every metric, higher is better, by cluster: ``[clusters, metrics]``."""
         of = {"margin": scores.margin, "accuracy": scores.correct, "loss": scores.right}
         return np.stack([np.bincount(self.cluster, of[m], self.clusters) for m in self.metrics], axis=1)
+
+    def shares(self, estimate: Patched) -> dict[int, float]:
+        """Return the share of the loss that each component is estimated to bring back."""
+        return {i: float(effect.sum() / self.total) for i, effect in estimate.attributed.items()}
 
     def lost(self) -> dict[str, Any]:
         change = self.dense - self.pruned

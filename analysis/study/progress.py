@@ -20,12 +20,17 @@ class WorkProgress:
         Work of the whole run.
     console
         Where to draw; standard error by default.
+
+    Attributes
+    ----------
+    total
+        Work of the whole run.
     """
 
     def __init__(self, total: float, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._done = 0.0
-        self._total = max(total, 1.0)
+        self.total = max(total, 1.0)
         self._started = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -36,7 +41,7 @@ class WorkProgress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._bar.add_task("starting", total=self._total, left="")
+        self._task = self._bar.add_task("starting", total=self.total, left="")
 
     def __enter__(self) -> WorkProgress:
         """Start drawing."""
@@ -50,25 +55,33 @@ class WorkProgress:
         """Stop drawing."""
         self._bar.stop()
 
-    def stage(self, name: str) -> None:
-        """Say what is running now."""
+    def stage(self, name: str, more: str = "", *, said: bool = True) -> None:
+        """Say what is running now.
+
+        Parameters
+        ----------
+        name
+            What it is.
+        more
+            What follows it, where there is no bar to show that.
+        said
+            Whether it has a line of its own where there is no bar.
+        """
         self._bar.update(self._task, description=name)
-        if not self.console.is_terminal:
-            left = self.left()
-            share = f"{100 * self._done / self._total:3.0f} %"
-            self.console.print(
-                f"[{share}] {name}" + (f" ({left})" if left else ""), highlight=False, markup=False, soft_wrap=True
-            )
+        if said and not self.console.is_terminal:
+            left = f" ({self.left()})" if self.left() else ""
+            share = f"{100 * self._done / self.total:3.0f} %"
+            self.console.print(f"[{share}] {name}{more}{left}", highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, work: float) -> None:
         """Add work that is done."""
-        self._done = min(self._done + work, self._total)
+        self._done = min(self._done + work, self.total)
         self._bar.update(self._task, completed=self._done, left=self.left())
 
     def left(self) -> str:
         """Return the time left in words; nothing before it can be told."""
         elapsed = time.monotonic() - self._started
-        if self._done < 0.01 * self._total or elapsed < 2:
+        if self._done < 0.01 * self.total or elapsed < 2:
             return ""
-        seconds = elapsed * (self._total - self._done) / self._done
+        seconds = elapsed * (self.total - self._done) / self._done
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"

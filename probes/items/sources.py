@@ -1,13 +1,13 @@
-"""Items: a prompt and choices, one of them right; the text that tells whether a model still knows and reasons.
+"""Multiple-choice items, which test what a model knows and how it reasons.
 
-A source of items is named, as text is,
+An item source is
 
 - ``"bundled"``: the set that comes with prunescope;
-- ``"file:PATH"``: one ``.jsonl`` file a language, ``{lang}`` standing for its tag, an item a line:
-  ``{"id": "1a", "category": "reasoning", "prompt": "...", "choices": [" yes", " no"], "answer": 0}``, with
-  ``"twin": "1"`` if it has a twin: an item with the same choices and another right one.
+- ``"file:PATH"``: one ``.jsonl`` file per language, with ``{lang}`` in place of its tag, and one item per line:
+  ``{"id": "1a", "category": "reasoning", "prompt": "...", "choices": [" yes", " no"], "answer": 0}``. The two items
+  of a minimal pair, with the same choices but different answers, share a ``"twin"``, such as ``"twin": "1"``.
 
-Items of different languages with one id say the same, except where they test the language itself.
+Items with the same id in different languages are translations, except where they test the language itself.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pruning.text.segments import whole_characters
 from pruning.text.sources import BUNDLED_LANGUAGES
 
 BUNDLED_ITEMS = "bundled"
-#: What the bundled items are about, from what needs least to what needs most.
+#: Categories of the bundled items, from the least to the most demanding.
 CATEGORIES = ("fluency", "knowledge", "commonsense", "reasoning")
 
 
 class Item(BaseModel):
-    """A prompt with choices, of which one is right.
+    """A multiple-choice item.
 
     Attributes
     ----------
@@ -42,14 +42,14 @@ class Item(BaseModel):
     category
         What it tests, such as ``reasoning``.
     prompt
-        What the model reads. It ends where the choices begin, and these begin with the space, if there is one.
+        What the model reads, without trailing space: the space before a choice is part of the choice.
     choices
         The continuations that are scored, at least two.
     answer
-        Number of the right one, from 0.
+        Index of the right choice, from 0.
     twin
-        The same for two items with the same choices and different answers: a model that leaves the prompt aside gets
-        one of them right, whatever it prefers. Its own id for an item that has no twin.
+        Shared by the two items of a minimal pair, which have the same choices but different answers: a model that
+        ignores the prompt gets at most one of them right. The item's own id if it is in no pair.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -72,7 +72,7 @@ class Item(BaseModel):
     def _answerable(self) -> Item:
         if self.answer >= len(self.choices):
             raise ValueError(
-                f'no choice is correct: "answer" is {self.answer}, and there are {len(self.choices)} choices, '
+                f'no choice is correct: "answer" is {self.answer}, but there are only {len(self.choices)} choices, '
                 "counted from 0"
             )
         if len(set(self.choices)) < len(self.choices) or not all(choice.strip() for choice in self.choices):
@@ -84,7 +84,7 @@ class Item(BaseModel):
 
 @dataclass(frozen=True)
 class ItemSource:
-    """Where items come from; ``spec`` as in the module's first lines.
+    """Where items come from; see the module's docstring for `spec`.
 
     Raises
     ------
@@ -98,12 +98,12 @@ class ItemSource:
         kind, _, path = self.spec.partition(":")
         if self.spec != BUNDLED_ITEMS and not (kind == "file" and path.endswith(".jsonl") and "{lang}" in path):
             raise TextError(
-                f'unknown source of items "{shortened(self.spec)}"; use "bundled" or "file:FOLDER/{{lang}}.jsonl"'
+                f'unknown item source "{shortened(self.spec)}"; use "bundled" or "file:FOLDER/{{lang}}.jsonl"'
             )
 
     @property
     def task(self) -> str:
-        """What frames call the task: ``bundled``, or the folder's name."""
+        """The task's name in frames: ``bundled``, or the name of the folder."""
         if self.spec == BUNDLED_ITEMS:
             return self.spec
         names = [part for part in Path(self.spec.partition(":")[2]).parent.parts if "{lang}" not in part]
@@ -115,13 +115,13 @@ class ItemSource:
         Raises
         ------
         TextError
-            If there are none, or one of them cannot be scored.
+            If there are none, or one of them is malformed.
         """
         if self.spec == BUNDLED_ITEMS:
             if language not in BUNDLED_LANGUAGES:
                 raise TextError(
                     f"no items for {named(language)}: the bundled set has {', '.join(BUNDLED_LANGUAGES)}; "
-                    'give your own with items = "file:FOLDER/{lang}.jsonl"'
+                    'use your own with items = "file:FOLDER/{lang}.jsonl"'
                 )
             path = Path(str(package_files("probes.items"))) / "bundled" / f"{language}.jsonl"
         else:
@@ -134,13 +134,13 @@ class ItemSource:
         seen: set[str] = set()
         for item in items:
             if item.id in seen:
-                raise TextError(f'{path}: two items are called "{item.id}"; give each an id of its own')
+                raise TextError(f'{path}: two items have the id "{item.id}"; ids must be unique')
             seen.add(item.id)
         return items
 
 
 def first_twins(items: Sequence[Item], count: int | None) -> list[Item]:
-    """Return about the first `count` items of every category, twins never apart; all of them if `count` is None."""
+    """Return about the first `count` items of every category, never splitting a minimal pair; all if it is None."""
     if count is None:
         return list(items)
     twins: dict[str, dict[str, list[Item]]] = {}
@@ -164,7 +164,7 @@ def items_fingerprint(items: Sequence[Item]) -> str:
 
 def _read(path: Path) -> Iterator[Item]:
     try:
-        # not splitlines(), which also cuts at separators that JSON has inside its strings
+        # not splitlines(), which also splits at separators that may occur inside JSON strings
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8; save it as UTF-8") from error
@@ -182,4 +182,4 @@ def _read(path: Path) -> Iterator[Item]:
             raise TextError(f"{path}, line {number}: {place + ': ' if place else ''}{message}") from error
         except (ValueError, RecursionError) as error:  # nested too deeply, or a number too long
             reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-            raise TextError(f"{path}, line {number}: not JSON ({reason}); one item a line is expected") from error
+            raise TextError(f"{path}, line {number}: not JSON ({reason}); write one item per line") from error

@@ -1,6 +1,6 @@
 """Pruning methods: pure functions of a weight and statistics. The higher the score, the more a weight matters.
 
-A method is one file beside this one that calls :func:`register` once, and one word in the imports below.
+To add a method, add a file here that calls :func:`register`, and import it below.
 """
 
 from __future__ import annotations

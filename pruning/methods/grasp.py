@@ -1,4 +1,4 @@
-"""GraSP: weights go whose removal lowers the gradient flow least, or raises it."""
+"""GraSP: prune the weights whose removal reduces the gradient flow least, or increases it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .registry import Method, register
 
 
 def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Float[Tensor, "outputs inputs"]:
-    """Return ``w · (H g)`` in float32, H and g of the mean token loss (Wang et al., ICLR 2020, 2002.07376).
+    """Return ``w · (H g)`` in float32, with H and g of the mean token loss (Wang et al., ICLR 2020, 2002.07376).
 
-    The paper's score is the negative of this, of which the largest go; here the lowest go.
+    The paper prunes the largest of ``-w · (H g)``; here the lowest scores are pruned, which is the same.
     """
     return weight.float() * statistics.known_curvature
 

@@ -1,8 +1,8 @@
-"""M-Wanda, a reconstruction: Wanda that also asks how an input differs between languages and how often it fires.
+"""M-Wanda, a reconstruction: Wanda with the variation of input norms between languages and their firing rates.
 
-Choenni & Titov (EMNLP 2025, 2505.21171) give Wanda's score a term for the variance over languages and one for the
-probability of an activation, and weight the sparsity of each layer by correlations between languages. Their exact
-formulas could not be obtained; those below are ours, and results made with them are not results of their method.
+Choenni & Titov (EMNLP 2025, 2505.21171) add to Wanda's score a term for the variance across languages and one for the
+activation probability, and weight each layer's sparsity by cross-lingual correlations. Their exact formulas were not
+available; those below are ours, and results obtained with them are not results of their method.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def score(
 ) -> Float[Tensor, "outputs inputs"]:
     """Return ``|W| · (mean_ℓ n_ℓ + variance · std_ℓ n_ℓ) · p^firing`` in float32 (a reconstruction, see above).
 
-    ``n_ℓ`` is ``‖X_j‖₂`` in language ℓ, at equal numbers of tokens; the standard deviation is that of the population; p
-    is the share of tokens with a positive input. By default `firing` is 0, which leaves the last factor out: inputs of
-    great strength that are never positive would lose all their weights, which ruins models that have such inputs.
+    ``n_ℓ`` is ``‖X_j‖₂`` in language ℓ, rescaled to equal numbers of tokens; ``std`` is the population standard
+    deviation; p is the share of tokens with a positive input. By default `firing` is 0, which drops the last factor:
+    otherwise strong inputs that are never positive would lose all their weights, which ruins models that have them.
     """
     inputs = statistics.known_inputs
     norms = torch.stack(list(inputs.norms_by_language().values()))
@@ -40,7 +40,7 @@ METHOD = register(
         pattern="row",
         allocation="cross-lingual",
         parameters={
-            "variance": Parameter(1, 0, 100, "weight of the deviation between languages"),
+            "variance": Parameter(1, 0, 100, "weight of the standard deviation across languages"),
             "firing": Parameter(0, 0, 10, "exponent of the share of tokens with a positive input"),
         },
     )

@@ -1,4 +1,4 @@
-"""Magnitude pruning: a weight matters as much as it is large."""
+"""Magnitude pruning: the score of a weight is its absolute value."""
 
 from __future__ import annotations
 

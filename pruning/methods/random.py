@@ -1,4 +1,4 @@
-"""Random pruning: the control. Any weight may go."""
+"""Random pruning, the control."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .registry import Method, register
 def score(
     weight: Float[Tensor, "outputs inputs"], statistics: Statistics, *, seed: float = 0
 ) -> Float[Tensor, "outputs inputs"]:
-    """Return uniform random numbers in float32, the same on every device for a seed and a projection."""
-    mixed = zlib.crc32(f"{statistics.seed} {int(seed)}".encode())  # the generator looks at 32 bits only
+    """Return uniform random float32 numbers, determined by seed and projection and the same on every device."""
+    mixed = zlib.crc32(f"{statistics.seed} {int(seed)}".encode())  # the generator uses only 32 bits
     generator = torch.Generator().manual_seed(mixed)
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 

@@ -1,4 +1,4 @@
-"""The table of pruning methods."""
+"""The registry of pruning methods."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ..errors import MethodError, RecipeError, unknown
 from ..parameters import Parameter
 from ..statistics import CURVATURE, GRADIENT, STATISTICS
 
-#: ``score(weight, statistics, **parameters)`` gives a float32 score for every weight; the lowest go.
+#: ``score(weight, statistics, **parameters)`` returns a float32 score for every weight; the lowest are pruned.
 Score = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Solved:
-    """What a method that corrects weights makes of matrices that read the same input.
+    """Result of a weight-updating method for matrices that read the same input.
 
     Attributes
     ----------
     masks
-        Kept weights of each, ``True`` = kept.
+        Mask of each matrix, ``True`` = kept.
     weights
-        The corrected weights, zero where removed, in the dtype of the dense ones.
+        Updated weights, zero where pruned, in the dtype of the dense ones.
     remarks
-        What a reader of the recipe should know, such as a raised damping.
+        Notes for the record, such as raised damping.
     """
 
     masks: list[Tensor]
@@ -35,7 +35,7 @@ class Solved:
 
 
 #: ``solve(weights, statistics, pattern, budgets, **parameters)`` prunes matrices that read the same input, each by its
-#: budget, and corrects what stays.
+#: budget, and updates the remaining weights.
 Solve = Callable[..., Solved]
 
 
@@ -48,16 +48,16 @@ class Method:
     name
         As written in a recipe.
     score
-        ``score(weight, statistics, **parameters)`` gives a float32 score for every weight; the lowest go.
+        ``score(weight, statistics, **parameters)`` returns a float32 score for every weight; the lowest are pruned.
     source
         The publication that defines it.
     needs
-        Statistics it asks for: ``squares``, ``positive``, ``gram`` of the inputs, ``gradient`` or ``curvature`` of the
-        loss; none if it needs no calibration text.
+        Statistics it requests: ``squares``, ``positive`` or ``gram`` of the inputs, ``gradient`` or ``curvature`` of
+        the loss; none if it needs no calibration text.
     pattern, allocation
-        The native ones, used when a recipe names none.
+        Native pattern and allocation, used when a recipe names none.
     solve
-        For methods that also correct the weights that stay; `score` then serves whole-model comparisons.
+        For methods that also update the remaining weights; `score` then only serves comparisons between matrices.
     parameters
         What a recipe may set.
     """
@@ -86,15 +86,15 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Add a method to the table.
+    """Register a method.
 
     Raises
     ------
     MethodError
-        If the name is taken, or it needs a statistic that nothing gathers.
+        If the name is taken, or the method needs an unknown statistic.
     """
     if method.name in _METHODS:
-        raise MethodError(f'a method named "{method.name}" is registered already; choose another name')
+        raise MethodError(f'a method named "{method.name}" is already registered; choose another name')
     for need in sorted(set(method.needs) - set(STATISTICS)):
         raise MethodError(f'method "{method.name}": {unknown("statistic", need, STATISTICS)}')
     _METHODS[method.name] = method

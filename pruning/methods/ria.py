@@ -1,4 +1,4 @@
-"""RIA: relative importance (a weight's share of its row and of its column) and activation."""
+"""RIA, relative importance and activations: a weight's share of its row and column, times its input's norm."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def score(
 ) -> Float[Tensor, "outputs inputs"]:
     """Return ``(|W| / Σ_column |W| + |W| / Σ_row |W|) · ‖X_j‖₂^power`` in float32.
 
-    Zhang et al., ICLR 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models". A row
-    or column of zeros gives scores of zero.
+    Zhang et al., ICLR 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models". Zero
+    weights score zero, even in rows or columns of zeros.
     """
     size = weight.float().abs()
     shares = 1 / size.sum(dim=0, keepdim=True).clamp_min(1e-30) + 1 / size.sum(dim=1, keepdim=True).clamp_min(1e-30)

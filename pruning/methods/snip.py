@@ -1,4 +1,4 @@
-"""SNIP: a weight matters as much as the loss changes when it starts to shrink."""
+"""SNIP: the score of a weight is the sensitivity of the loss to scaling it down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .registry import Method, register
 
 
 def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Float[Tensor, "outputs inputs"]:
-    """Return ``|w · ∂L/∂w|`` in float32, L the mean token loss (Lee et al., ICLR 2019, 1810.02340)."""
+    """Return ``|w · ∂L/∂w|`` in float32, with L the mean token loss (Lee et al., ICLR 2019, 1810.02340)."""
     return (weight.float() * statistics.known_gradient).abs()
 
 

@@ -1,13 +1,13 @@
-"""SparseGPT: choose weights column by column and let the later columns make up for what was taken.
+"""SparseGPT: prune column by column, and update the later columns to compensate for the error.
 
-The published algorithm passes the error of a column on to all later ones through U, the upper Cholesky factor of the
-inverse Gram matrix. With G = R Rᵀ, R upper triangular, U is the inverse of R, and the same numbers follow from R
-alone: a column's corrected weight is ``w_j + (Σ_{k<j} d_k R_kj) / R_jj``, where d_k is what earlier column k has lost
-in all. So one factorization is enough, nothing is inverted, and a block of columns collects what it owes to all
-earlier ones in one matrix product, when its turn comes.
+The published algorithm propagates the error of a column to all later ones through U, the upper Cholesky factor of the
+inverse Gram matrix. With G = R Rᵀ and R upper triangular, U is the inverse of R, and the same updates follow from R
+alone: a column's updated weight is ``w_j + (Σ_{k<j} d_k R_kj) / R_jj``, where d_k is the total change of the earlier
+column k. So one factorization suffices, nothing is inverted, and when a block of columns is reached, its updates from
+all earlier columns take one matrix product.
 
-The factorization is done here a panel of columns at a time, from the last to the first, since LAPACK has none with an
-upper factor on the left; nearly all of it is matrix products, so it is faster than LAPACK's own. Weights are stored
+LAPACK has no factorization with the upper factor on the left. The one below works on panels of columns, from the last
+to the first; it consists almost entirely of matrix products, and is faster than LAPACK's Cholesky. Weights are stored
 transposed, ``[inputs, outputs]``.
 """
 
@@ -25,13 +25,13 @@ from ..patterns import Columns, Pattern
 from ..statistics import GRAM, InputStatistics, Statistics
 from .registry import Method, Solved, register
 
-#: Columns that are corrected one by one before the rest of their block learns of it.
+#: Number of columns updated one by one before the rest of their block is updated.
 _NARROW = 32
-#: Blocks of columns that collect together what they owe to earlier ones: wider matrix products are faster.
+#: Number of blocks whose updates from earlier columns are computed together: wider matrix products are faster.
 _STRETCH = 4
-#: Columns of the Gram matrix that are factorized at a time.
+#: Number of columns of the Gram matrix factorized at a time.
 _PANEL = 256
-#: Factors by which the damping is raised until the factorization succeeds.
+#: Factors by which damping is raised until the factorization succeeds.
 _RAISED = (1, 10, 100, 1000)
 
 
@@ -42,10 +42,10 @@ def score(
     damping: float = 0.01,
     columns: float = 128,
 ) -> Float[Tensor, "outputs inputs"]:
-    """Return ``w² / U_jj²`` in float32 with the dense weights, as if every column came first.
+    """Return ``w² / U_jj²`` in float32 for the dense weights, without any updates.
 
-    Frantar & Alistarh, ICML 2023, 2301.00774. Only comparisons between matrices use this; within one, :func:`solve`
-    compares corrected weights.
+    Frantar & Alistarh, ICML 2023, 2301.00774. Used only for comparisons between matrices; within a matrix,
+    :func:`solve` compares updated weights.
     """
     factor = _factor(statistics.known_inputs, damping)
     saliency = (weight.float() * factor.upper.diagonal()).square()
@@ -61,21 +61,25 @@ def solve(
     damping: float = 0.01,
     columns: float = 128,
 ) -> Solved:
-    """Prune matrices that read the same input, in one sweep over its columns.
+    """Prune matrices that read the same input in one sweep over the columns, and update the remaining weights.
 
     Parameters
     ----------
     weights
-        Dense ``[outputs, inputs]``, any number of matrices.
+        Dense weights, each ``[outputs, inputs]``.
     statistics
-        With the Gram matrix of their inputs. Its scale does not matter.
+        Must have the Gram matrix of the inputs, on any scale.
     pattern, budgets
-        Thresholds are taken for each matrix and block of columns, or for every group of n:m from weights that are
-        corrected already.
+        Thresholds are set per matrix and block of columns, or for n:m per group, on weights already updated.
     damping
-        Share of the mean diagonal that is added to the Gram matrix; raised, and said so, if the factorization fails.
+        Share of the mean diagonal added to the Gram matrix; raised, with a remark, if the factorization fails.
     columns
-        Width of a block.
+        Block width.
+
+    Raises
+    ------
+    ArithmeticError
+        If the Gram matrix cannot be factorized even with 1000 times the damping.
     """
     factor = _factor(statistics.known_inputs, damping)
     upper, inputs = factor.upper, len(factor.upper)
@@ -89,7 +93,7 @@ def solve(
     narrow = pattern.group or _NARROW
     identity = torch.eye(width, device=stored.device)
     stretch = _STRETCH * width
-    owed = torch.zeros_like(stored[:stretch])  # what a stretch of blocks owes to the columns before it
+    owed = torch.zeros_like(stored[:stretch])  # updates of a stretch of blocks from the columns before it
 
     for begin in range(0, inputs, width):
         end = min(begin + width, inputs)
@@ -148,9 +152,9 @@ def _gone(
     budgets: Sequence[int],
     columns: Columns,
 ) -> Tensor:
-    """Return 1 where a weight goes and 0 where it stays, ``[columns, outputs]``."""
+    """Return 1 where a weight is pruned and 0 where it is kept, ``[columns, outputs]``."""
     saliency = (block * diagonal[:, None]).square_()
-    if pattern.group:  # within groups of inputs, so that the matrices need not be told apart
+    if pattern.group:  # groups lie within a row, so the matrices can be treated as one
         return (~pattern.keep(saliency.T, 0, columns)).T.to(block.dtype)
     gone = torch.empty_like(block)
     for (a, b), budget in zip(bounds, budgets, strict=True):
@@ -159,7 +163,7 @@ def _gone(
 
 
 class _Factor:
-    """The upper Cholesky factor R of the damped Gram matrix, ``G = R Rᵀ``; what is below its diagonal means nothing."""
+    """The upper Cholesky factor R of the damped Gram matrix, ``G = R Rᵀ``; entries below the diagonal are garbage."""
 
     def __init__(self, inputs: InputStatistics, damping: float) -> None:
         self.remarks: tuple[str, ...] = ()
@@ -185,7 +189,7 @@ def _factor(inputs: InputStatistics, damping: float) -> _Factor:
 
 
 def _factorize(matrix: Tensor) -> bool:
-    """Replace the upper triangle of a matrix by that of its factor R; whether there is one."""
+    """Replace the upper triangle of a matrix by that of its factor R; return whether this succeeded."""
     for end in range(len(matrix), 0, -_PANEL):
         begin = max(end - _PANEL, 0)
         panel = matrix[:end, begin:end]

@@ -1,4 +1,4 @@
-"""Wanda: a weight matters as much as it is large and its input is strong."""
+"""Wanda: the score of a weight is its absolute value times its input's norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .registry import Method, register
 def score(weight: Float[Tensor, "outputs inputs"], statistics: Statistics) -> Float[Tensor, "outputs inputs"]:
     """Return ``|W_ij| · ‖X_j‖₂`` in float32 (Sun et al., ICLR 2024, 2306.11695, eq. 1).
 
-    The published code divides the norm by the number of samples; that scales all scores alike and moves no rank.
+    The published code divides the norm by the number of samples, which scales all scores alike and changes no rank.
     """
     return (weight.float() * statistics.known_inputs.norms).abs_()
 

@@ -1,8 +1,8 @@
-"""The parts of a loaded model by their canonical names, whatever its architecture.
+"""The parts of a loaded model by canonical names, whatever its architecture.
 
-Everything else in prunescope speaks of *roles* (the projections, :data:`ROLES`) and *sites* (the roles, the MLP
-``activation``, the ``residual`` stream after a block and the ``final`` normed state); only this file and the table in
-:mod:`pruning.models.layouts` know the attribute paths and the storage behind them.
+The rest of prunescope uses *roles* (the projections, :data:`ROLES`) and *sites* (the roles, the MLP ``activation``, the
+``residual`` stream after a block and the ``final`` normed state); only this file and :mod:`pruning.models.layouts` know
+the attribute paths and storage behind them.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ __all__ = ["ROLES", "Anatomy", "InputGroup", "Stack", "role_kind", "supported_ar
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that run one after the other; a decoder-only model has one stack, an encoder-decoder two.
+    """A stack of consecutive blocks: a decoder-only model has one, an encoder-decoder two.
 
     Attributes
     ----------
     path
         Attribute path, from the model's root, of the module that runs the stack.
     blocks, norm
-        Paths below it of the blocks and of the last normalisation.
+        Paths below it of the blocks and of the final norm.
     first, stop
-        Its blocks are the model's from `first` up to and without `stop`.
+        Half-open range of its blocks among the model's.
     """
 
     path: str
@@ -64,13 +64,13 @@ class InputGroup:
     Attributes
     ----------
     roles
-        In the order in which they run.
+        In order of execution.
     module
-        Path below the block of a module whose first argument is that input.
+        Path, below the block, of a module whose first argument is that input.
     expert
-        Number of the expert that they belong to. It reads only those tokens of the input that are sent to it.
+        Index of the expert that they belong to, which reads only the tokens routed to it.
     inner
-        Whether the input is inside `module`, out of reach of hooks: :meth:`Anatomy.expert_inner` computes it.
+        Whether the input is internal to `module` and cannot be hooked: :meth:`Anatomy.expert_inner` computes it.
     """
 
     roles: tuple[str, ...]
@@ -86,7 +86,7 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class _Block:
-    """One block: its path from the root, and what its layout says of it."""
+    """One block: its path from the root, and its part of the layout."""
 
     module: nn.Module
     path: str
@@ -101,14 +101,14 @@ class _Block:
         return (*plain, *(f"{kind}.{e}" for e in range(self.n_experts) for kind in ("gate", "up", "down")))
 
     def place(self, role: str) -> str | Fused:
-        """Return where a role is; an expert's is in the module of all experts."""
+        """Return the location of a role; that of an expert is in the module of all experts."""
         if self.experts is None or role in self.sites:
             return self.sites[role]
         kind = role_kind(role)
         return self.experts.path if kind == "down" else Fused(self.experts.path, ("gate", "up").index(kind))
 
     def parameter(self, role: str) -> str:
-        """Return the path of the parameter that a role is in, below the block."""
+        """Return the path, below the block, of the parameter that stores a role."""
         path = path_of(self.place(role))
         if self.experts is None or role in self.sites:
             return f"{path}.weight"
@@ -116,27 +116,27 @@ class _Block:
 
 
 class Anatomy:
-    """The parts of one loaded model, by their canonical names.
+    """The parts of one loaded model, by canonical names.
 
     Parameters
     ----------
     model
-        A language model with its head, as ``transformers`` loads it. Its parameters may be on the meta device; then
-        only what does not need their values works.
+        A language model with its head, as loaded by ``transformers``. If its parameters are on the meta device, only
+        what does not need their values works.
 
     Attributes
     ----------
     model, config, kind
         The model, its (text) configuration and its ``model_type``.
     blocks
-        The blocks of all stacks, in the order in which they run.
+        The blocks of all stacks, in order of execution.
     stacks
-        Where they are.
+        The stacks, in order of execution.
 
     Raises
     ------
     ModelError
-        If the architecture is unknown and cannot be made out, or the model lacks a part that it should have.
+        If the architecture is unknown and cannot be inferred, or the model lacks a part that it should have.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -160,7 +160,7 @@ class Anatomy:
             self._check_shapes(layer)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        """Yield the ``(layer, role)`` of every prunable projection, in the order in which they run."""
+        """Yield the ``(layer, role)`` of every prunable projection, in order of execution."""
         for layer, roles in enumerate(self._roles):
             for role in roles:
                 yield layer, role
@@ -179,7 +179,7 @@ class Anatomy:
         return self.model.get_submodule(stack.path)
 
     def encoded(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
-        """Turn the hidden states after an encoder's last block into what the decoder reads: its last norm."""
+        """Apply the encoder's final norm to the states after its last block, which gives the decoder's input."""
         norm = self.model.get_submodule(f"{self.stacks[0].path}.{self.stacks[0].norm}")
         output: Tensor = norm(hidden.to(self.device))
         return output
@@ -190,25 +190,25 @@ class Anatomy:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device on which the model runs."""
         residence = residence_of(self.model)
         return residence.device if isinstance(residence, Streamed) else next(self.model.parameters()).device
 
     @property
     def streamed(self) -> bool:
-        """Whether parameters stay on disk but inside :meth:`loaded` and :meth:`loaded_for_start`."""
+        """Whether parameters stay on disk except within :meth:`loaded` and its like."""
         return residence_of(self.model).streamed
 
     def loaded(self, layer: int, *, to_read: bool = False) -> AbstractContextManager[None]:
-        """Have one block's parameters in memory inside a ``with`` block; `to_read` if they will not be written to."""
+        """Context manager that loads one block's parameters; `to_read` if they will not be modified."""
         return residence_of(self.model).present(self.parameter_names(layer), to_read=to_read)
 
     def loaded_for_start(self) -> AbstractContextManager[None]:
-        """Have in memory, inside a ``with`` block, what is neither a block's nor the head's: embeddings and norms."""
+        """Context manager that loads everything but the blocks and the head: embeddings and norms."""
         return residence_of(self.model).present(self._names_for_start(), to_read=True)
 
     def loaded_for_end(self) -> AbstractContextManager[None]:
-        """Have in memory, inside a ``with`` block, what comes after the last block: the last norm and the head."""
+        """Context manager that loads what follows the last block: the final norm and the head."""
         return residence_of(self.model).present(self._names_for_end(), to_read=True)
 
     def parameter_names(self, layer: int) -> list[str]:
@@ -216,13 +216,13 @@ class Anatomy:
         return [f"{self._blocks[layer].path}.{name}" for name, _ in self.blocks[layer].named_parameters()]
 
     def other_names(self) -> list[str]:
-        """Return the paths of all parameters that are no block's."""
+        """Return the paths of all parameters outside the blocks."""
         inside = {name for layer in range(len(self.blocks)) for name in self.parameter_names(layer)}
         return [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in inside]
 
     @property
     def other_numel(self) -> int:
-        """Number of values in the parameters that are no block's; tied ones count once."""
+        """Number of values in the parameters outside the blocks; tied ones count once."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or ()
         return sum(self.model.get_parameter(name).numel() for name in self.other_names() if name not in tied)
 
@@ -238,12 +238,12 @@ class Anatomy:
 
     @property
     def n_neurons(self) -> int:
-        """MLP neurons of a block.
+        """Number of MLP neurons per block.
 
         Raises
         ------
         ModelError
-            If its blocks have no one number of neurons: in a mixture of experts, or where blocks differ.
+            If there is no single such number: in a mixture of experts, or if blocks differ.
         """
         if any(block.n_experts for block in self._blocks):
             raise ModelError(f'"{self.kind}" is a mixture of experts: its neurons belong to experts, not to blocks')
@@ -253,20 +253,20 @@ class Anatomy:
         return counts.pop()
 
     def roles(self, layer: int) -> tuple[str, ...]:
-        """Return the roles of one block, in the order in which they run."""
+        """Return the roles of one block, in order of execution."""
         return self._roles[layer]
 
     def role_kinds(self) -> tuple[str, ...]:
-        """Return the kinds of all roles of the model, as :data:`ROLES` orders them."""
+        """Return the kinds of all roles of the model, in the order of :data:`ROLES`."""
         kinds = {role_kind(role) for roles in self._roles for role in roles}
         return tuple(kind for kind in ROLES if kind in kinds)
 
     def has_gate(self, layer: int) -> bool:
-        """Whether the MLP of a block (or its experts) has gates: ``act(gate(x)) * up(x)`` and not ``act(up(x))``."""
+        """Whether the MLP of a block (or its experts) is gated: ``act(gate(x)) * up(x)`` rather than ``act(up(x))``."""
         return any(role_kind(role) == "gate" for role in self._roles[layer])
 
     def groups(self, layer: int) -> tuple[InputGroup, ...]:
-        """Return the projections of one block by the input that they read, in the order in which they run."""
+        """Return the projections of one block, grouped by the input that they read, in order of execution."""
         block = self._blocks[layer]
         groups = []
         for kinds in SHARED_INPUTS:
@@ -282,20 +282,20 @@ class Anatomy:
         return tuple(groups)
 
     def shape(self, layer: int, role: str) -> tuple[int, int]:
-        """Return the outputs and inputs of one projection."""
+        """Return ``(outputs, inputs)`` of one projection."""
         *outputs, inputs = self._view(layer, role).shape
         return math.prod(outputs), inputs
 
     def weight(self, layer: int, role: str) -> Float[Tensor, "outputs inputs"]:
         """Return the weight of one projection.
 
-        It is a live view of the model's parameter (writing to it changes the model), except where the rows of several
-        roles are interleaved (GPT-NeoX, BLOOM): there it is a copy. :meth:`set_weight` writes to every storage.
+        This is a live view of the model's parameter (writing to it changes the model), or a copy if the rows of several
+        roles are interleaved (GPT-NeoX, BLOOM). :meth:`set_weight` works in both cases.
         """
         return self._view(layer, role).flatten(0, -2)
 
     def is_view(self, layer: int, role: str) -> bool:
-        """Whether :meth:`weight` gives a live view of the model's parameter, and not a copy."""
+        """Whether :meth:`weight` returns a live view of the model's parameter rather than a copy."""
         return self._view(layer, role).ndim == 2
 
     @torch.no_grad()
@@ -305,20 +305,20 @@ class Anatomy:
         view.copy_(value.unflatten(0, view.shape[:-1]))
 
     def block_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that hold the projections, by their paths from the model's root.
+        """Return the parameters that store the projections, by path from the model's root.
 
-        One parameter may hold several projections, or those of all experts.
+        One parameter may store several projections, or those of all experts.
         """
         names = dict.fromkeys(self._parameter(layer, role) for layer, role in self)
         return {name: self.model.get_parameter(name) for name in names}
 
     def by_projection(self, values: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:
-        """Cut values of the shapes of :meth:`block_parameters` (gradients, say) into those of each projection.
+        """Split tensors shaped like :meth:`block_parameters`, such as gradients, by projection.
 
         Parameters
         ----------
         values
-            By the parameters' paths; those that are absent are left out.
+            Parameter path to tensor; parameters without one are skipped.
 
         Returns
         -------
@@ -336,7 +336,7 @@ class Anatomy:
     def expert_inner(
         self, layer: int, expert: int, x: Float[Tensor, "tokens inputs"]
     ) -> Float[Tensor, "tokens neurons"]:
-        """Return ``act(gate(x)) * up(x)`` of one expert with its present weights: the input of its ``down``."""
+        """Return ``act(gate(x)) * up(x)`` of one expert with its current weights: the input of its ``down``."""
         experts: Any = self.experts(layer)
         both = linear(x, self._stored(layer, f"gate.{expert}")[expert])
         if hasattr(experts, "_apply_gate"):
@@ -346,30 +346,30 @@ class Anatomy:
         return experts.act_fn(gate) * up
 
     def sites(self, layer: int) -> tuple[str, ...]:
-        """Return what can be read of one block, in the order in which it runs.
+        """Return the sites of one block, in order of execution.
 
-        That is its roles, the MLP's ``activation`` and the ``residual`` stream after it. What is inside experts is not
-        among them.
+        These are its roles, the MLP's ``activation`` and the ``residual`` stream after the block; nothing inside
+        experts.
         """
         return (*self._blocks[layer].sites, "residual")
 
     def path(self, layer: int, site: str) -> str:
-        """Return the attribute path, from the model's root, of the module in whose output `site` is."""
+        """Return the attribute path, from the model's root, of the module whose output contains `site`."""
         block = self._blocks[layer]
         return block.path if site == "residual" else f"{block.path}.{path_of(block.sites[site])}"
 
     def site(self, layer: int, site: str, value: Any, shape: Sequence[int] | None = None) -> Tensor:
-        """Return one site's values, ``[batch, tokens, width]``, out of the output of the module at its path.
+        """Extract one site's values, ``[batch, tokens, width]``, from the output of the module at its path.
 
         Parameters
         ----------
         layer, site
-            What is wanted.
+            Block and site.
         value
-            The module's output: a tensor, or a tuple that starts with it.
+            The module's output: a tensor, or a tuple that starts with one.
         shape
-            Batch and tokens. Some architectures flatten these two on the way through an MLP (OPT, shared experts);
-            given the shape, their values come back in it.
+            Batch and tokens. Some architectures flatten these two dimensions inside an MLP (OPT, shared experts); if
+            given, they are restored.
         """
         output: Tensor = value[0] if isinstance(value, tuple) else value
         if shape is not None and output.ndim == 2:
@@ -378,16 +378,16 @@ class Anatomy:
         return self._cut(layer, site, place, output).flatten(output.ndim - 1) if isinstance(place, Fused) else output
 
     def with_site(self, layer: int, site: str, output: Any, value: Tensor) -> Any:
-        """Return what the module at a site's path would put out if the site had other values.
+        """Return a module's output with the values of one site replaced.
 
         Parameters
         ----------
         layer, site
-            What is to have other values.
+            Block and site.
         output
-            What the module did put out; left as it is.
+            The module's output, which is not modified.
         value
-            The other values, in the shape in which :meth:`site` gives them.
+            The new values, in the shape returned by :meth:`site`.
         """
         whole: Tensor = output[0] if isinstance(output, tuple) else output
         place = self._blocks[layer].sites.get(site)
@@ -400,48 +400,48 @@ class Anatomy:
 
     @property
     def final_norm_path(self) -> str:
-        """Attribute path of the last normalisation, whose output the head reads."""
+        """Attribute path of the final norm, whose output the head reads."""
         return f"{self.stacks[-1].path}.{self.stacks[-1].norm}"
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens that the head scores."""
+        """Number of tokens in the head's vocabulary."""
         return int(head_of(self.model).weight.shape[0])
 
     def logits(
         self, hidden: Float[Tensor, "*batch hidden"], vocabulary: slice = slice(None)
     ) -> Float[Tensor, "*batch vocabulary"]:
-        """Turn normed final hidden states into logits exactly as the model's own forward does.
+        """Compute logits from normed final hidden states, exactly as the model's own forward does.
 
         Parameters
         ----------
         hidden
-            Output of the last normalisation.
+            Output of the final norm.
         vocabulary
-            The tokens whose logits are wanted; all by default.
+            The tokens to compute logits for; all by default.
         """
         return head_logits(self.model, hidden, vocabulary)
 
     def precise_logits(
         self, hidden: Float[Tensor, "*batch hidden"], vocabulary: slice = slice(None)
     ) -> Float[Tensor, "*batch vocabulary"]:
-        """Turn normed final hidden states into logits that are at least float32, for a loss.
+        """Compute logits from normed final hidden states in at least float32, for a loss.
 
-        They are those of :meth:`logits` without its rounding in a 16-bit model.
+        Equal to :meth:`logits` without its rounding in a 16-bit model.
 
         Parameters
         ----------
         hidden, vocabulary
-            As in :meth:`logits`; a slice of the vocabulary is widened to float32 as a whole.
+            As in :meth:`logits`; the whole slice of the head may be converted to float32.
         """
         return precise_head_logits(self.model, hidden, vocabulary)
 
     def fingerprint(self) -> str:
         """Identify the model by shape and sampled values of every prunable weight (SHA-256, hexadecimal).
 
-        A fine-tuned sibling or another size differs; loading the same checkpoint in another folder does not.
-        At most 512 evenly spaced values a projection are read, so that it takes milliseconds; it tells models
-        apart and is not a proof of integrity.
+        A fine-tuned version or another size has a different fingerprint; the same checkpoint in another folder does
+        not. At most 512 evenly spaced values per projection are read, which takes milliseconds; the fingerprint tells
+        models apart but does not prove integrity.
         """
         digest = hashlib.sha256(str(self.config.model_type).encode())
         for layer, roles in enumerate(self._roles):
@@ -463,7 +463,7 @@ class Anatomy:
         return [name for name in self.other_names() if name.rpartition(".")[0] in places]
 
     def _parameter(self, layer: int, role: str) -> str:
-        """Return the path, from the model's root, of the parameter that holds a projection."""
+        """Return the path, from the model's root, of the parameter that stores a projection."""
         return f"{self._blocks[layer].path}.{self._blocks[layer].parameter(role)}"
 
     def _stored(self, layer: int, role: str) -> Tensor:
@@ -476,7 +476,7 @@ class Anatomy:
     def _part(self, layer: int, role: str, stored: Tensor) -> Tensor:
         """Return a view of one projection's part of a parameter.
 
-        It is ``[outputs, inputs]``, or ``[heads, outputs of a head, inputs]`` where heads are interleaved.
+        Its shape is ``[outputs, inputs]``, or ``[heads, outputs per head, inputs]`` if heads are interleaved.
         """
         block = self._blocks[layer]
         if role not in block.sites:
@@ -488,7 +488,7 @@ class Anatomy:
         return outputs_last.movedim(0, -1)
 
     def _cut(self, layer: int, role: str, place: Fused, value: Tensor) -> Tensor:
-        """Return a view of one part of a fused projection's outputs, which are the last dimension."""
+        """Return a view of one part of a fused projection, whose outputs are the last dimension."""
         if place.split == "heads":
             return value.unflatten(-1, (int(self.config.num_attention_heads), 3, -1)).select(-2, place.part)
         width = value.shape[-1]
@@ -511,7 +511,7 @@ class Anatomy:
         return len(stored[0])
 
     def _check_shapes(self, layer: int) -> None:
-        """Raise ``ModelError`` unless the projections of a block fit together."""
+        """Raise ``ModelError`` unless the shapes of a block's projections are consistent."""
         roles = [role for role in self._roles[layer] if role in ROLES or role.endswith(".0")]
         try:
             shapes = {role_kind(role): self.shape(layer, role) for role in roles}

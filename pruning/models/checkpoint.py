@@ -1,4 +1,4 @@
-"""A checkpoint folder: its tensors, and a configuration that they bear out; nothing in it is believed unchecked."""
+"""A checkpoint folder: its tensors and its configuration, which is checked against them; nothing in it is trusted."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 AGAIN = "download the checkpoint again"
-#: Blocks or experts that a model may have, however few tensors its checkpoint has.
+#: Number of blocks or experts that is always accepted, however few tensors the checkpoint has.
 _PARTS = 1000
-#: Values that a model may have for each that is stored: tied ones may count twice, packed ones hold up to 16.
+#: Most parameters accepted per stored value: tied ones may count twice, quantized ones may be packed 16 to a value.
 _TIED, _PACKED = 2, 16
-#: Bytes of buffers, such as tables of positions, that a model may have, however small its checkpoint is.
+#: Bytes of buffers, such as position tables, that are always accepted, however small the checkpoint is.
 _BUFFERS = 2**30
 
 
 @contextmanager
 def foreign(what: str) -> Iterator[None]:
-    """Turn whatever other libraries raise inside a ``with`` block, over files that are damaged, into one clear line.
+    """Context manager that turns anything other libraries raise over damaged files into a one-line error.
 
     Raises
     ------
     ModelError
-        That names `what` cannot be read or built.
+        If `what` cannot be read or built.
     """
     try:
         yield
     except PrunescopeError:
         raise
-    # What a wrong value leads to depends on where it is first used: transformers raises anything from KeyError to
-    # ZeroDivisionError, tokenizers bare Exception, and where its Rust code panics a BaseException.
+    # Where a bad value surfaces depends on where it is first used: transformers raises anything from KeyError to
+    # ZeroDivisionError, tokenizers a bare Exception, or a BaseException if its Rust code panics.
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -61,19 +61,19 @@ class Shards:
     Attributes
     ----------
     files, shapes
-        Name of a tensor to the file that it is in, and to its shape.
+        Name of each tensor to its file, and to its shape.
 
     Raises
     ------
     ModelError
-        If the folder has no safetensors, one of its files is missing, cut short or damaged, or the index does not fit
-        the files.
+        If the folder has no safetensors, a file is missing, truncated or damaged, or the index does not match the
+        files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = folder / INDEX
-        if (folder / SINGLE).is_file():  # which transformers prefers, too
+        if (folder / SINGLE).is_file():  # preferred by transformers too
             self.shapes = _shapes(folder / SINGLE)
             self.files = dict.fromkeys(self.shapes, folder / SINGLE)
         elif index.is_file():
@@ -100,12 +100,12 @@ class Shards:
             )
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors, mapped from their files and not yet read.
+        """Return tensors, memory-mapped from their files.
 
         Raises
         ------
         ModelError
-            If a file was damaged or removed meanwhile.
+            If a file has been damaged or removed in the meantime.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -123,12 +123,12 @@ class Shards:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Return the file of each tensor that an index of shards names.
+    """Return the file of each tensor in a shard index.
 
     Raises
     ------
     ModelError
-        If the index is damaged, or names files that are not beside it.
+        If the index is damaged, or names files outside its folder.
     """
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -158,14 +158,14 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a checkpoint's configuration asks for.
+    """The model described by a checkpoint's configuration.
 
     Attributes
     ----------
     config
-        As transformers has it.
+        The transformers configuration.
     kind
-        The class of transformers that builds the model, with its head.
+        The transformers class that builds the model with its head.
     """
 
     config: Any
@@ -173,13 +173,13 @@ class Plan:
 
 
 def checked_plan(shards: Shards) -> Plan:
-    """Return the configuration of a checkpoint, tried out without values and found to fit the size of its weights.
+    """Return a checkpoint's configuration, checked by building it on the meta device and comparing sizes.
 
     Raises
     ------
     ModelError
-        If it is damaged, asks for code of its own, or describes a model that cannot be built or is far larger than the
-        weights that are there, so that building it would take all memory.
+        If it is damaged, needs custom code, or describes a model that cannot be built or is far larger than the stored
+        weights, so that building it would exhaust memory.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -202,7 +202,7 @@ def checked_plan(shards: Shards) -> Plan:
 
 
 def _check_counts(path: Path, tensors: int) -> None:
-    """Raise ``ModelError`` if a configuration asks for so many parts that even going through them would not end."""
+    """Raise ``ModelError`` if a configuration has so many layers or experts that even a meta model takes forever."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

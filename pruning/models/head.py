@@ -1,4 +1,4 @@
-"""The language modelling head: from normed final hidden states to logits."""
+"""The language modelling head: logits from normed final hidden states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from ..errors import ModelError
 
 
 def head_of(model: nn.Module) -> Any:
-    """Return the linear module that turns final hidden states into logits."""
+    """Return the linear module that maps final hidden states to logits.
+
+    Raises
+    ------
+    ModelError
+        If the model has no head.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         kind = model.config.model_type  # type: ignore[union-attr]
@@ -23,7 +29,7 @@ def head_of(model: nn.Module) -> Any:
 
 
 def head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = slice(None)) -> Tensor:
-    """Turn normed final hidden states into logits exactly as the model's own forward does.
+    """Compute logits from normed final hidden states, exactly as the model's own forward does.
 
     Covers the logit scales of Cohere and Granite, the soft cap of Gemma 2 and the scaled states of T5.
     """
@@ -35,16 +41,16 @@ def head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = slice(None
 
 
 def precise_head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = slice(None)) -> Tensor:
-    """Turn normed final hidden states into logits that are float32 from the product on, for a loss.
+    """Compute logits from normed final hidden states with a float32 matrix product, for a loss.
 
-    A model in float32 or more has its own logits, as from :func:`head_logits`. In a 16-bit one they would be rounded
+    For models in float32 or wider these are the logits of :func:`head_logits`. In a 16-bit model those are rounded
     before they are scaled, capped and compared: by up to 1/16 nat at a logit of 20 in bfloat16.
 
-    Products of 16-bit numbers are exact in float32, so only the output must be wider. A GPU has a product with 16-bit
-    inputs and float32 outputs, unless it is to be differentiated. On a CPU the slice of the head is widened; in
-    bfloat16 oneDNN then multiplies it, which uses AMX where there is one. Without AMX, on two cores and for 1,024
-    tokens, this takes 2.1 times as long as bfloat16 logits at a hidden size of 4,096, 1.7 times at 640 (a plain
-    float32 product 4.2 and 3.4 times).
+    Products of 16-bit numbers are exact in float32, so only the output needs to be wider. A GPU can multiply 16-bit
+    inputs into float32 outputs, though not differentiably. On a CPU the slice of the head is converted to float32; for
+    bfloat16 oneDNN then does the product, with AMX if available. Without AMX, on two cores and for 1,024 tokens, this
+    takes 2.1 times as long as bfloat16 logits at a hidden size of 4,096 and 1.7 times at 640 (a plain float32 product
+    4.2 and 3.4 times).
     """
     head = head_of(model)
     weight: Tensor = head.weight[vocabulary]
@@ -60,7 +66,7 @@ def precise_head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = sl
 
 
 def _wide_product(states: Tensor, weight: Tensor) -> Tensor:
-    """Return the product of 16-bit states and a 16-bit weight in float32, without any other rounding."""
+    """Return the product of 16-bit states and a 16-bit weight in float32, with no intermediate rounding."""
     differentiated = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
     if states.device.type == "cuda" and states.dtype == weight.dtype and not differentiated:
         rows = torch.mm(states.reshape(-1, states.shape[-1]), weight.T, out_dtype=torch.float32)
@@ -71,7 +77,7 @@ def _wide_product(states: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def _bfloat16_inside(allowed: bool) -> Iterator[None]:
-    """Let float32 products on a CPU read their inputs as bfloat16, which must be exact."""
+    """Let float32 products on a CPU convert their inputs to bfloat16; the caller ensures that this is exact."""
     products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
     if not allowed or before == "bf16" or not torch.backends.mkldnn.is_available():
@@ -85,14 +91,14 @@ def _bfloat16_inside(allowed: bool) -> Iterator[None]:
 
 
 def _scale_of_states(model: nn.Module) -> float:
-    """Return what T5 and its relatives multiply the final states by."""
+    """Return the factor by which T5 and its relatives scale the final states."""
     config = _text_config(model)
     scaled = getattr(config, "scale_decoder_outputs", config.model_type == "umt5" and config.tie_word_embeddings)
     return float(config.d_model**-0.5) if scaled else 1.0
 
 
 def _finished(model: nn.Module, logits: Tensor) -> Tensor:
-    """Scale and cap what the head's product gives."""
+    """Apply logit scaling and soft-capping."""
     config = _text_config(model)
     if getattr(config, "logit_scale", None) is not None:
         logits = logits * config.logit_scale

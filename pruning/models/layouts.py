@@ -1,7 +1,7 @@
-"""Where each architecture keeps its blocks, projections and MLP activation: a table of attribute paths.
+"""Attribute paths of the blocks, projections and MLP activation of each architecture.
 
-Every projection has a canonical *role*, whatever its name and however it is stored. An architecture that is not in the
-table is made out from its structure where that leaves no doubt, and refused otherwise.
+Every projection has a canonical *role*, whatever its name and storage. The layout of an architecture that is not in
+the table is inferred from its structure if that is unambiguous, and refused otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .head import head_logits
 
-#: Every kind of prunable projection. A role is a kind, or one expert's, as in ``"gate.3"``.
+#: Every kind of prunable projection. A role is a kind, or that of one expert, as in ``"gate.3"``.
 ROLES = (
     "q",
     "k",
@@ -34,7 +34,7 @@ ROLES = (
     "shared_up",
     "shared_down",
 )
-#: Kinds that read the same input where a block has them.
+#: Kinds that read the same input, if a block has them.
 SHARED_INPUTS = (
     ("q", "k", "v"),
     ("o",),
@@ -59,17 +59,17 @@ def role_kind(role: str) -> str:
 
 @dataclass(frozen=True)
 class Fused:
-    """One part of a module that is several projections in one.
+    """One part of a module that fuses several projections.
 
     Attributes
     ----------
     path
         The module, below a block.
     part
-        Which of its parts, from 0: q, k, v or gate, up, unless the architecture has another order.
+        Index of the part, from 0: q, k, v or gate, up, unless the architecture has another order.
     split
         ``rows``: each part is a run of output rows (q has as many as ``o`` has inputs, k and v share the rest; gate
-        and up have half each). ``heads``: one head after the other, each with its own q, k and v rows.
+        and up have half each). ``heads``: interleaved by head, each head with its own q, k and v rows.
     """
 
     path: str
@@ -84,7 +84,7 @@ def path_of(place: str | Fused) -> str:
 
 @dataclass(frozen=True)
 class Experts:
-    """A module that holds all experts of a block in two parameters.
+    """A module that stores all experts of a block in two parameters.
 
     Attributes
     ----------
@@ -108,17 +108,17 @@ class Layout:
     body
         The module that turns token ids into normed hidden states (everything but the head).
     blocks, norm
-        Its blocks and its last normalisation, whose output the head reads: paths below the body.
+        Paths, below the body, of its blocks and its final norm, whose output the head reads.
     sites
-        Every role, and the MLP's ``activation`` (its sign says whether a neuron fires), in the order in which they run:
-        the path of a module below a block, or a part of a fused module. An MLP without ``gate`` has only ``up`` and
-        ``down``. Roles ``shared_*`` are there in blocks with experts, ``gate``, ``up``, ``down`` in those without.
+        Every role and the MLP's ``activation`` (whose sign tells whether a neuron fires), in order of execution, to a
+        module's path below a block or a part of a fused module. An MLP without ``gate`` has only ``up`` and ``down``.
+        Blocks with experts have the ``shared_*`` roles, those without have ``gate``, ``up`` and ``down``.
     experts
-        Where a mixture of experts keeps them. They run last in their block.
+        Where a mixture of experts stores its experts, which run last in their block.
     transposed
-        Whether weights are stored ``[inputs, outputs]``, as GPT-2's ``Conv1D`` does.
+        Whether weights are stored as ``[inputs, outputs]``, as in GPT-2's ``Conv1D``.
     encoder
-        Of an encoder-decoder: the stack that runs first.
+        Layout of the encoder of an encoder-decoder.
     """
 
     sites: Mapping[str, str | Fused]
@@ -131,11 +131,11 @@ class Layout:
 
     @property
     def stacks(self) -> tuple[Layout, ...]:
-        """The layouts of all stacks, in the order in which they run."""
+        """The layouts of all stacks, in order of execution."""
         return (self,) if self.encoder is None else (*self.encoder.stacks, self)
 
     def sites_of(self, block: nn.Module) -> dict[str, str | Fused]:
-        """Return those of the sites that this block has."""
+        """Return the sites that this block has."""
         sparse = self.experts_of(block) is not None
         absent = {"gate", "activation", "up", "down"} if sparse else {"shared_gate", "shared_up", "shared_down"}
         return {site: place for site, place in self.sites.items() if site not in absent}
@@ -232,7 +232,7 @@ def _t5(*, gated: bool) -> Layout:
 
 
 _T5 = (_t5(gated=True), _t5(gated=False))
-#: Of several layouts a model has the first whose parts are all there.
+#: If an architecture has several layouts, the first one whose parts all exist is used.
 _LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "llama": (_LLAMA,),
     "mistral": (_LLAMA,),
@@ -259,7 +259,7 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 
 def supported_architectures() -> tuple[str, ...]:
-    """Return the ``model_type`` of every architecture in the table; others may be made out from their structure."""
+    """Return the ``model_type`` of every architecture in the table; others may be inferred from their structure."""
     return tuple(sorted(_LAYOUTS))
 
 
@@ -271,19 +271,19 @@ def register_architecture(kind: str, *layouts: Layout) -> None:
     kind
         Its ``model_type``.
     layouts
-        Where its parts are; of several, a model has the first whose parts are all there. Its head must be linear, with
-        no more around it than :func:`~pruning.models.head.head_logits` knows.
+        Where its parts are; of several, the first one whose parts all exist is used. The head must be linear, with only
+        the scaling and capping that :func:`~pruning.models.head.head_logits` supports.
     """
     _LAYOUTS[kind] = layouts
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Return where a model has its parts: from the table, else from its structure.
+    """Return a model's layout, from the table or else inferred from its structure.
 
     Raises
     ------
     ModelError
-        If a part is missing, or the architecture is unknown and leaves a doubt.
+        If a part is missing, or the architecture is unknown and its structure ambiguous.
     """
     kind = _kind(model)
     if kind in _LAYOUTS:
@@ -297,7 +297,7 @@ def layout_of(model: nn.Module) -> Layout:
     if model not in _DISCOVERED:
         layout = _discovered(model)
         if any(parameter.is_meta for parameter in model.parameters()):
-            return layout  # by its names only, so not to be remembered
+            return layout  # inferred from names alone, so not cached
         _DISCOVERED[model] = _verified(model, layout)
     return _DISCOVERED[model]
 
@@ -314,7 +314,7 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _missing(model: nn.Module, layout: Layout) -> Iterator[str]:
-    """Yield the paths that a layout has and a model has not."""
+    """Yield the layout's paths that the model lacks."""
     for stack in layout.stacks:
         blocks = _child(model, f"{stack.body}.{stack.blocks}")
         for below in (stack.blocks, stack.norm):
@@ -330,7 +330,7 @@ def _missing(model: nn.Module, layout: Layout) -> Iterator[str]:
                     yield f"{stack.body}.{stack.blocks}.{layer}.{path}"
 
 
-# An architecture that is not in the table.
+# Inferring the layout of an architecture that is not in the table.
 
 _ATTENTION_NAMES = {
     "q": ("q_proj", "query", "q", "wq", "q_lin"),
@@ -358,7 +358,7 @@ def _refusal(model: nn.Module, reason: str) -> ModelError:
 
 
 def _discovered(model: nn.Module) -> Layout:
-    """Return the layout that the names in an unknown architecture suggest."""
+    """Return the layout suggested by the module names of an unknown architecture."""
     lists = list(_block_lists(model))
     if len(lists) != 1:
         found = "no list of like blocks" if not lists else f"several lists of blocks ({', '.join(lists)})"
@@ -379,7 +379,7 @@ def _discovered(model: nn.Module) -> Layout:
 
 
 def _block_lists(model: nn.Module, path: str = "") -> Iterator[str]:
-    """Yield the paths of the outermost lists of modules of one class that hold weights."""
+    """Yield the paths of the outermost module lists whose modules are of one class and have weights."""
     for name, module in model.named_children():
         below = f"{path}{name}"
         like = len({type(block) for block in module.children()}) == 1
@@ -394,7 +394,7 @@ def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _placed(model: nn.Module, block: nn.Module) -> dict[str, str | Fused]:
-    """Give every weight of a block its role, by its name."""
+    """Assign a role to every weight of a block, by name."""
     found: dict[str, str] = {}
     if not any("att" in name.lower() for name in _matrices(block)):
         raise _refusal(model, "its blocks have no attention, and only transformers can be pruned here")
@@ -429,12 +429,12 @@ def _placed(model: nn.Module, block: nn.Module) -> dict[str, str | Fused]:
 
 @torch.no_grad()
 def _verified(model: nn.Module, layout: Layout) -> Layout:
-    """Watch two tokens pass through the model: return the layout with its sites in the order in which they run.
+    """Verify a layout with a forward pass on two tokens, and return it with its sites in order of execution.
 
     Raises
     ------
     ModelError
-        If anything runs otherwise than its name says.
+        If the pass contradicts the roles inferred from names.
     """
     inputs: dict[tuple[int, str], Tensor] = {}
     outputs: dict[tuple[int, str], Tensor] = {}

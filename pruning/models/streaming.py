@@ -1,4 +1,4 @@
-"""Models larger than memory: parameters stay in the checkpoint's safetensors shards and come in a block at a time."""
+"""Models larger than memory: parameters stay in the checkpoint's safetensors shards and are loaded block by block."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .checkpoint import AGAIN, Plan, Shards, foreign
 
 
 class Residence:
-    """Where a model's parameters are: here, in memory as a whole. :class:`Streamed` is the other kind."""
+    """Where a model's parameters reside: here, all in memory; with :class:`Streamed`, on disk."""
 
-    #: Whether parameters come and go.
+    #: Whether parameters are loaded on demand.
     streamed = False
 
     @contextmanager
@@ -33,30 +33,30 @@ _IN_MEMORY = Residence()
 
 
 def residence_of(model: nn.Module) -> Residence:
-    """Return where the parameters of a model are."""
+    """Return where the parameters of a model reside."""
     return _RESIDENCES.get(model, _IN_MEMORY)
 
 
 @dataclass
 class _Origin:
-    """What a checkpoint stores of one parameter.
+    """The tensors of a checkpoint that make up one parameter.
 
     Attributes
     ----------
     stored
-        Names of its tensors to the patterns of the converter that they match.
+        Name of each tensor to the pattern of the converter that it matches.
     converter
-        Of transformers, for parameters that are stored in parts, such as those of all experts.
+        The transformers converter, for parameters stored in parts, such as those of all experts.
     """
 
     stored: dict[str, str | None] = field(default_factory=dict)
     converter: Any = None
 
     def value(self, name: str, tensors: Mapping[str, Tensor], model: Any) -> Tensor:
-        """Return the parameter, made of its stored tensors."""
+        """Return the parameter, assembled from its stored tensors."""
         if self.converter is None:
             return tensors[next(iter(self.stored))]
-        converter = deepcopy(self.converter)  # it collects what it is given
+        converter = deepcopy(self.converter)  # it accumulates tensors
         for stored, pattern in self.stored.items():
             converter.add_tensor(name, stored, pattern, tensors[stored])
         value = converter.convert(name, model=model, config=model.config)[name]
@@ -65,16 +65,16 @@ class _Origin:
 
 
 class Streamed(Residence):
-    """Parameters that are read from shards when they are needed, and dropped afterwards.
+    """Parameters that are read from shards when needed, and dropped afterwards.
 
     Parameters
     ----------
     model
-        With all parameters on the meta device.
+        A model with all parameters on the meta device.
     shards
-        Of its checkpoint.
+        The shards of its checkpoint.
     dtype, device
-        What parameters become when they are read.
+        Dtype and device of parameters that are read.
 
     Raises
     ------
@@ -88,7 +88,7 @@ class Streamed(Residence):
         self.shards = shards
         self.device = device
         self._dtype = dtype
-        self._weakly = weakref.ref(model)  # this lives as long as the model does, which it must not keep alive
+        self._weakly = weakref.ref(model)  # a strong reference would keep the model alive
         self._in_float32 = _kept_in_float32(model, dtype)
         self._origins = _origins(model, shards)
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -133,7 +133,7 @@ class Streamed(Residence):
             )
 
     def is_stored(self, name: str) -> bool:
-        """Whether the checkpoint has a parameter or buffer under its own name, not that of one it is tied to."""
+        """Whether the checkpoint stores a parameter or buffer under its own name rather than one it is tied to."""
         return name in self._origins
 
     @contextmanager
@@ -157,7 +157,7 @@ class Streamed(Residence):
                 module._parameters[leaf] = parameter
 
     def load_buffers(self) -> None:
-        """Bring all buffers to the device, those that the checkpoint has with its values."""
+        """Move all buffers to the device, with the checkpoint's values if it has them."""
         for name, buffer in list(self._model.named_buffers()):
             module, leaf = _holder(self._model, name)
             if name in self._origins:
@@ -174,7 +174,7 @@ class Streamed(Residence):
 
 
 def _origins(model: Any, shards: Shards) -> dict[str, _Origin]:
-    """Return what the checkpoint stores of each parameter and buffer, by the rules that transformers loads it by."""
+    """Return the stored tensors of each parameter and buffer, by the conversion rules of transformers."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -193,7 +193,7 @@ def _origins(model: Any, shards: Shards) -> dict[str, _Origin]:
             origin = origins.setdefault(name, _Origin())
             origin.stored[stored] = pattern
             origin.converter = by_pattern.get(pattern)
-    model._weight_conversions = [rule for rule in rules if rule.was_used()]  # saved again as it was
+    model._weight_conversions = [rule for rule in rules if rule.was_used()]  # so that it is saved in the same format
     return origins
 
 
@@ -218,11 +218,11 @@ def open_streamed(shards: Shards, plan: Plan, dtype: torch.dtype | None, device:
     Parameters
     ----------
     shards, plan
-        Of the checkpoint.
+        Shards and plan of the checkpoint.
     dtype
-        That parameters become; the one that the checkpoint is stored in by default.
+        Dtype of the parameters; that of the checkpoint by default.
     device
-        Where they go when they are needed.
+        Device that parameters are loaded to.
 
     Raises
     ------
@@ -251,7 +251,7 @@ def open_streamed(shards: Shards, plan: Plan, dtype: torch.dtype | None, device:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Make every parameter that is created inside a ``with`` block one without values; buffers keep theirs."""
+    """Context manager within which new parameters are created on the meta device; buffers keep their values."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

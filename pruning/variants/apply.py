@@ -7,17 +7,21 @@ the mask travels with eight weights a byte, and is unpacked there.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .masks import unpack_bits
 
-#: Bytes of a mask that are looked up at a time on a CPU: they stand for a megabyte of weights in bfloat16.
-_PIECE = 1 << 16
+#: Bytes of a mask that are looked up at a time on a CPU: they stand for half a megabyte of weights in bfloat16.
+_PIECE = 1 << 15
 #: Weights whose mask is unpacked to booleans at a time on a CPU.
 _UNPACKED = 1 << 20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -47,7 +51,7 @@ def write_pruned(
     if out.device.type != "cpu":
         _write_rows(dense, bits.to(out.device), out, None if values is None else values.to(out.device))
     elif out.shape[1] % 8 == 0 and dense.is_contiguous() and out.is_contiguous():
-        _write_bits(dense, bits.flatten(), out, values)
+        _write_bits(dense, packed.reshape(-1), out, values)
     else:
         rows, passed = max(_UNPACKED // out.shape[1], 1), 0
         for start in range(0, len(out), rows):
@@ -58,56 +62,79 @@ def write_pruned(
             passed += kept
 
 
-def _write_bits(dense: Tensor, bits: Tensor, out: Tensor, values: Tensor | None) -> None:
-    size = dense.element_size()
-    kind = _INTEGERS[size]
-    target = out.view(-1).view(kind).view(torch.int64)
-    source = dense.view(-1).view(kind).view(torch.int64)
-    stored = None if values is None else values.to(dense.dtype).contiguous().view(kind)
+def _write_bits(dense: Tensor, bits: NDArray[np.uint8], out: Tensor, values: Tensor | None) -> None:
+    """Write a weight whose rows are whole bytes of its mask, in as many threads as torch has.
+
+    They are threads of their own, each with one long stretch: torch's would meet after every piece, and wait for each
+    other wherever something else runs on the machine, a hundred times as long as the work takes.
+    """
+    kind = _INTEGERS[dense.element_size()]
+    source, target = (weight.view(kind).numpy().reshape(-1) for weight in (dense, out))
+    stored = None if values is None else values.to(dense.dtype).contiguous().view(kind).numpy()
+    stretches: list[tuple[NDArray[np.uint8], NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]] = []
+    passed = 0
+    step = max(-(-len(bits) // torch.get_num_threads()), _PIECE)
+    for start in range(0, len(bits), step):
+        some = bits[start : start + step]
+        where = slice(8 * start, 8 * (start + len(some)))
+        if stored is None:
+            stretches.append((some, target[where], source[where], None))
+        else:
+            kept = int(np.bitwise_count(some).sum(dtype=np.int64))
+            stretches.append((some, target[where], None, stored[passed : passed + kept]))
+            passed += kept
+    with ThreadPoolExecutor(len(stretches)) as pool:
+        list(pool.map(_write_stretch, *zip(*stretches, strict=True)))
+
+
+def _write_stretch(
+    bits: NDArray[np.uint8], target: NDArray[Any], source: NDArray[Any] | None, values: NDArray[Any] | None
+) -> None:
+    table = _tables(target.itemsize)
+    words = np.empty((_PIECE, table.words.shape[1]), dtype=table.words.dtype)
     passed = 0
     for start in range(0, len(bits), _PIECE):
-        some = bits[start : start + _PIECE].int()
-        where = slice(start * size, (start + len(some)) * size)
-        if stored is None:
+        some = bits[start : start + _PIECE]
+        kept_words = words[: len(some)]
+        np.take(table.words, some, axis=0, out=kept_words, mode="clip")
+        where = slice(8 * start, 8 * (start + len(some)))
+        if source is not None:
             piece = source[where]
         else:
-            spread, kept = _spread(some, stored[passed:])
-            piece, passed = spread.view(torch.int64), passed + kept
-        words = torch.view_as_real(_table(size).index_select(0, some)).view(torch.int64)
-        torch.bitwise_and(piece, words.flatten(), out=target[where])
+            assert values is not None
+            counts = table.counts[some]
+            ends = counts.cumsum(dtype=np.int32)
+            places = np.take(table.before, some, axis=0) + (ends - counts)[:, None]
+            here = values[passed : passed + ends[-1]] if ends[-1] else np.zeros(1, target.dtype)
+            piece = np.take(here, places.reshape(-1), mode="clip")  # what is removed gets any of them
+            passed += int(ends[-1])
+        np.bitwise_and(piece.view(np.uint64), kept_words.reshape(-1).view(np.uint64), out=target[where].view(np.uint64))
 
 
-def _spread(bits: Tensor, values: Tensor) -> tuple[Tensor, int]:
-    """Return the next values, each where its bit is set (and anything elsewhere), and how many there are."""
-    before, counts = _ranks()
-    of_byte = counts.index_select(0, bits)
-    ends = of_byte.cumsum(0, dtype=torch.int32)
-    kept = int(ends[-1])
-    places = before.index_select(0, bits).add_((ends - of_byte)[:, None]).flatten()
-    some = values[: kept + 1]  # a removed weight after the last kept one is sent to what comes next
-    if len(some) <= kept:
-        some = torch.cat([some, some.new_zeros(1)])
-    return some.index_select(0, places), kept
+@dataclass(frozen=True)
+class _Tables:
+    """What each byte of a mask stands for.
 
-
-@cache
-def _ranks() -> tuple[Tensor, Tensor]:
-    """Return, for each byte of a mask, how many weights are kept before each of its eight, and in all."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.int32)
-    return torch.from_numpy(np.cumsum(bits, axis=1, dtype=np.int32) - bits), torch.from_numpy(
-        bits.sum(1, dtype=np.int32)
-    )
-
-
-@cache
-def _table(size: int) -> Tensor:
-    """Return, for weights of `size` bytes, what each byte of a mask stands for, complex128 ``[256, size / 2]``.
-
-    The numbers mean nothing: items of 16 bytes are the largest that are looked up in one go.
+    Attributes
+    ----------
+    words
+        Ones where a weight is kept, in items of 16 bytes, the largest that numpy copies in one go: ``[256, items]``.
+    before, counts
+        How many weights are kept before each of its eight, ``[256, 8]``, and in all, ``[256]``.
     """
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
-    words = np.repeat(-bits.astype(np.int8), size, axis=1)
-    return torch.from_numpy(words.view(np.complex128))
+
+    words: NDArray[np.complex128]
+    before: NDArray[np.int32]
+    counts: NDArray[np.int32]
+
+
+@cache
+def _tables(itemsize: int) -> _Tables:
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.int8)
+    words = np.repeat(-bits, itemsize, axis=1).view(np.complex128)
+    counts = bits.sum(axis=1, dtype=np.int32)
+    before = np.cumsum(bits, axis=1, dtype=np.int32) - bits.astype(np.int32)
+    return _Tables(words, before, counts)
 
 
 def _write_rows(dense: Tensor, bits: Tensor, out: Tensor, values: Tensor | None) -> None:

@@ -81,7 +81,7 @@ class DenseModel:
             If the model's weights stay on disk.
         """
         if self.anatomy.streamed:
-            raise ModelError("this takes the whole model in memory, and its weights stay on disk; load it whole")
+            raise ModelError("this needs the whole model in memory, but its weights stay on disk; load it whole")
         place = self._place_for_copy()
         return {key: self.anatomy.weight(*key).to(place, copy=True) for key in self.anatomy}
 

@@ -122,7 +122,7 @@ def without(key):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (GOOD | {"answer": 2}, r"line 2: no choice is correct: .answer. is 2, and there are 2 choices"),
+        (GOOD | {"answer": 2}, r"line 2: no choice is correct: .answer. is 2, but there are only 2 choices"),
         (GOOD | {"answer": -1}, r"line 2: answer: .*greater than or equal to 0"),
         (GOOD | {"answer": None}, r"line 2: answer: .*integer"),
         (without("answer"), "line 2: answer: Field required"),
@@ -135,10 +135,10 @@ def without(key):
         (GOOD | {"prompt": ""}, r"line 2: prompt: .*at least 1 character"),
         (without("id"), "line 2: id: Field required"),
         (GOOD | {"category": ""}, r"line 2: category: .*at least 1 character"),
-        ('{"id": "1a", ', "line 2: not JSON .*one item a line is expected"),
+        ('{"id": "1a", ', "line 2: not JSON .*write one item per line"),
         ("[1, 2]", "line 2: .*(dictionary|object)"),
-        ("once upon a time", "line 2: not JSON .*one item a line is expected"),
-        (GOOD, 'two items are called "1a"; give each an id of its own'),
+        ("once upon a time", "line 2: not JSON .*write one item per line"),
+        (GOOD, 'two items have the id "1a"; ids must be unique'),
     ],
 )
 def test_an_item_that_cannot_be_scored_is_one_clear_line(tmp_path, line, words):
@@ -164,14 +164,14 @@ def test_files_without_items_are_one_clear_line(tmp_path):
     "spec", ["", "bundeld", "file:", "file:items.jsonl", "file:{lang}.txt", "hub:belebele", "items/{lang}.jsonl"]
 )
 def test_unknown_sources_are_refused(spec):
-    with pytest.raises(TextError, match=r'unknown source of items .*use "bundled" or "file:FOLDER/\{lang\}.jsonl"'):
+    with pytest.raises(TextError, match=r'unknown item source .*use "bundled" or "file:FOLDER/\{lang\}.jsonl"'):
         ItemSource(spec)
 
 
 def test_numbers_are_good_ids(tmp_path):
     source = written(tmp_path, GOOD | {"id": 7}, GOOD | {"id": 8})
     assert [(item.id, item.twin) for item in source.items("en")] == [("7", "7"), ("8", "8")]
-    with pytest.raises(TextError, match='two items are called "7"'):
+    with pytest.raises(TextError, match='two items have the id "7"'):
         written(tmp_path, GOOD | {"id": 7}, GOOD | {"id": "7"}).items("en")
 
 

@@ -137,7 +137,7 @@ def test_a_model_gets_only_the_inputs_that_it_takes(make_model, tokenizer, segme
 
 
 def test_an_encoder_decoder_is_refused(make_model, tokenizer):
-    with pytest.raises(ModelError, match='probes read decoder-only models; "mt5" can be pruned, not read'):
+    with pytest.raises(ModelError, match='only decoder-only models can be read; "mt5" can only be pruned'):
         Session(make_model("mt5"), tokenizer)
 
 

@@ -35,7 +35,7 @@ def gathered(*needs: str) -> InputStatistics:
     ],
 )
 def test_what_was_not_asked_for_cannot_be_read(read, asked, missing):
-    with pytest.raises(MethodError, match=f"^a method reads {missing} without asking for it; add it to the needs"):
+    with pytest.raises(MethodError, match=f"^a method reads {missing} without requesting it; add it to the needs"):
         READS[read](gathered(asked))
 
 
@@ -46,5 +46,5 @@ def test_a_gram_matrix_has_the_squares():
 
 @pytest.mark.parametrize("statistic", ["known_inputs", "known_gradient", "known_curvature"])
 def test_a_method_without_needs_has_no_statistics(statistic):
-    with pytest.raises(MethodError, match="without asking for it"):
+    with pytest.raises(MethodError, match="without requesting it"):
         getattr(Statistics(), statistic)

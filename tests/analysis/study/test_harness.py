@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from harness_tasks import jsonl, sums, write_task
 
 from analysis.frames import read_frame, write_frame
 from analysis.study.harness import STUDY_BENCHMARKS, bundled_task_folder, evaluate, known_tasks, preset
@@ -31,12 +32,6 @@ def harness():
     return pytest.importorskip("lm_eval")
 
 
-def jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def source(tmp_path):
     for language in ("en", "sw"):
@@ -44,38 +39,11 @@ def source(tmp_path):
     return ItemSource(f"file:{tmp_path}/items/{{lang}}.jsonl")
 
 
-def write_task(folder, name, rows, **settings):
-    """Write a task with as many examples as items."""
-    data = jsonl(folder / f"{name}.jsonl", rows)
-    examples = jsonl(folder / f"{name}-train.jsonl", rows)
-    config = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data), "train": str(examples)}},
-        "test_split": "test",
-        "training_split": "train",
-        "metadata": {"version": 1},
-    }
-    (folder / f"{name}.yaml").write_text(json.dumps(config | settings), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Return a folder with tasks of several kinds."""
     folder = tmp_path / "tasks"
-    sums = [{"question": f"{i} + {i} =", "options": [str(i), str(2 * i)], "gold": i % 2} for i in range(1, 6)]
-    acc = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    write_task(
-        folder,
-        "sums_sw",
-        sums,
-        output_type="multiple_choice",
-        doc_to_text="question",
-        doc_to_choice="options",
-        doc_to_target="gold",
-        metric_list=acc,
-    )
+    sums(folder)
     said = [{"question": f"Say {word}:", "answer": word} for word in ("a", "b", "c")]
     exact = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
     generated = {

@@ -98,6 +98,12 @@ def finished(place):
     return place / "out"
 
 
+def finished_files(folder: Path) -> list[Path]:
+    """Return the records of a study and the files of the results on record."""
+    records = list((folder / "records").rglob("*.json"))
+    return records + [folder / name for path in records for name in json.loads(path.read_text())["files"]]
+
+
 def contents(folder: Path, *parts: str) -> dict[str, bytes]:
     files = [path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -113,6 +119,7 @@ def test_study_folder_holds_what_the_readme_lists(finished):
         "frames",
         "provenance.json",
         "readings",
+        "records",
         "report.html",
         "study.toml",
         "variants",
@@ -251,12 +258,13 @@ def test_second_run_repeats_nothing(finished):
     assert result.returncode == 0
     assert "pruning" not in result.stderr
     assert "reading" not in result.stderr
+    assert "loading" not in result.stderr
     before.pop(finished / ".lock", None)
     touched = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
     assert touched <= {"provenance.json", "study.toml"}
 
 
-@pytest.mark.parametrize("stages", [1, 4, 8])
+@pytest.mark.parametrize("stages", [2, 3, 4, 5], ids=["pruning", "reading", "frames", "figures"])
 def test_killed_run_goes_on_and_ends_with_the_same_bytes(place, finished, stages, tmp_path):
     out = tmp_path / "killed"
     command = [*COMMAND, "run", str(place / "study.toml"), "--out", str(out)]
@@ -269,15 +277,13 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(place, finished, stages
                 time.sleep(0.05)
                 break
         os.kill(running.pid, signal.SIGKILL)
-    recorded = json.loads((out / "provenance.json").read_text())["stages"] if (out / "provenance.json").exists() else {}
-    assert len(recorded) < len(json.loads((finished / "provenance.json").read_text())["stages"])
-    kept = {name: (out / name).stat().st_mtime_ns for record in recorded.values() for name in record["files"]}
+    kept = {path: path.stat().st_mtime_ns for path in finished_files(out)}
+    assert len(kept) < len(finished_files(finished))
     result = prunescope("run", place / "study.toml", "--out", out)
     assert result.returncode == 0, result.stderr
     assert contents(out, *RESULTS) == contents(finished, *RESULTS)
     assert not list(out.rglob("*" + PARTIAL))
-    dense = {name for name in kept if "readings/dense" in name}  # read again along with what was missing
-    assert all((out / name).stat().st_mtime_ns == t for name, t in kept.items() if name not in dense)
+    assert all(path.stat().st_mtime_ns == t for path, t in kept.items())
 
 
 @pytest.mark.parametrize(
@@ -400,8 +406,6 @@ def test_a_comparison_does_not_write_over_a_file(place, pruned_by_somebody, tmp_
 
 
 def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
-    import shutil
-
     out = tmp_path / "changed"
     shutil.copytree(finished, out)
     (place / "more.toml").write_text(STUDY.replace('sets = ["en",', 'sets = ["zh", "en",'))
@@ -442,8 +446,6 @@ def test_a_variant_that_cannot_be_made_keeps_no_other_from_being_read(place, tmp
 )
 @pytest.mark.parametrize("damage", ["truncated", "altered"])
 def test_damaged_file_in_a_study_folder_is_noticed(finished, tmp_path, name, damage):
-    import shutil
-
     out = tmp_path / "damaged"
     shutil.copytree(finished, out)
     whole = (out / name).read_bytes()
@@ -463,8 +465,50 @@ def test_a_folder_that_another_run_writes_into_is_refused(place, tmp_path):
 
 
 def test_damaged_record_is_noticed(finished, tmp_path):
-    (tmp_path / "provenance.json").write_text('{"stages": {"variant')
-    expect_one_line(prunescope("run", finished.parent / "study.toml", "--out", tmp_path), "provenance.json", "damaged")
+    shutil.copytree(finished, tmp_path / "out")
+    record = tmp_path / "out" / "records" / "frames" / "signal.json"
+    record.write_text(record.read_text()[:-20])
+    study = finished.parent / "study.toml"
+    expect_one_line(prunescope("run", study, "--out", tmp_path / "out"), "frames/signal.json", "damaged", "delete it")
+    record.unlink()
+    assert prunescope("run", study, "--out", tmp_path / "out").returncode == 0
+    assert contents(tmp_path / "out", *RESULTS) == contents(finished, *RESULTS)
+
+
+def test_a_study_folder_of_an_older_layout_is_recognised(finished, tmp_path):
+    (tmp_path / "provenance.json").write_text('{"stages": {"fit": {"key": "a", "seconds": 1.0, "files": {}}}}')
+    before = list(tmp_path.iterdir())
+    result = prunescope("run", finished.parent / "study.toml", "--out", tmp_path)
+    expect_one_line(result, "older version of prunescope", "choose another folder (--out)")
+    assert [path for path in tmp_path.iterdir() if path.name != ".lock"] == before
+
+
+def test_a_moved_study_is_not_made_again(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out", copy_function=shutil.copyfile)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    result = prunescope("run", finished.parent / "study.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "[" not in result.stderr
+    touched = {p for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert not any(
+        {"frames", "figures", "readings", "variants"} & set(path.parts)
+        for path in touched
+        if "records" not in path.parts
+    )
+
+
+def test_other_code_makes_again_what_it_makes(finished, tmp_path, monkeypatch):
+    """Other code for frames, say: nothing is pruned or read again, and the model is not loaded."""
+    from analysis.study import frames as stage
+
+    shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr(stage, "code_version", lambda *packages: "another version")
+    result = prunescope("run", finished.parent / "study.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "making the frame perplexity" in result.stderr
+    assert "pruning" not in result.stderr
+    assert "reading" not in result.stderr
+    assert contents(tmp_path / "out", *RESULTS) == contents(finished, *RESULTS)
 
 
 @pytest.mark.parametrize(
@@ -533,8 +577,6 @@ def test_export_writes_a_checkpoint_and_refuses_what_it_must(finished, tmp_path)
 
 
 def test_masks_of_another_model_are_refused(finished, tmp_path):
-    import shutil
-
     from conftest import tiny_model, tiny_tokenizer
 
     shutil.copytree(finished, tmp_path / "out")

@@ -198,7 +198,7 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 from rich.console import Console
-import analysis.study.pruning_stage
+import analysis.study.model
 import pruning.runner
 from analysis.study.run import run_study
 from analysis.study.study_file import parse_study
@@ -212,7 +212,8 @@ def noted(anatomy, *arguments, **named):
     return plans[-1]
 
 pruning.runner.make_plan = noted
-analysis.study.pruning_stage._ROOM = 1 << 20  # streams whatever the cap
+if stream:
+    analysis.study.model._ROOM = 1 << 20  # whatever the cap
 run_study(parse_study(study, "study"), out, Console(quiet=True), memory=(1 << 40) if stream else None, only_prune=True)
 status = Path("/proc/self/status")
 if status.exists():  # ru_maxrss of a new process begins at that of the one that started it

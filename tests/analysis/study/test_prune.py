@@ -15,12 +15,12 @@ from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
 from conftest import tiny_model
 
 from analysis import load_study
-from analysis.study import pruning_stage as grid
-from analysis.study.pruning_stage import Grid
-from analysis.study.records import Ledger
+from analysis.study import model as study_model
+from analysis.study.context import Context
+from analysis.study.prune import Prune
 from pruning import Anatomy, CalibrationSet, Recipe, Remedy, Variant, load_model, prune, runner
 from pruning.engine import Workspace
-from pruning.files import PARTIAL
+from pruning.files import PARTIAL, file_sha256
 
 STUDY = """
 model = "model"
@@ -68,7 +68,12 @@ def finished(place):
 
 
 def test_prune_makes_the_variants_and_nothing_else(finished):
-    assert {path.name for path in finished.iterdir()} - {".lock"} == {"provenance.json", "study.toml", "variants"}
+    assert {path.name for path in finished.iterdir()} - {".lock"} == {
+        "provenance.json",
+        "records",
+        "study.toml",
+        "variants",
+    }
     names = [f"wanda-{s}-row-pruned-{lang}-s0" for s in ("0.4", "0.5") for lang in ("en", "sw")]
     assert {path.name for path in (finished / "variants").iterdir()} == {"magnitude-0.5-matrix", *names}
 
@@ -80,7 +85,12 @@ def test_how_the_variants_were_made_is_on_record(finished, place):
     assert set(record["text"]["calibration"]) == {"en", "sw"}
     assert record["seeds"] == [0]
     assert record["versions"]["prunescope"]
-    assert set(record["stages"]) == {f"variant {path.name}" for path in (finished / "variants").iterdir()}
+    made = {f"variants/{path.name}" for path in (finished / "variants").iterdir()}
+    assert set(record["results"]) == {"model"} | made
+    for name in made:
+        files = record["results"][name]["files"]
+        assert set(files) == {str(path.relative_to(finished)) for path in (finished / name).iterdir()}
+        assert all(files[file] == file_sha256(finished / file) for file in files)
 
 
 def test_variants_are_those_that_python_makes(finished, place, tmp_path):
@@ -93,7 +103,7 @@ def test_variants_are_those_that_python_makes(finished, place, tmp_path):
 
 
 def test_a_streamed_model_makes_the_same_bytes(finished, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(grid, "_ROOM", 1 << 40)
+    monkeypatch.setattr(study_model, "_ROOM", 1 << 40)
     result = prunescope("prune", place / "study.toml", "--out", tmp_path, "--memory", "2GiB")
     assert result.returncode == 0, result.stderr
     assert "its weights a block at a time" in result.stderr
@@ -140,12 +150,9 @@ def test_an_encoder_decoder_is_pruned_and_not_read(tmp_path):
 
 def cap_for_waves(path: Path, count: int) -> int:
     """Return a memory cap under which a study takes so many waves or more."""
-    content = load_study(path)
-    model, tokenizer = load_model(content.model, device="cpu")
-    cap = None
+    content, cap = load_study(path), None
     while True:
-        ledger, corpus = Ledger(path.parent), content.text.corpus()
-        plan = Grid(content, path.parent / "nothing", ledger, corpus, Anatomy(model), tokenizer, cap).plan
+        plan = Context(content, path.parent / "nothing", cap).variants.pruning.plan
         assert plan is not None
         if len(plan.waves) >= count:
             return plan.memory
@@ -232,12 +239,12 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_there(place, finished,
     assert "run the same command again" in result.stderr
     before = times(tmp_path)
     work = []
-    advance = grid.Grid.make
+    carry_out = Prune.run
 
-    def noted(self, stage, advance_by):
-        advance(self, stage, lambda amount: (work.append(amount), advance_by(amount)))
+    def noted(self, context, unit, advance):
+        carry_out(self, context, unit, lambda amount: (work.append(amount), advance(amount)))
 
-    with patch.object(Grid, "make", noted):
+    with patch.object(Prune, "run", noted):
         assert prunescope("prune", place / "study.toml", "--out", tmp_path).returncode == 0
     assert len(work) == 1  # the killed run had done it all
     assert before.items() <= times(tmp_path).items()
@@ -290,7 +297,7 @@ def importing(folder: Path, *lines: str) -> Path:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_models_pruned_elsewhere_join_the_variants(finished, elsewhere, tmp_path, monkeypatch, stream):
-    monkeypatch.setattr(grid, "_ROOM", 1 << 40 if stream else 0)
+    monkeypatch.setattr(study_model, "_ROOM", 1 << 40 if stream else 0)
     path = importing(elsewhere, 'mine = "ours"', '"theirs-0.25" = "theirs"')
     result = prunescope("prune", path, "--out", tmp_path, "--memory", "2GiB")
     assert result.returncode == 0, result.stderr
@@ -336,13 +343,13 @@ def test_models_that_cannot_be_taken_over_are_one_line(finished, elsewhere, tmp_
         ('method = "wanda"\nroles = ["shared_up"]', ('no projection "shared_up"', "q k v o gate up down")),
         ('method = "wanda"\nroles = ["gates"]', ('unknown role "gates"', 'did you mean "gate"')),
         ('method = "wanda"\nblocks = "3:"', ('"3:"', "0 to 2")),
-        ('method = "wanda"\nblocks = "first"', ('blocks "first" is not like "0:4"',)),
+        ('method = "wanda"\nblocks = "first"', ('invalid blocks "first"; write "0:4"',)),
         ('method = "ria"\nparameters = { powr = 0.7 }', ('no parameter "powr"', 'did you mean "power"')),
         ('method = "ria"\nparameters = { power = 9 }', ("power = 9 is not between 0 and 4",)),
         ('method = "ria"\nparameters = { power = "strong" }', ("parameters.power", "valid number")),
-        ('method = "wanda"\npattern = "2:4"\nallocation = "owl"', ('pattern "2:4" settles', 'allocation "owl"')),
+        ('method = "wanda"\npattern = "2:4"\nallocation = "owl"', ('pattern "2:4" fixes the sparsity', 'allocation "owl"')),
         ('method = "wanda"\npattern = "4:2"', ('pattern "4:2"', "0 < n < m")),
-        ('method = "wanda"\npattern = "2:4"\nsparsity = 0.3', ("removes 0.5", "leave sparsity out")),
+        ('method = "wanda"\npattern = "2:4"\nsparsity = 0.3', ("removes 0.5", "omit sparsity")),
         ('method = "wanda"\nsparsity = 0.01\nallocation = "owl"', ("lower the spread",)),
     ],
 )
@@ -450,7 +457,7 @@ def test_missing_shards_are_one_line(tmp_path, memory):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_nan_weights_are_one_line_that_says_where(tmp_path, monkeypatch, method, stream):
-    monkeypatch.setattr(grid, "_ROOM", 1 << 40 if stream else 0)
+    monkeypatch.setattr(study_model, "_ROOM", 1 << 40 if stream else 0)
     model = tiny_model()
     with torch.no_grad():
         Anatomy(model).weight(1, "up")[3, 4] = torch.nan

@@ -13,10 +13,10 @@ from command_line import expect_one_line, prunescope
 from conftest import tiny_model
 
 from analysis import load_study, read_frame
-from analysis.metrics import recovery as diagnosis
 from analysis.metrics.recovery import importance
 from analysis.report import diagnosis_findings
-from analysis.study import run
+from analysis.study import diagnose as stage
+from analysis.study import figures
 from probes import Session, item_questions, score
 from probes.items import Item
 from pruning import Recipe, Remedy, load_model, prune
@@ -44,7 +44,7 @@ TITLE = f"Diagnosis: {VARIANT}, reasoning in Swahili"
 def _no_other_figures():
     """The figures of the study itself are drawn elsewhere, and take most of the time."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "study_figures", lambda *_: iter(()))
+        patched.setattr(figures, "study_figures", lambda *_: iter(()))
         yield
 
 
@@ -119,7 +119,12 @@ def page_of(folder):
 def test_a_diagnosis_is_printed_and_kept(diagnosed):
     folder, result = diagnosed
     place = folder / "diagnoses" / f"{VARIANT}-sw-reasoning"
-    assert sorted(path.name for path in place.iterdir()) == ["diagnosis.json", "recovery.parquet", "remedy.json"]
+    assert sorted(path.name for path in place.iterdir()) == [
+        "diagnosis.json",
+        "parts",
+        "recovery.parquet",
+        "remedy.json",
+    ]
     frame = read_frame(place / "recovery.parquet")
     assert set(frame["n"].dropna()) == {12}
     assert set(frame["task"]) == {"riddles"}
@@ -182,16 +187,79 @@ def copied(diagnosed, tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def patched(monkeypatch):
+    """List the components that are patched exactly, unit by unit, and the attributions."""
+    seen = []
+    real_patch, real_attribute = stage.patch, stage.attribute
+
+    def patch(session, questions, damage, components, *, direction, progress):
+        seen.append((direction, [component.label for component in components]))
+        return real_patch(session, questions, damage, components, direction=direction, progress=progress)
+
+    def attribute(*what, **settings):
+        seen.append(("attribution", []))
+        return real_attribute(*what, **settings)
+
+    monkeypatch.setattr(stage, "patch", patch)
+    monkeypatch.setattr(stage, "attribute", attribute)
+    return seen
+
+
+def without_diagnosis(folder):
+    """Remove what a diagnosis left, as if it had never been."""
+    for part in ("diagnoses", "records/diagnoses"):
+        shutil.rmtree(folder / part)
+
+
+def results_of(folder):
+    files = [*(folder / "diagnoses").rglob("*"), *(folder / "figures").glob("diagnosis-*")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.is_file()}
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_a_diagnosis_that_is_killed_goes_on_from_there(diagnosed, copied, monkeypatch, patched, done):
+    folder, whole = diagnosed
+    without_diagnosis(copied)
+    monkeypatch.setattr(stage, "_COMPONENTS", 3)
+    go_on, units = stage.Diagnose.run, []
+
+    def killed(self, context, unit, advance):
+        if len(units) > done:
+            raise KeyboardInterrupt
+        units.append(unit)
+        go_on(self, context, unit, advance)
+
+    with monkeypatch.context() as patching:
+        patching.setattr(stage.Diagnose, "run", killed)
+        assert diagnose(copied).returncode == 130
+    first = list(patched)
+    assert len(first) == 1 + done
+    kept = {path: path.stat().st_mtime_ns for path in (copied / "records" / "diagnoses").rglob("*.json")}
+    again = diagnose(copied)
+    assert (again.returncode, again.stdout.splitlines()[:-1]) == (0, whole.stdout.splitlines()[:-1])
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    both = [(direction, label) for direction, labels in patched for label in labels]
+    assert len(both) == len(set(both))  # nothing twice
+    assert [direction for direction, _ in patched].count("attribution") == 1
+    assert results_of(copied) == results_of(folder)
+
+
+def test_more_causes_can_be_confirmed_later(copied, patched):
+    assert diagnose(copied, "--confirm", 4).returncode == 0
+    assert {direction: len(labels) for direction, labels in patched} == {"restore": 2, "damage": 2}
+
+
 @pytest.mark.parametrize("category", ["reasoning", "text"])
 def test_the_two_halves_share_no_question(copied, monkeypatch, category):
     asked = {}
-    real = diagnosis.diagnose
+    real = stage.Asked
 
-    def watched(session, damage, questions, *rest, **settings):
-        asked[half] = questions
-        return real(session, damage, questions, *rest, **settings)
+    def watched(*what):
+        asked[half] = real(*what)
+        return asked[half]
 
-    monkeypatch.setattr(diagnosis, "diagnose", watched)
+    monkeypatch.setattr(stage, "Asked", watched)
     for half in ("first", "second"):
         result = diagnose(copied, "--half", half, category=category)
         assert result.returncode == 0, result.stderr
@@ -211,7 +279,7 @@ def test_where_nothing_was_lost_nothing_is_blamed(copied):
     assert "no significant drop" in result.stdout
     assert "no causes are named" in result.stdout
     names = [path.name for path in (copied / "diagnoses" / f"{VARIANT}-sw-fluency").iterdir()]
-    assert sorted(names) == ["diagnosis.json", "recovery.parquet"]
+    assert sorted(names) == ["diagnosis.json", "parts", "recovery.parquet"]
     page = page_of(copied)
     assert "fluency in Swahili" in page
     assert "no causes are named" in page
@@ -280,7 +348,7 @@ def test_a_folder_without_a_study_is_refused(place, tmp_path):
     ("old", "new", "words"),
     [
         ('items = "file:riddles/{lang}.jsonl"', 'itmes = "none"', ('unknown key "itmes" in [tasks]', '"items"')),
-        ('items = "file:riddles/{lang}.jsonl"', 'items = "bundeld"', ("tasks.items", "unknown source of items")),
+        ('items = "file:riddles/{lang}.jsonl"', 'items = "bundeld"', ("tasks.items", "unknown item source")),
         ("[tasks]", "[tasks]\nper_category = 1", ("tasks.per_category", "greater than or equal to 2")),
         ("[tasks]", '[tasks]\nharness = ["belebele_xyz"]', ("belebele_xyz",)),
         ("riddles/{lang}", "nowhere/{lang}", ("no items for English", "nowhere/en.jsonl")),

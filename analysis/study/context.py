@@ -1,0 +1,67 @@
+"""What all stages of a study share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from .configuration import Study
+from .model import StudyModel
+from .records import Records
+from .texts import StudyTexts
+from .variants import StudyVariants
+
+
+@dataclass(frozen=True)
+class Context:
+    """A study in its folder.
+
+    Attributes
+    ----------
+    study, folder
+        What to do, and where.
+    memory, device_memory
+        Caps in bytes on resident memory, and on that of the device; what is free by default.
+    whole
+        What needs the whole model in memory, in words; empty if nothing does.
+    tell
+        Told in words what takes its time.
+    """
+
+    study: Study
+    folder: Path
+    memory: int | None = None
+    device_memory: int | None = None
+    whole: str = ""
+    tell: Callable[[str], None] = field(default=lambda words: None)
+
+    @cached_property
+    def records(self) -> Records:
+        """Which results are finished."""
+        return Records(self.folder)
+
+    @cached_property
+    def texts(self) -> StudyTexts:
+        """Text, and questions."""
+        return StudyTexts(self.study)
+
+    @cached_property
+    def model(self) -> StudyModel:
+        """The dense model; loaded when it is first needed."""
+        return StudyModel(self.study, self.records, self.memory, self.device_memory, self.whole, self.tell)
+
+    @cached_property
+    def variants(self) -> StudyVariants:
+        """The pruned models."""
+        return StudyVariants(
+            self.study,
+            self.folder,
+            self.records,
+            self.texts,
+            self.model,
+            self.memory,
+            self.device_memory,
+            self.tell,
+        )

@@ -1,0 +1,290 @@
+"""The stage that finds out which components a variant's loss comes from, piece by piece."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from probes import DENSE, ChoiceScores, DamagedModel, item_questions, text_questions
+from probes.patching import DAMAGE, RESTORE, Component, Direction, Patched, attribute, patch
+from pruning import Remedy, Variant
+from pruning.code_version import code_version
+from pruning.errors import PrunescopeError, StudyError
+from pruning.files import content_sha256, whole_file, write_text
+from pruning.remedy import REMEDY_FILE
+
+from ..frames import TEXT, write_frame
+from ..metrics import firing
+from ..metrics.recovery import Asked, components_of, importance, recovery_frame, to_confirm
+from .context import Context
+from .diagnosis_request import DiagnosisRequest, by_twin, check, half_of
+from .read import fitting_key, questions_key, readings_key, stored_readings, subspaces
+from .units import Advance, Output, Unit
+
+FOLDER = "diagnoses"
+REQUEST_FILE = "diagnosis.json"
+_PARTS = "parts"
+#: Components that are patched in one unit: what every unit costs beside them is two passes.
+_COMPONENTS = 32
+#: Passes that attribution costs: the dense run, and one that is differentiated.
+_ATTRIBUTION = 4
+_CURVES = 4
+_DIRECTIONS: tuple[Direction, ...] = (RESTORE, DAMAGE)
+
+
+class Diagnose:
+    """A unit is the attribution of all components, the exact patching of some, or putting the results together.
+
+    Parameters
+    ----------
+    request
+        What to diagnose.
+    """
+
+    name = "diagnose"
+
+    def __init__(self, request: DiagnosisRequest) -> None:
+        self.request = request
+
+    def units(self, context: Context) -> Sequence[Unit]:
+        """Return what can be done now: which components are patched exactly, attribution must tell first.
+
+        The work of attribution is that of all that may follow it.
+        """
+        diagnosis = Diagnosis(context, self.request)
+        done = context.records.finished
+        if done(diagnosis.result, diagnosis.key):
+            return []
+        if self.request.variant in context.variants.set_aside:
+            reason = context.variants.set_aside[self.request.variant]
+            raise StudyError(f"{self.request.variant} could not be made, so it cannot be diagnosed: {reason}")
+        title = f"diagnosing {self.request.variant} ({self.request.category} in {self.request.language})"
+        attribution = diagnosis.part("attribution")
+        if not done(attribution.name, attribution.key):
+            passes = _ATTRIBUTION + _CURVES * context.model.facts.blocks + 2 * self.request.confirm
+            return [self._unit(f"{title}: attribution", [attribution], diagnosis.work(passes))]
+        found = []
+        for direction, outputs in diagnosis.patched().items():
+            left = [output for output in outputs if not done(output.name, output.key)]
+            for start in range(0, len(left), _COMPONENTS):
+                some = left[start : start + _COMPONENTS]
+                title_here = f"{title}: {direction}, {len(some)} of {len(outputs)} components"
+                found.append(self._unit(title_here, some, diagnosis.work(2 + len(some))))
+        return found or [self._unit(f"{title}: results", [Output(diagnosis.result, diagnosis.key)], 0.0)]
+
+    def run(self, context: Context, unit: Unit, advance: Advance) -> None:
+        """Carry out one piece of the diagnosis, and record it."""
+        began = time.monotonic()
+        diagnosis = Diagnosis(context, self.request)
+        body = context.model.facts.body
+        files: dict[str, list[Path]]
+        if unit.outputs[0].name == diagnosis.result:
+            files = {diagnosis.result: diagnosis.put_together()}
+        elif unit.outputs[0].name.endswith("/attribution"):
+            files = {unit.outputs[0].name: [diagnosis.attribute(lambda tokens: advance(tokens * body))]}
+        else:
+            names = [output.name for output in unit.outputs]
+            files = {name: [path] for name, path in diagnosis.patch(names, lambda tokens: advance(tokens * body))}
+        seconds = (time.monotonic() - began) / len(unit.outputs)
+        for output in unit.outputs:
+            context.records.finish(output.name, output.key, files[output.name], seconds)
+
+    def _unit(self, title: str, outputs: Sequence[Output], work: float) -> Unit:
+        return Unit(self.name, title, tuple(outputs), work)
+
+
+class Diagnosis:
+    """One diagnosis of a study: what it depends on, its pieces, and where they are.
+
+    Parameters
+    ----------
+    context
+        Of the study.
+    request
+        What is diagnosed; checked.
+    """
+
+    def __init__(self, context: Context, request: DiagnosisRequest) -> None:
+        self.context = context
+        self.request = request
+        self.folder = context.folder / FOLDER / request.name
+        self.result = f"{FOLDER}/{request.name}"
+
+    @property
+    def frame(self) -> Path:
+        """The frame ``recovery``."""
+        return self.folder / "recovery.parquet"
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of everything that the diagnosis depends on."""
+        return content_sha256([self._base, self.request.model_dump(mode="json")])
+
+    def part(self, name: str) -> Output:
+        """Return one piece as a result of its own; it does not depend on how many causes are confirmed."""
+        return Output(f"{self.result}/{name}", content_sha256([self._base, name]))
+
+    def patched(self) -> dict[Direction, list[Output]]:
+        """Return what is to be patched exactly, now that attribution has ranked the components."""
+        chosen = to_confirm(self._asked, self._components, self._attributed(), self.request.confirm)
+        return {
+            direction: [self.part(f"{direction}/{_slug(self._components[i])}") for i in indices]
+            for direction, indices in chosen.items()
+        }
+
+    def work(self, passes: int) -> float:
+        """Return the multiply-adds of so many passes over the questions."""
+        return passes * sum(question.tokens for question in self._asked.questions) * self.context.model.facts.body
+
+    def attribute(self, progress: Advance) -> Path:
+        """Estimate what every component brings back, and return the file."""
+        found = attribute(
+            self.context.model.session, self._asked.questions, self._damage, self._components, progress=progress
+        )
+        tensors = {f"attributed/{i}": torch.from_numpy(values) for i, values in found.attributed.items()}
+        tensors["answers"] = torch.from_numpy(found.dense.answers)
+        tensors |= {"dense": torch.from_numpy(found.dense.values), "pruned": torch.from_numpy(found.pruned.values)}
+        path = self._file("attribution")
+        with whole_file(path) as partial:
+            save_file(tensors, partial)
+        return path
+
+    def patch(self, names: Sequence[str], progress: Advance) -> Iterator[tuple[str, Path]]:
+        """Patch some components exactly, in one direction; yield the name and file of each result."""
+        places = {
+            f"{self.result}/{direction}/{_slug(component)}": (direction, i)
+            for direction in _DIRECTIONS
+            for i, component in enumerate(self._components)
+        }
+        (direction,) = {places[name][0] for name in names}
+        chosen = [self._components[places[name][1]] for name in names]
+        found = patch(
+            self.context.model.session,
+            self._asked.questions,
+            self._damage,
+            chosen,
+            direction=direction,
+            progress=progress,
+        )
+        for i, name in enumerate(names):
+            path = self._file(name.removeprefix(f"{self.result}/"))
+            found.exact[i].save(path)
+            yield name, path
+
+    def write_request(self) -> Path:
+        """Write what is asked for, unless that is there already, and return the file."""
+        path, text = self.folder / REQUEST_FILE, self.request.model_dump_json(indent=2) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+        return path
+
+    def put_together(self) -> list[Path]:
+        """Write the frame and the remedy, and return all files."""
+        asked, components, variant = self._asked, self._components, self._variant
+        estimate = self._attributed()
+        chosen = to_confirm(asked, components, estimate, self.request.confirm)
+        exact = {
+            direction: {i: ChoiceScores.open(self._file(f"{direction}/{_slug(components[i])}")) for i in indices}
+            for direction, indices in chosen.items()
+        }
+        frame = recovery_frame(asked, components, variant.columns(), estimate, exact)
+        files = [write_frame(self.folder, "recovery", frame), self.write_request()]
+        (self.folder / REMEDY_FILE).unlink(missing_ok=True)  # of what this variant was before
+        found = importance(frame)
+        if found:
+            request = self.request
+            remedy = Remedy(
+                model_fingerprint=self.context.model.facts.fingerprint,
+                variant=request.variant,
+                language=request.language,
+                category=request.category,
+                fitted_on=f"{len(asked.questions)} {request.category} questions ({request.half} of the minimal pairs)",
+                importance=found,
+            )
+            remedy.save(self.folder / REMEDY_FILE)
+            files.append(self.folder / REMEDY_FILE)
+        return files
+
+    # -- what it is made of ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _base(self) -> str:
+        context, request = self.context, self.request
+        language = request.language
+        code = code_version("pruning", "probes", "analysis.metrics", "analysis.stats", "analysis.frames")
+        asked = questions_key(context, request.variant, language) if language in context.texts.items else ""
+        read = [readings_key(context, DENSE, lang) for lang in context.study.languages]
+        fitted = [fitting_key(context, lang) for lang in context.study.languages]
+        own = readings_key(context, request.variant, language)
+        what = [request.variant, language, request.category, request.half, context.study.evaluation.rank]
+        return content_sha256([code, own, read, fitted, asked, what])
+
+    @cached_property
+    def _asked(self) -> Asked:
+        session, texts, request = self.context.model.session, self.context.texts, self.request
+        half = half_of(request)
+        if request.category == TEXT:
+            segments = texts.heldout[request.language][half]
+            questions = text_questions(session, segments)
+            return Asked(TEXT, TEXT, request.language, questions, [segment.id for segment in segments])
+        twins = by_twin(texts.items[request.language], request.category)
+        items = [item for name in list(twins)[half] for item in twins[name]]
+        questions = item_questions(session, items)
+        return Asked(texts.task, request.category, request.language, questions, [item.twin for item in items])
+
+    @cached_property
+    def _variant(self) -> Variant:
+        return self.context.variants.open(self.request.variant)
+
+    @cached_property
+    def _damage(self) -> DamagedModel:
+        return DamagedModel(self.context.model.session.owner, self._variant)
+
+    @cached_property
+    def _components(self) -> list[Component]:
+        neurons = self._language_neurons()
+        return components_of(self.context.model.anatomy, tuple(self._variant.masks), subspaces(self.context), neurons)
+
+    def _language_neurons(self) -> dict[int, list[int]]:
+        """Return the dense model's neurons that are specific to the language (LAPE), by block."""
+        counts = firing.FiringCounts.of(stored_readings(self.context, [DENSE]), DENSE)
+        probabilities = counts.probabilities()
+        if not probabilities.size:
+            return {}
+        members = firing.select(probabilities).members[..., counts.languages.index(self.request.language)]
+        return {layer: np.flatnonzero(own).tolist() for layer, own in enumerate(members)}
+
+    def _attributed(self) -> Patched:
+        tensors = {name: tensor.numpy() for name, tensor in load_file(self._file("attribution")).items()}
+        answers = tensors.pop("answers")
+        dense, pruned = ChoiceScores(tensors.pop("dense"), answers), ChoiceScores(tensors.pop("pruned"), answers)
+        return Patched(dense, pruned, attributed={int(n.partition("/")[2]): values for n, values in tensors.items()})
+
+    def _file(self, part: str) -> Path:
+        return self.folder / _PARTS / f"{part}.safetensors"
+
+
+def diagnoses(context: Context) -> Iterator[Diagnosis]:
+    """Yield the diagnoses in a study's folder that are of its variants as they are now."""
+    for path in sorted((context.folder / FOLDER).glob(f"*/{REQUEST_FILE}")):
+        try:
+            request = DiagnosisRequest.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            request = check(context.study, request)
+        except (ValueError, PrunescopeError):  # damaged, or of a variant that the study no longer has
+            continue
+        diagnosis = Diagnosis(context, request)
+        if request.variant not in context.variants.set_aside and context.records.finished(
+            diagnosis.result, diagnosis.key
+        ):
+            yield diagnosis
+
+
+def _slug(component: Component) -> str:
+    return component.label.replace(" ", "-")

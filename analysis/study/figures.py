@@ -1,0 +1,109 @@
+"""The stage that draws the figures, one at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+
+from probes import DENSE, Readings
+from pruning.code_version import code_version
+from pruning.files import content_sha256
+
+from ..frames import read_frame
+from ..plots import save
+from ..report import ReportFacts, ReportFigure, diagnosis_figures, study_figures
+from .context import Context
+from .diagnose import Diagnosis, diagnoses
+from .frames import NAMES, StudyFrames, frame_key, frames_finished
+from .read import readings_file
+from .units import Advance, Output, Unit
+
+FOLDER = "figures"
+#: Share of a whole run's time that figures take, for the time left.
+SHARE = 0.04
+
+
+class DrawFigures:
+    """A unit is a figure."""
+
+    name = "figures"
+
+    def units(self, context: Context) -> Sequence[Unit]:
+        """Return the figures that are left; none before there are frames to draw."""
+        if not frames_finished(context):
+            return []
+        outputs = [Output(f"{FOLDER}/{name}", key) for name, key in figure_keys(context).items()]
+        return [
+            Unit(self.name, "drawing " + output.name.partition("/")[2], (output,))
+            for output in outputs
+            if not context.records.finished(output.name, output.key)
+        ]
+
+    def run(self, context: Context, unit: Unit, advance: Advance) -> None:
+        """Draw a figure, and record it."""
+        began = time.monotonic()
+        (output,) = unit.outputs
+        name = output.name.partition("/")[2]
+        figure = next(figure for figure in figures(context) if figure.name == name)
+        files = save(figure.draw(), context.folder / FOLDER, name)
+        context.records.finish(output.name, output.key, files, time.monotonic() - began)
+
+
+def figures(context: Context) -> Iterator[ReportFigure]:
+    """Yield every figure of a study, in the order of the report, to be drawn."""
+    yield from study_figures(StudyFrames(context), report_facts(context))
+    for diagnosis in diagnoses(context):
+        yield from figures_of(diagnosis)
+
+
+def figures_of(diagnosis: Diagnosis) -> Iterator[ReportFigure]:
+    """Yield the figures of one diagnosis."""
+    request = diagnosis.request
+    yield from diagnosis_figures(
+        read_frame(diagnosis.frame),
+        section=request.title,
+        name=request.name,
+        variant=request.variant,
+        language=request.language,
+        category=request.category,
+    )
+
+
+def figure_keys(context: Context) -> dict[str, str]:
+    """Return the name of every figure, and a hash of everything that it depends on."""
+    code = code_version("analysis.plots", "analysis.report", "analysis.frames")
+    of_frames = content_sha256([code, [frame_key(context, name) for name in NAMES]])
+    facts = report_facts(context)
+    found = {
+        figure.name: content_sha256([of_frames, figure.name, figure.caption])
+        for figure in study_figures(StudyFrames(context), facts)
+    }
+    for diagnosis in diagnoses(context):
+        found |= {figure.name: content_sha256([code, diagnosis.key, figure.name]) for figure in figures_of(diagnosis)}
+    return found
+
+
+def report_facts(context: Context) -> ReportFacts:
+    """Return what the frames do not say."""
+    study = context.study
+    read = {lang: Readings.open(readings_file(context, DENSE, lang)) for lang in study.languages}
+    return ReportFacts(
+        model=study.model_name,
+        languages=study.languages,
+        sets=study.calibration_sets(),
+        recipes=study.all_recipes(),
+        imported=study.imported,
+        segments=study.evaluation.segments,
+        fit_segments=study.evaluation.fit_segments,
+        rank=study.evaluation.rank or len(study.languages) - 1,
+        heldout_tokens={lang: int(own.tokens.sum()) for lang, own in read.items()},
+        blocks=context.model.facts.blocks,
+        neurons=int(next(iter(read.values())).fired[0].numel()),
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that results are made with."""
+    return {name: version(name) for name in ("prunescope", "torch", "transformers", "nnsight", "numpy", "scipy")}

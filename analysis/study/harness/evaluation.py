@@ -1,0 +1,148 @@
+"""Models in EleutherAI's lm-evaluation-harness, as the frame ``items``.
+
+The harness is asked for what it knows best: the tasks, their prompts and their answers. It reads the model that is
+loaded already, turned into one variant after another, and every model answers the same items with the same examples
+before them.
+
+A choice is scored as the harness scores it: the log-likelihood of its tokens after the prompt, where prompt and choice
+are tokenized together, with the special tokens that the tokenizer puts before any text (BOS). Spaces that end a prompt
+count as the choice's; an empty prompt is a BOS token, or an EOS token where there is none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from probes.reading import Progress
+from pruning.errors import StudyError
+from pruning.variants.owner import DenseModel
+from pruning.variants.variant import Variant
+
+from ...frames import dense_columns, joined, tidy
+from .tasks import SEED, Task, imported_harness, load_tasks, quiet, seeded
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    variants: Sequence[Variant] = (),
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    folders: Sequence[Path] = (),
+    languages: Mapping[str, str] | None = None,
+    model_name: str | None = None,
+    batch_size: int = 8,
+    progress: Progress = lambda tokens: None,
+) -> pd.DataFrame:
+    """Evaluate a dense model and variants of it on tasks of the harness, and return the frame ``items``.
+
+    Of a multiple-choice task the frame has the log-likelihood of every choice, the margin, and ``correct`` as the
+    harness has it in ``acc``: the likeliest choice is right, and of equally likely ones the first. Of any other task
+    it has ``correct`` only: the task's metric ``exact_match``, ``acc`` or ``em``, and where the task reads an answer
+    in several ways, that of the last one (MGSM: ``flexible-extract``). Tasks without such a metric, whose items are
+    not simply right or wrong, are refused. ``category`` is the benchmark or group, ``item`` the number of the
+    document; for tasks of :func:`bundled_task_folder` they are those of the items.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As :func:`pruning.load_model` gives them; the model is unchanged afterwards, bit for bit.
+    tasks
+        Names of tasks, groups or tags.
+    variants
+        Of this model.
+    shots
+        Examples before every item; by default what the task says. Tasks that say 0 stay without.
+    limit
+        The first so many items of every task (of every one of a group); all by default.
+    folders
+        With YAML files of further tasks, which take precedence over the harness's own; a group in one of them holds
+        tasks of these folders.
+    languages
+        Task or group to the BCP-47 tag of its language, for those whose names do not tell.
+    model_name
+        What frames call the model; its ``name_or_path`` by default.
+    batch_size
+        Sequences that the model reads at a time.
+    progress
+        Told of the tokens, padding included, as one model after another reads or writes them.
+
+    Raises
+    ------
+    StudyError
+        If the harness is not installed, or a task is unknown, cannot be loaded or has no items that are right or wrong.
+    VariantError
+        If a variant was not made from this model.
+    """
+    if not tasks or (limit is not None and limit < 1) or (shots is not None and shots < 0):
+        raise StudyError("there is nothing to evaluate; name a task or more, a limit from 1 and shots from 0")
+    loaded = load_tasks(tasks, shots=shots, folders=folders, languages=languages)
+    name = model_name or str(model.name_or_path)
+    owner = DenseModel(model)
+    frames = []
+    for variant in (None, *variants):
+        columns = variant.columns() | {"model": name} if variant else dense_columns(name)
+        with owner.pruned_to(variant) if variant else nullcontext():
+            frames.append(ask(model, tokenizer, loaded, columns, limit=limit, batch_size=batch_size, progress=progress))
+    return joined("items", frames)
+
+
+def ask(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Task],
+    columns: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    progress: Progress = lambda tokens: None,
+) -> pd.DataFrame:
+    """Ask a model, as it is now, tasks from :func:`load_tasks`, and return its rows of the frame ``items``.
+
+    Parameters
+    ----------
+    columns
+        That say what the model is.
+    model, tokenizer, tasks, limit, batch_size, progress
+        As for :func:`evaluate`.
+    """
+    lm_eval = imported_harness()
+    with _counted(model, progress), quiet(), seeded(model.device):
+        reader = lm_eval.models.huggingface.HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # it may be given a token to pad with
+            batch_size=batch_size,
+            softmax_dtype="float32",
+        )
+        for task in tasks.values():
+            task.harness.set_fewshot_seed(SEED)
+        found = lm_eval.evaluator.evaluate(
+            lm=reader,
+            task_dict={"tasks": {name: task.harness for name, task in tasks.items()}},
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    return tidy("items", [{**columns, **task.row(found["samples"][name])} for name, task in tasks.items()])
+
+
+@contextmanager
+def _counted(model: Any, progress: Progress) -> Iterator[None]:
+    """Tell of the tokens of every call of the model."""
+
+    def tell(module: Any, positional: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
+        progress((positional[0] if positional else inputs["input_ids"]).numel())
+
+    handle = model.register_forward_pre_hook(tell, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,123 @@
+"""The first stage: the pruned variants, in waves that go through the model together, and models pruned elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pruning import Variant, load_model
+from pruning.errors import VariantError
+from pruning.runner import Wave
+from pruning.variants.store import RECIPE_FILE
+
+from .context import Context
+from .units import Advance, Output, Unit
+from .variants import record_of
+
+
+class Prune:
+    """A unit is a wave of variants, or one model that was pruned elsewhere."""
+
+    name = "prune"
+
+    def units(self, context: Context) -> Sequence[Unit]:
+        """Return the models to take over, then the waves."""
+        variants = context.variants
+        pending = [name for name in variants.keys if not variants.finished(name)]
+        return [*self._imports(context, pending), *self._waves(context, pending)]
+
+    def run(self, context: Context, unit: Unit, advance: Advance) -> None:
+        """Make the variants of a unit, and record each."""
+        names = [output.name.partition("/")[2] for output in unit.outputs]
+        if names[0] in context.study.imported:
+            _take_over(context, names[0])
+        else:
+            _make(context, names, advance)
+
+    def _imports(self, context: Context, pending: Sequence[str]) -> Iterator[Unit]:
+        for name in pending:
+            if name in context.study.imported:
+                yield self._unit(context, f"taking over {name}", [name])
+
+    def _waves(self, context: Context, pending: Sequence[str]) -> Iterator[Unit]:
+        left = [name for name in pending if name in context.variants.jobs]
+        if not left:
+            return
+        run = context.variants.pruning
+        waves = [wave for wave in run.waves if any(job.id in left for job in wave.jobs)]
+        in_waves = {job.id for wave in waves for job in wave.jobs}
+        whole = [name for name in left if name not in in_waves]  # a killed run made these, and did not say so
+        if whole:
+            yield self._unit(context, "finding variants that are there already", whole)
+        for number, wave in enumerate(waves, start=1):
+            title = f"pruning {wave}" + (f" (wave {number} of {len(waves)})" if len(waves) > 1 else "")
+            yield self._unit(context, title, [job.id for job in wave.jobs], wave)
+
+    def _unit(self, context: Context, title: str, names: Sequence[str], wave: Wave | None = None) -> Unit:
+        outputs = tuple(Output(record_of(name), context.variants.keys[name]) for name in names)
+        plan = context.variants.pruning.plan if wave else None
+        work = wave.tokens * _block_work(context) if wave else 0.0
+        return Unit(self.name, title, outputs, work, plan.memory if plan else 0)
+
+
+def _make(context: Context, names: Sequence[str], advance: Advance) -> None:
+    variants = context.variants
+    run = variants.pruning
+    began = time.monotonic()
+    wave = next((wave for wave in run.waves if [job.id for job in wave.jobs] == list(names)), None)
+    if wave is not None:
+        weights = _block_work(context)
+        run.run(wave, lambda tokens: advance(tokens * weights))
+    seconds = (time.monotonic() - began) / len(names)
+    for name in names:
+        if name in run.set_aside:
+            _record(context, name, seconds, {"set_aside": run.set_aside[name]})
+        else:
+            _record(context, name, seconds)
+    if not run.pending:
+        run.close()
+
+
+def _record(context: Context, name: str, seconds: float, facts: dict[str, Any] | None = None) -> None:
+    files = [] if facts else sorted(path for path in context.variants.place(name).iterdir() if path.is_file())
+    context.records.finish(record_of(name), context.variants.keys[name], files, seconds, facts)
+
+
+def _block_work(context: Context) -> float:
+    return context.model.facts.body / context.model.facts.blocks
+
+
+def _take_over(context: Context, name: str) -> None:
+    """Take over a model that was pruned elsewhere as a variant."""
+    began = time.monotonic()
+    study, anatomy = context.study, context.model.anatomy
+    source = study.imported[name]
+    pruned, _ = load_model(source, dtype=study.dtype, device=study.device, stream=anatomy.streamed)
+    try:
+        variant = Variant.between(anatomy.model, pruned, name)
+    except VariantError as error:
+        raise VariantError(f"{source}: {error}") from error
+    variant = replace(variant, record=variant.record.model_copy(update={"model": study.model_name}))
+    _check_unlike_others(context, variant)
+    variant.save(context.variants.place(name))
+    _record(context, name, time.monotonic() - began)
+
+
+def _check_unlike_others(context: Context, variant: Variant) -> None:
+    """Raise ``VariantError`` if frames could not tell a variant that is taken over from another one."""
+    columns = variant.columns()
+    run = context.variants.pruning
+    for name, job in context.variants.jobs.items():
+        if run.record(job).columns(0.0) == columns:
+            raise VariantError(
+                f'imported "{variant.id}" says that it is "{name}", which this study makes itself; '
+                f"leave one of them out, or remove the {RECIPE_FILE} beside that checkpoint"
+            )
+    for name in context.study.imported:
+        if name != variant.id and context.variants.finished(name) and context.variants.open(name).columns() == columns:
+            raise VariantError(
+                f'imported "{variant.id}" and "{name}" say that they are the same variant; '
+                f"leave one of them out, or remove the {RECIPE_FILE} beside its checkpoint"
+            )

@@ -1,0 +1,294 @@
+"""The second stage: all models read text and questions in lockstep, some languages at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from probes import (
+    DENSE,
+    FittingStream,
+    HeldoutStream,
+    QuestionStream,
+    ReadingPlan,
+    StoredReadings,
+    item_questions,
+    plan_reading,
+    read_streams,
+)
+from probes.scoring import Question
+from pruning import Segment
+from pruning.code_version import code_version
+from pruning.files import content_sha256, whole_file
+
+from ..metrics.lsar import LSAR, fit_layers
+from .context import Context
+from .units import Advance, Output, Unit
+
+#: Tokens a model that languages are put together for, so that applying a variant's block is little beside them.
+_TOKENS = 4096
+_HELDOUT, _FITTING, _QUESTIONS = "readings", "fitting", "questions"
+
+
+class Read:
+    """A unit is some languages, with all that is still to be read in them: held-out text, fitting text, questions."""
+
+    name = "read"
+
+    def units(self, context: Context) -> Sequence[Unit]:
+        """Return what is left, languages put together."""
+        left = [part for language in context.study.languages if (part := _left(context, language)).anything]
+        if left:
+            context.model.check_readable()
+        groups = list(_grouped(context, left))
+        return [self._unit(context, group, i, len(groups)) for i, group in enumerate(groups, start=1)]
+
+    def run(self, context: Context, unit: Unit, advance: Advance) -> None:
+        """Read what a unit holds, and record each result."""
+        began = time.monotonic()
+        parts = _parts_of(unit)
+        streams = [_Streams.of(context, part) for part in parts]
+        every = [stream for of_language in streams for stream in of_language.every]
+        names = dict.fromkeys(model for part in parts for model in part.models if model != DENSE)
+        variants = {name: context.variants.open(name) for name in names}
+        plan = _plan(context, streams, trial=True)
+        context.tell(str(plan))
+        work = unit.work / plan.tokens
+        read_streams(context.model.session, every, variants, plan, lambda tokens: advance(tokens * work))
+        for part, of_language in zip(parts, streams, strict=True):
+            of_language.save(context, part)
+        seconds = (time.monotonic() - began) / len(unit.outputs)
+        for output in unit.outputs:
+            context.records.finish(output.name, output.key, [_file(context, output.name)], seconds)
+
+    def _unit(self, context: Context, group: Sequence[_Left], number: int, of: int) -> Unit:
+        facts = context.model.facts
+        models = len({model for part in group for model in part.models})
+        outputs = tuple(Output(name, key) for part in group for name, key in _results(context, part))
+        work = 0.0
+        for part in group:
+            texts = context.texts
+            work += len(part.heldout) * _tokens(context, texts.heldout[part.language]) * (facts.body + facts.head)
+            work += part.fitting * _tokens(context, texts.fitting[part.language]) * facts.body
+            work += len(part.questions) * _question_tokens(context, part.language) * facts.body
+        languages = ", ".join(part.language for part in group)
+        title = f"reading {languages} with {models} model{'s' * (models > 1)}"
+        title += f" ({number} of {of})" if of > 1 else ""
+        plan = _plan(context, [_Streams.of(context, part) for part in group])
+        return Unit(self.name, title, outputs, work, plan.memory)
+
+
+# -- results: their names, keys and files --------------------------------------------------------------------------
+
+
+def readings_key(context: Context, model: str, language: str) -> str:
+    """Return a hash of everything that what was read of one model in one language depends on."""
+    text = context.texts.heldout_fingerprints[language]
+    return content_sha256([_reading_key(context), text, context.variants.key(model)])
+
+
+def readings_finished(context: Context, model: str, language: str) -> bool:
+    """Whether one model has read the held-out text of one language."""
+    return context.records.finished(f"{_HELDOUT}/{model}/{language}", readings_key(context, model, language))
+
+
+def fitting_key(context: Context, language: str) -> str:
+    """Return a hash of everything that a language's means on the fitting text depend on."""
+    return content_sha256([_reading_key(context), context.texts.fitting_fingerprints[language]])
+
+
+def questions_key(context: Context, model: str, language: str) -> str:
+    """Return a hash of everything that a model's scores of the items in a language depend on."""
+    items = context.texts.item_fingerprints[language]
+    return content_sha256([_reading_key(context), items, context.variants.key(model)])
+
+
+def readings_file(context: Context, model: str, language: str) -> Path:
+    """Return the file of what was read of one model in one language."""
+    return _file(context, f"{_HELDOUT}/{model}/{language}")
+
+
+def questions_file(context: Context, model: str, language: str) -> Path:
+    """Return the file of a model's scores of the items in a language."""
+    return _file(context, f"{_QUESTIONS}/{model}/{language}")
+
+
+def subspaces(context: Context) -> list[LSAR]:
+    """Return the language-specific subspace of the dense model after each block."""
+    means = {
+        language: load_file(_file(context, f"{_FITTING}/{DENSE}/{language}"))["means"][None]
+        for language in context.study.languages
+    }
+    return fit_layers(means, context.study.evaluation.rank)
+
+
+def _reading_key(context: Context) -> str:
+    config = context.study.evaluation.model_dump(include={"max_length", "batch_tokens", "special_tokens"})
+    facts = context.model.facts
+    return content_sha256([code_version("pruning", "probes"), facts.fingerprint, facts.dtype, config])
+
+
+def _file(context: Context, result: str) -> Path:
+    kind, model, language = result.split("/")
+    suffix = {_HELDOUT: "", _FITTING: "-fitting", _QUESTIONS: "-items"}[kind]
+    return context.folder / "readings" / model / f"{language}{suffix}.safetensors"
+
+
+# -- what is left ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Left:
+    """What is still to be read in one language.
+
+    Attributes
+    ----------
+    heldout, questions
+        Models that are to read the held-out text, and to be asked the questions.
+    fitting
+        Whether the dense model is to read the fitting text.
+    """
+
+    language: str
+    heldout: list[str] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
+    fitting: bool = False
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys([*self.heldout, *self.questions, *([DENSE] * self.fitting)]))
+
+    @property
+    def anything(self) -> bool:
+        return bool(self.models)
+
+
+def _left(context: Context, language: str) -> _Left:
+    left = _Left(language)
+    done = context.records.finished
+    for model in context.variants.models:
+        if not readings_finished(context, model, language):
+            left.heldout.append(model)
+        if language in context.texts.items and not done(
+            f"{_QUESTIONS}/{model}/{language}", questions_key(context, model, language)
+        ):
+            left.questions.append(model)
+    left.fitting = not done(f"{_FITTING}/{DENSE}/{language}", fitting_key(context, language))
+    return left
+
+
+def _results(context: Context, left: _Left) -> Iterator[tuple[str, str]]:
+    """Yield name and key of every result of what is left in a language."""
+    language = left.language
+    for model in left.heldout:
+        yield f"{_HELDOUT}/{model}/{language}", readings_key(context, model, language)
+    if left.fitting:
+        yield f"{_FITTING}/{DENSE}/{language}", fitting_key(context, language)
+    for model in left.questions:
+        yield f"{_QUESTIONS}/{model}/{language}", questions_key(context, model, language)
+
+
+def _parts_of(unit: Unit) -> list[_Left]:
+    """Return what a unit is to read, from the names of its results."""
+    parts: dict[str, _Left] = {}
+    for output in unit.outputs:
+        kind, model, language = output.name.split("/")
+        part = parts.setdefault(language, _Left(language))
+        if kind == _FITTING:
+            part.fitting = True
+        else:
+            (part.heldout if kind == _HELDOUT else part.questions).append(model)
+    return list(parts.values())
+
+
+# -- languages together -----------------------------------------------------------------------------------------------
+
+
+def _grouped(context: Context, left: Sequence[_Left]) -> Iterator[list[_Left]]:
+    """Yield languages that are read together: enough text to be worth it, and no more than memory allows."""
+    group: list[_Left] = []
+    tokens = 0
+    for part in left:
+        if group and (tokens >= _TOKENS or not _fits(context, [*group, part])):
+            yield group
+            group, tokens = [], 0
+        group.append(part)
+        tokens += _tokens(context, context.texts.heldout[part.language]) if part.heldout else 0
+        tokens += _question_tokens(context, part.language) if part.questions else 0
+    if group:
+        yield group
+
+
+def _fits(context: Context, group: Sequence[_Left]) -> bool:
+    """Tell whether the hidden states of a group fit into memory together."""
+    return _plan(context, [_Streams.of(context, part) for part in group]).waves <= 1
+
+
+def _plan(context: Context, streams: Sequence[_Streams], *, trial: bool = False) -> ReadingPlan:
+    return plan_reading(
+        context.model.session,
+        [stream for of_language in streams for stream in of_language.every],
+        memory=context.memory,
+        device_memory=context.device_memory,
+        trial=trial,
+    )
+
+
+def _tokens(context: Context, segments: Sequence[Segment]) -> int:
+    return sum(int(batch.real.sum()) for batch in context.model.session.batches(segments))
+
+
+def _question_tokens(context: Context, language: str) -> int:
+    return sum(question.tokens for question in _questions(context, language)) if context.texts.items else 0
+
+
+def _questions(context: Context, language: str) -> list[Question]:
+    return item_questions(context.model.session, context.texts.items[language])
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """What is read in one language: a stream for each kind of text that is left."""
+
+    heldout: HeldoutStream | None = None
+    fitting: FittingStream | None = None
+    questions: QuestionStream | None = None
+
+    @classmethod
+    def of(cls, context: Context, left: _Left) -> _Streams:
+        """Return the streams; what is read of held-out text goes into its files block by block."""
+        session, texts, language = context.model.session, context.texts, left.language
+        heldout = fitting = questions = None
+        if left.heldout:
+            files = {model: readings_file(context, model, language) for model in left.heldout}
+            heldout = HeldoutStream(session, texts.heldout[language], left.heldout, files)
+        if left.fitting:
+            fitting = FittingStream(session, texts.fitting[language])
+        if left.questions:
+            questions = QuestionStream(session, _questions(context, language), left.questions)
+        return cls(heldout, fitting, questions)
+
+    @property
+    def every(self) -> list[HeldoutStream | FittingStream | QuestionStream]:
+        return [stream for stream in (self.heldout, self.fitting, self.questions) if stream is not None]
+
+    def save(self, context: Context, left: _Left) -> None:
+        """Write what is not in its file already."""
+        if self.fitting is not None:
+            with whole_file(_file(context, f"{_FITTING}/{DENSE}/{left.language}")) as partial:
+                save_file({"means": self.fitting.means}, partial)
+        for model in left.questions if self.questions is not None else ():
+            assert self.questions is not None
+            self.questions.scores[model].save(questions_file(context, model, left.language))
+
+
+def stored_readings(context: Context, models: Sequence[str]) -> StoredReadings:
+    """Return what was read of some models, by model and language, to be opened when it is asked for."""
+    languages = context.study.languages
+    return StoredReadings(
+        {(model, language): readings_file(context, model, language) for model in models for language in languages}
+    )

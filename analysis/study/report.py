@@ -1,0 +1,53 @@
+"""The last stage: everything on one page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from pruning.code_version import code_version
+from pruning.files import content_sha256
+
+from ..frames import read_frame
+from ..report import diagnosis_findings, write_report
+from .context import Context
+from .diagnose import diagnoses
+from .figures import FOLDER as FIGURES_FOLDER
+from .figures import figure_keys, figures, report_facts
+from .frames import StudyFrames, frames_finished
+from .units import Advance, Output, Unit
+
+REPORT_FILE = "report.html"
+
+
+class WriteReport:
+    """Its one unit is the report."""
+
+    name = "report"
+
+    def units(self, context: Context) -> Sequence[Unit]:
+        """Return the report, unless it is written; nothing before there are frames."""
+        if not frames_finished(context):
+            return []
+        said = {diagnosis.request.name: diagnosis.key for diagnosis in diagnoses(context)}
+        code = code_version("analysis.report", "analysis.frames")
+        key = content_sha256([code, figure_keys(context), said, context.variants.set_aside, context.study.to_toml()])
+        if context.records.finished(self.name, key):
+            return []
+        return [Unit(self.name, "writing the report", (Output(self.name, key),))]
+
+    def run(self, context: Context, unit: Unit, advance: Advance) -> None:
+        """Write the report, and record it."""
+        began = time.monotonic()
+        (output,) = unit.outputs
+        path = context.folder / REPORT_FILE
+        said = {d.request.title: diagnosis_findings(read_frame(d.frame)) for d in diagnoses(context)}
+        write_report(
+            path,
+            StudyFrames(context),
+            list(figures(context)),
+            context.folder / FIGURES_FOLDER,
+            report_facts(context),
+            said,
+        )
+        context.records.finish(output.name, output.key, [path], time.monotonic() - began)

@@ -1,0 +1,93 @@
+"""The text of a study, and the questions that its models are asked."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from probes import Item, first_twins
+from probes.items import items_fingerprint
+from pruning import CalibrationSet, Corpus, Segment
+from pruning.files import content_sha256
+from pruning.text.sources import fingerprint
+
+from .configuration import Study
+
+
+class StudyTexts:
+    """Text by language; each part is read when it is first needed.
+
+    Parameters
+    ----------
+    study
+        Which text, and how much.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self.corpus: Corpus = study.text.corpus()
+
+    @cached_property
+    def heldout(self) -> dict[str, list[Segment]]:
+        """What is evaluated."""
+        count = self._study.evaluation.segments
+        return {language: self.corpus.take("heldout", language, count) for language in self._study.languages}
+
+    @cached_property
+    def fitting(self) -> dict[str, list[Segment]]:
+        """What subspaces are fitted on: the same ids in every language."""
+        return self.corpus.aligned("parallel", self._study.languages, self._study.evaluation.fit_segments)
+
+    @cached_property
+    def items(self) -> dict[str, list[Item]]:
+        """The questions; none if the study has no items."""
+        source = self._study.item_source()
+        if source is None:
+            return {}
+        count = self._study.tasks.per_category
+        return {language: first_twins(source.items(language), count) for language in self._study.languages}
+
+    @property
+    def task(self) -> str:
+        """What frames call the questions."""
+        source = self._study.item_source()
+        return source.task if source else ""
+
+    @cached_property
+    def calibration_fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the calibration text, by language."""
+        sets = self._study.calibration_sets()
+        languages = dict.fromkeys(language for calibration in sets for language in calibration.languages)
+        return {language: fingerprint(self.corpus.segments("calibration", language)) for language in languages}
+
+    def of_calibration(self, calibration: CalibrationSet) -> str:
+        """Return a SHA-256 of the text that a calibration set draws from."""
+        return content_sha256({lang: self.calibration_fingerprints[lang] for lang in calibration.languages})
+
+    @cached_property
+    def heldout_fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the held-out text, by language."""
+        return {language: fingerprint(segments) for language, segments in self.heldout.items()}
+
+    @cached_property
+    def fitting_fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the fitting text, by language."""
+        return {language: fingerprint(segments) for language, segments in self.fitting.items()}
+
+    @cached_property
+    def item_fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the questions, by language."""
+        return {language: items_fingerprint(items) for language, items in self.items.items()}
+
+    def check(self, *, calibration_only: bool = False) -> None:
+        """Read all text, so that what is missing shows before anything expensive begins.
+
+        Raises
+        ------
+        TextError
+            If text is missing, unreadable or too little.
+        """
+        if not calibration_only:
+            assert self.heldout
+            assert self.fitting
+            assert self.items is not None
+        assert self.calibration_fingerprints is not None

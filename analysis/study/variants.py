@@ -1,0 +1,153 @@
+"""The variants of a study: which there are, what each depends on, and how to make and open them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from probes import DENSE
+from pruning import Variant
+from pruning.code_version import code_version
+from pruning.errors import RecipeError
+from pruning.files import content_sha256
+from pruning.memory import free_memory
+from pruning.models.loading import checkpoint_folder
+from pruning.runner import VARIANTS, PruningRun, job_key
+from pruning.variants.store import RECIPE_FILE
+
+from ..frames import dense_columns
+from .configuration import Study
+from .model import StudyModel
+from .records import Records
+from .texts import StudyTexts
+
+
+class StudyVariants:
+    """Variants made by the study, and models pruned elsewhere.
+
+    Parameters
+    ----------
+    study, folder, records, texts, model
+        What to make, where, what is finished, and what of.
+    memory, device_memory
+        Caps in bytes while pruning.
+    tell
+        Told the plan of what is pruned.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        folder: Path,
+        records: Records,
+        texts: StudyTexts,
+        model: StudyModel,
+        memory: int | None,
+        device_memory: int | None,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._study = study
+        self._folder = folder
+        self._records = records
+        self._texts = texts
+        self._model = model
+        self._caps = memory, device_memory
+        self._tell = tell
+        self.jobs = {job.id: job for job in study.jobs()}
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Hash of everything that each variant depends on, by name.
+
+        Raises
+        ------
+        RecipeError
+            If a recipe follows a diagnosis of another model.
+        """
+        facts = self._model.facts
+        for path, remedy in self._study.remedies().items():
+            if remedy.model_fingerprint != facts.fingerprint:
+                raise RecipeError(
+                    f"{path} is a diagnosis of another model than {self._study.model_name}; "
+                    "diagnose a variant of this one"
+                )
+        keys = {}
+        for name, job in self.jobs.items():
+            text = self._texts.of_calibration(job.calibration) if job.calibration else None
+            keys[name] = job_key(job, facts.fingerprint, facts.dtype, text)
+        return keys | {name: self._import_key(source) for name, source in self._study.imported.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all variants that are there or can be made."""
+        aside = self.set_aside
+        return [name for name in self.keys if name not in aside]
+
+    @property
+    def models(self) -> list[str]:
+        """The dense model and all variants."""
+        return [DENSE, *self.names]
+
+    @property
+    def set_aside(self) -> dict[str, str]:
+        """Variants that could not be made, with the reason."""
+        facts = {name: self._records.facts(record_of(name), key) for name, key in self.keys.items()}
+        return {name: str(found["set_aside"]) for name, found in facts.items() if found and "set_aside" in found}
+
+    def key(self, model: str) -> str:
+        """Return a hash of what one model depends on, the dense one among them."""
+        return self._model.facts.fingerprint + self._model.facts.dtype if model == DENSE else self.keys[model]
+
+    def finished(self, name: str) -> bool:
+        """Whether a variant is there, or was set aside."""
+        return self._records.finished(record_of(name), self.keys[name])
+
+    def place(self, name: str) -> Path:
+        """Return the folder of a variant."""
+        return self._folder / VARIANTS / name
+
+    def open(self, name: str) -> Variant:
+        """Open a finished variant."""
+        return Variant.open(self.place(name), self._model.facts.fingerprint)
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """Return the columns of a tidy frame that say what each model is."""
+        pruned = {name: self.open(name).columns() for name in self.names}
+        return {DENSE: dense_columns(self._study.model_name)} | pruned
+
+    @cached_property
+    def pruning(self) -> PruningRun:
+        """What makes the variants that are missing; its plan is told."""
+        memory, device_memory = self._caps
+        anatomy = self._model.anatomy
+        if memory is None:
+            memory = free_memory()
+        if device_memory is None and anatomy.device.type == "cuda":
+            device_memory = free_memory(anatomy.device)
+        run = PruningRun(
+            anatomy,
+            self._model.tokenizer,
+            list(self.jobs.values()),
+            self._texts.corpus,
+            self._folder,
+            memory=memory,
+            device_memory=device_memory,
+            name=self._study.model_name,
+        )
+        if run.plan is not None:
+            self._tell(str(run.plan))
+        return run
+
+    def _import_key(self, source: str) -> str:
+        folder = checkpoint_folder(source)
+        found = [*folder.glob("*.safetensors"), *folder.glob(RECIPE_FILE)]
+        files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+        facts = self._model.facts
+        return content_sha256([code_version("pruning"), facts.fingerprint, facts.dtype, source, files])
+
+
+def record_of(variant: str) -> str:
+    """Return the name of a variant's record."""
+    return f"{VARIANTS}/{variant}"
