@@ -7,12 +7,13 @@ makes a GPU wait for the host (:attr:`StandIn.syncs`) is counted.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "standin"
@@ -50,6 +51,7 @@ _SYNCS = {
     _AT.bincount.default,
     _AT.repeat_interleave.Tensor,
 }
+_WATCHED = _MIXING | _SYNCS
 
 
 class OnStandIn(Tensor):
@@ -118,23 +120,20 @@ class StandIn(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count it if it makes the host wait."""
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        placed = [isinstance(tensor, OnStandIn) for tensor in tensors]
-        to_host = func is _AT._to_copy.default and placed == [True] and _wanted(kwargs) not in (None, NAME)
-        crossing = func is _AT.copy_.default and any(placed) and not all(placed)
-        masked = func in _MIXING and any(placed) and any(tensor.dtype == torch.bool for tensor in tensors[1:])
-        if to_host or crossing or masked or (func in _SYNCS and any(placed)):
-            self.syncs[func.name()] += 1
+        if func in _WATCHED:
+            tensors = list(_tensors((args, kwargs)))
+            placed = [isinstance(tensor, OnStandIn) for tensor in tensors]
+            to_host = func is _AT._to_copy.default and placed == [True] and _wanted(kwargs) not in (None, NAME)
+            crossing = func is _AT.copy_.default and any(placed) and not all(placed)
+            masked = func in _INDEXING and any(placed) and any(tensor.dtype == torch.bool for tensor in tensors[1:])
+            if to_host or crossing or masked or (func in _SYNCS and any(placed)):
+                self.syncs[func.name()] += 1
         return _run(func, args, kwargs)
 
 
-def _wanted(kwargs: Any) -> str | None:
-    device = kwargs.get("device")
-    return None if device is None else torch.device(device).type
-
-
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    """Run an operation on what is inside of tensors, and put what it returns where it belongs."""
+    tensors = list(_tensors((args, kwargs)))
     placed = any(isinstance(tensor, OnStandIn) for tensor in tensors)
     if placed and func not in _MIXING:
         stray = [t for t in tensors if not isinstance(t, OnStandIn) and t.ndim > 0]
@@ -148,11 +147,49 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if wanted is not None:
         there = wanted == NAME
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    result = func(
-        *tree_map_only(OnStandIn, lambda t: t.inner, args), **tree_map_only(OnStandIn, lambda t: t.inner, kwargs)
-    )
+    result = func(*_mapped(OnStandIn, _inside, args), **_mapped(OnStandIn, _inside, kwargs))
     if not there:
         return result
-    if not placed:
-        return tree_map_only(Tensor, OnStandIn, result)
-    return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, OnStandIn, result))
+    result = _mapped(Tensor, OnStandIn, result)
+    return return_and_correct_aliasing(func, args, kwargs, result) if placed and _aliases(func) else result
+
+
+def _wanted(kwargs: Any) -> str | None:
+    device = kwargs.get("device")
+    return None if device is None else torch.device(device).type
+
+
+def _inside(tensor: OnStandIn) -> Tensor:
+    return tensor.inner
+
+
+@cache
+def _aliases(func: Any) -> bool:
+    """Whether an operation returns one of its arguments, or a view of it."""
+    return any(returned.alias_info is not None for returned in func._schema.returns)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _mapped(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, tuple | list):  # torch's named ones are made like the plain ones
+        return type(value)([_mapped(kind, change, part) for part in value])
+    if isinstance(value, dict):
+        return {name: _mapped(kind, change, part) for name, part in value.items()}
+    return value
+
+
+def on_standin(model: Any) -> Any:
+    """Move a model there, in place."""
+    with torch.no_grad():
+        return model.to(DEVICE)

@@ -31,6 +31,9 @@ class PooledStates(Reader):
 
     def flush(self) -> None:
         """Write the means of the batches that were read."""
-        for layer, segments, pooled in self._waiting:
-            self.means[layer, list(segments)] = pooled.cpu()
+        if self._waiting:
+            pooled = torch.cat([found for *_, found in self._waiting]).cpu()  # one wait for the device, not many
+            parts = pooled.split([len(found) for *_, found in self._waiting])
+            for (layer, segments, _), part in zip(self._waiting, parts, strict=True):
+                self.means[layer, list(segments)] = part
         self._waiting.clear()

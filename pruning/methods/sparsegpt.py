@@ -86,7 +86,7 @@ def solve(
     bounds = list(pairwise([0, *torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()]))
     together = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
     stored = torch.empty(together.shape[::-1], dtype=torch.float32, device=together.device).copy_(together.T)
-    stored[factor.dead] = 0
+    stored.masked_fill_(factor.dead[:, None], 0)
     lost = torch.empty_like(stored)
     kept = torch.empty_like(stored, dtype=torch.bool)
     width = int(columns) if not pattern.group else -(-int(columns) // pattern.group) * pattern.group
@@ -171,7 +171,7 @@ class _Factor:
             self.upper = inputs.gram_above_diagonal()
             diagonal = self.upper.diagonal()
             self.dead = diagonal == 0
-            diagonal[self.dead] = 1
+            diagonal.masked_fill_(self.dead, 1)
             diagonal += damping * times * diagonal.mean()
             if _factorize(self.upper):
                 if times > 1:

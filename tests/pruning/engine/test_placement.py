@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from checkpoints import CORPUS, SHORT
 from conftest import tiny_model
-from standin import StandIn
+from standin import StandIn, on_standin
 
-from pruning import Anatomy, Recipe
+from pruning import Anatomy, Recipe, known_methods
 from pruning.engine import Workspace, planned_jobs, sweep, workspace
-from pruning.text.calibration import CalibrationText
+from pruning.text.calibration import CalibrationSet, CalibrationText
+
+MIX = CalibrationSet(name="en+sw", languages=("en", "sw"), samples=SHORT.samples, length=SHORT.length)
+RECIPES = [
+    *(Recipe(method=method, sparsity=0.5) for method in known_methods()),
+    *(Recipe(method="wanda", sparsity=0.5, pattern=pattern) for pattern in ("matrix", "model", "2:4")),
+    Recipe(method="sparsegpt", pattern="2:4"),
+    Recipe(method="sparsegpt", sparsity=0.5, pattern="model"),
+    Recipe(method="wanda", sparsity=0.5, allocation="owl"),
+    Recipe(method="wanda", sparsity=0.5, allocation="cross-lingual", propagation="dense"),
+]
 
 
-@pytest.fixture
-def text(tokenizer):
-    return CalibrationText.draw(tokenizer, CORPUS, [SHORT])
-
-
-def on_standin(kind):
+def eager(kind: str) -> Any:
     model = tiny_model(kind)
-    model.config._experts_implementation = "eager"
-    return model.to("standin")
+    model.config._experts_implementation = "eager"  # the other ones look at the kind of device
+    return model
+
+
+FEW = [recipe for recipe in RECIPES if recipe.method in ("wanda", "sparsegpt", "snip")][:3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipes"),
+    [("llama", RECIPES), ("gpt_neox", FEW), ("mixtral", FEW), ("mt5", FEW)],
+    ids=lambda x: str(x)[:8],
+)
+def test_methods_prune_on_the_models_device_as_on_the_cpu(kind, recipes, tokenizer):
+    text = CalibrationText.draw(tokenizer, CORPUS, [MIX])
+    jobs = planned_jobs(recipes, [MIX])
+    expected = sweep(Anatomy(eager(kind)), jobs, text, batch_tokens=64)
+    with StandIn():
+        found = sweep(Anatomy(on_standin(eager(kind))), jobs, text, batch_tokens=64)
+    assert not found.set_aside
+    for job in jobs:
+        assert found(job).masks == expected(job).masks, job.id
+        values, wanted = found(job).values, expected(job).values
+        assert values.keys() == wanted.keys()
+        for key in wanted:
+            torch.testing.assert_close(values[key], wanted[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mt5"])
-def test_a_killed_sweep_goes_on_on_the_models_device(kind, text, tmp_path, monkeypatch):
+def test_a_killed_sweep_goes_on_on_the_models_device(kind, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "CHECKPOINT_SECONDS", 0)
+    text = CalibrationText.draw(tokenizer, CORPUS, [SHORT])
     jobs = planned_jobs([Recipe(method="wanda", sparsity=0.5)], [SHORT])
     calls: list[int] = []
     expected = sweep(Anatomy(tiny_model(kind)), jobs, text, batch_tokens=32, progress=calls.append)
@@ -36,15 +67,14 @@ def test_a_killed_sweep_goes_on_on_the_models_device(kind, text, tmp_path, monke
         if len(calls) == 1:  # in the last block
             raise KeyboardInterrupt
 
-    with StandIn(), torch.no_grad():
-        anatomy = Anatomy(on_standin(kind))
+    with StandIn():
+        anatomy = Anatomy(on_standin(tiny_model(kind)))
         with pytest.raises(KeyboardInterrupt):
             sweep(anatomy, jobs, text, batch_tokens=32, workspace=Workspace(tmp_path / "w", "key"), progress=kill)
         again = Workspace(tmp_path / "w", "key")
         assert again.resumed() is not None
         found = sweep(anatomy, jobs, text, batch_tokens=32, workspace=again)
-        for job in jobs:
-            assert found(job).masks == expected(job).masks
+    assert all(found(job).masks == expected(job).masks for job in jobs)
 
 
 @pytest.mark.parametrize("states", ["device", "host", "disk"])
