@@ -347,7 +347,10 @@ def test_models_that_cannot_be_taken_over_are_one_line(finished, elsewhere, tmp_
         ('method = "ria"\nparameters = { powr = 0.7 }', ('no parameter "powr"', 'did you mean "power"')),
         ('method = "ria"\nparameters = { power = 9 }', ("power = 9 is not between 0 and 4",)),
         ('method = "ria"\nparameters = { power = "strong" }', ("parameters.power", "valid number")),
-        ('method = "wanda"\npattern = "2:4"\nallocation = "owl"', ('pattern "2:4" fixes the sparsity', 'allocation "owl"')),
+        (
+            'method = "wanda"\npattern = "2:4"\nallocation = "owl"',
+            ('pattern "2:4" fixes the sparsity', 'allocation "owl"'),
+        ),
         ('method = "wanda"\npattern = "4:2"', ('pattern "4:2"', "0 < n < m")),
         ('method = "wanda"\npattern = "2:4"\nsparsity = 0.3', ("removes 0.5", "omit sparsity")),
         ('method = "wanda"\nsparsity = 0.01\nallocation = "owl"', ("lower the spread",)),
