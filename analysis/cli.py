@@ -134,7 +134,7 @@ def diagnose(
     memory: _Memory = None,
     device_memory: _DeviceMemory = None,
 ) -> None:
-    """Find out which components of a variant, restored to the dense model's, recover what pruning took from it."""
+    """Find the components of a pruned model that recover its drop when they are restored."""
     from .study.diagnosis_request import DiagnosisRequest
     from .study.run import STUDY_FILE, diagnose_study
 

@@ -164,7 +164,7 @@ def diagnose(
 def to_confirm(
     asked: Asked, components: Sequence[Component], estimate: Patched, confirm: int = CONFIRMED
 ) -> dict[Direction, list[int]]:
-    """Return which components are to be patched exactly in which direction; none if nothing was lost.
+    """Return which components are to be patched exactly in which direction; none if there is no significant drop.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ class _Drop:
         return np.stack([np.bincount(self.cluster, of[m], self.clusters) for m in self.metrics], axis=1)
 
     def shares(self, estimate: Patched) -> dict[int, float]:
-        """Return the share of the loss that each component is estimated to bring back."""
+        """Return the share of the drop that each component is estimated to recover."""
         return {i: float(effect.sum() / self.total) for i, effect in estimate.attributed.items()}
 
     def lost(self) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class ReportFacts:
         Calibration sets and recipes of the variants.
     imported
         Name to source of each model that was pruned elsewhere.
+    set_aside
+        Name of every variant that could not be made to the reason.
     segments, fit_segments
         Held-out segments, and segments that subspaces were fitted on, of each language.
     rank
@@ -52,6 +54,7 @@ class ReportFacts:
     sets: Sequence[CalibrationSet]
     recipes: Sequence[Recipe]
     imported: Mapping[str, str]
+    set_aside: Mapping[str, str]
     segments: int
     fit_segments: int
     rank: int

@@ -144,7 +144,7 @@ class Diagnosis:
         return passes * sum(question.tokens for question in self._asked.questions) * self.context.model.facts.body
 
     def attribute(self, progress: Advance) -> Path:
-        """Estimate what every component brings back, and return the file."""
+        """Estimate what every component recovers, and return the file."""
         found = attribute(
             self.context.model.session, self._asked.questions, self._damage, self._components, progress=progress
         )

@@ -29,7 +29,7 @@ class DiagnosisRequest(BaseModel):
     category
         Of its items, ``"all"`` of them, or ``"text"``: its held-out text.
     half
-        Only every second pair of twins (or segment), the first or the others, so that what follows from a diagnosis can
+        Only every second minimal pair (or segment), the first or the others, so that what follows from a diagnosis can
         be judged on what it was not made with.
     confirm
         How many causes are confirmed by exact patching.
@@ -97,7 +97,7 @@ def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
 
 
 def by_twin(items: Sequence[Item], category: str) -> dict[str, list[Item]]:
-    """Return the items of a category by the word that twins share."""
+    """Return the items of a category by minimal pair."""
     twins: dict[str, list[Item]] = {}
     for item in items:
         if category in (ALL, item.category):
@@ -106,5 +106,5 @@ def by_twin(items: Sequence[Item], category: str) -> dict[str, list[Item]]:
 
 
 def half_of(request: DiagnosisRequest) -> slice:
-    """Return which pairs of twins, or segments, a request is about."""
+    """Return which minimal pairs, or segments, a request is about."""
     return {"all": slice(None), "first": slice(0, None, 2), "second": slice(1, None, 2)}[request.half]

@@ -94,6 +94,7 @@ def report_facts(context: Context) -> ReportFacts:
         sets=study.calibration_sets(),
         recipes=study.all_recipes(),
         imported=study.imported,
+        set_aside=context.variants.set_aside,
         segments=study.evaluation.segments,
         fit_segments=study.evaluation.fit_segments,
         rank=study.evaluation.rank or len(study.languages) - 1,

@@ -313,6 +313,12 @@ def test_a_diagnosis_that_was_damaged_by_hand_does_not_stop_the_study(place, cop
     assert "Diagnosis:" not in page_of(copied)
 
 
+def test_a_diagnosis_of_a_model_larger_than_memory_is_refused(copied):
+    without_diagnosis(copied)
+    result = diagnose(copied, "--memory", "700MiB")
+    expect_one_line(result, "a diagnosis takes the whole model and a copy of its weights", "700.0 MiB of memory")
+
+
 # -- mistakes -------------------------------------------------------------------------------------------------------
 
 

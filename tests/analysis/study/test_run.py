@@ -430,6 +430,8 @@ def test_a_variant_that_cannot_be_made_keeps_no_other_from_being_read(place, tmp
         read = read_frame(tmp_path / "out" / "frames" / "perplexity.parquet")
         assert set(read.method) == {"dense", "wanda", "magnitude"}
         assert set(read.sparsity) == {0.0, 0.3, 0.5}
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        assert "wanda-0.01-row-owl-pruned-en-s0 could not be made: sparsity 0.01 with a spread" in page
     assert {path.name for path in (tmp_path / "out" / "variants").iterdir()} == {
         "magnitude-0.3-matrix",
         "wanda-0.5-row-pruned-en-s0",
@@ -462,6 +464,17 @@ def test_a_folder_that_another_run_writes_into_is_refused(place, tmp_path):
     with FileLock(tmp_path / ".lock"):
         result = prunescope("run", place / "study.toml", "--out", tmp_path)
     expect_one_line(result, "another run is writing")
+
+
+def test_a_model_larger_than_memory_is_read_from_its_shards(place, finished, tmp_path, monkeypatch):
+    from analysis.study import model
+
+    monkeypatch.setattr(model, "_ROOM", 1 << 40)
+    result = prunescope("run", place / "study.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "its weights a block at a time" in result.stderr
+    assert "reading plan: 6 models" in result.stderr
+    assert contents(tmp_path / "out", *RESULTS) == contents(finished, *RESULTS)
 
 
 def test_damaged_record_is_noticed(finished, tmp_path):
@@ -522,6 +535,7 @@ def test_other_code_makes_again_what_it_makes(finished, tmp_path, monkeypatch):
         ("sparsity = 0.5", "sparsity = 50", ("not between 0 and 1",)),
         ("segments = 6", "segmets = 6", ("unknown key",)),
         ('model = "model"', 'model = "nowhere"', ("cannot load model",)),
+        ('model = "model"', 'model = "model"\ndevice = "cuda:7"', ('no device "cuda:7"', "it has cpu")),
     ],
 )
 def test_mistakes_are_one_line_and_status_two(place, tmp_path, old, new, words):
@@ -529,6 +543,21 @@ def test_mistakes_are_one_line_and_status_two(place, tmp_path, old, new, words):
     study.write_text(STUDY.replace(old, new, 1))
     expect_one_line(prunescope("run", study, "--out", tmp_path / "out"), *words)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", ["run", "prune"])
+@pytest.mark.parametrize(
+    ("option", "amount", "words"),
+    [
+        ("--device-memory", "2GiB", ("--device-memory caps the memory of a GPU", "on the CPU", "use --memory")),
+        ("--device-memory", "two", ('--device-memory "two" is not an amount of memory', "6GiB")),
+        ("--memory", "1MiB", ("cannot hold one block",)),
+    ],
+)
+def test_caps_that_cannot_be_are_one_line(place, tmp_path, command, option, amount, words):
+    result = prunescope(command, place / "study.toml", "--out", tmp_path / "out", option, amount)
+    expect_one_line(result, *words)
+    assert nothing_was_made(tmp_path / "out")
 
 
 def test_unknown_architecture_is_one_line(place, tmp_path):

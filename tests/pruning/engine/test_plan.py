@@ -214,7 +214,7 @@ def noted(anatomy, *arguments, **named):
 pruning.runner.make_plan = noted
 if stream:
     analysis.study.model._ROOM = 1 << 20  # whatever the cap
-run_study(parse_study(study, "study"), out, Console(quiet=True), memory=(1 << 40) if stream else None, only_prune=True)
+run_study(parse_study(study, "study"), out, Console(quiet=True), memory=1 << 40, only_prune=True)
 status = Path("/proc/self/status")
 if status.exists():  # ru_maxrss of a new process begins at that of the one that started it
     peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
