@@ -7,7 +7,7 @@ variant's masks are thus applied once per wave and block, however much text ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -22,11 +22,9 @@ from .readers.base import Reader
 from .readers.keep import Keep
 from .readers.signal import SIGNAL_SITES
 from .reading_plan import ReadingPlan
+from .scoring import Progress
 from .session import Session
 from .streams import DENSE, Stream
-
-#: Called with the number of tokens read; one block counts for its share of a full forward pass.
-Progress = Callable[[float], None]
 
 
 @dataclass

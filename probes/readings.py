@@ -111,7 +111,10 @@ class Readings:
             end = max(header[name]["data_offsets"][1] for name in names)
             if path.stat().st_size != start + end:
                 raise ValueError("it was cut short")
-            return cls(**{name: torch.from_numpy(_mapped(path, start, header[name], "c")) for name in names})
+            described = {name: header[name] for name in names}
+            return cls(
+                **{name: torch.from_numpy(array) for name, array in _mapped(path, start, described, "c").items()}
+            )
         except (OSError, ValueError, KeyError, TypeError, IndexError, MemoryError, OverflowError) as error:
             raise StudyError(f"{path} is damaged; delete it and run again") from error
 
@@ -162,11 +165,14 @@ def _created(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> d
             os.posix_fallocate(file.fileno(), 0, start + end)
         else:
             file.truncate(start + end)
-    return {name: _mapped(path, start, header[name], "r+") for name in shapes}
+    return _mapped(path, start, header, "r+")
 
 
-def _mapped(path: Path, start: int, described: Mapping[str, Any], mode: Any) -> np.ndarray:
-    dtype, shape = _DTYPES[described["dtype"]], tuple(described["shape"])
-    if 0 in shape:  # nothing to map
-        return np.zeros(shape, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode=mode, offset=start + described["data_offsets"][0], shape=shape)
+def _mapped(path: Path, start: int, header: Mapping[str, Any], mode: Any) -> dict[str, np.ndarray]:
+    """Memory-map the tensors of a file, all in one map, since each map holds a file descriptor."""
+    content = np.memmap(path, dtype=np.uint8, mode=mode)
+    arrays = {}
+    for name, described in header.items():
+        begin, end = (start + offset for offset in described["data_offsets"])
+        arrays[name] = content[begin:end].view(_DTYPES[described["dtype"]]).reshape(described["shape"])
+    return arrays

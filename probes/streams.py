@@ -99,18 +99,18 @@ class HeldoutStream:
 
     def opened(self) -> AbstractContextManager[object]:
         """See :class:`Stream`."""
-        stack = ExitStack()
         anatomy = self._anatomy
         shape = (len(self._utf8), len(anatomy.blocks), anatomy.hidden_size, readable_neurons(anatomy))
-        for model in self.models:
-            path = stack.enter_context(whole_file(self.files[model])) if model in self.files else None
-            self.readings[model] = Readings.empty(*shape, path)
-        stack.callback(self._readers.clear)
-        for model in self.models:
-            self._readers[model] = self._readers_of(model)
-            self._fill(self.readings[model])
-        self._mark_sites()
-        return stack
+        with ExitStack() as stack:  # if a file cannot be made, those made before it are removed
+            for model in self.models:
+                path = stack.enter_context(whole_file(self.files[model])) if model in self.files else None
+                self.readings[model] = Readings.empty(*shape, path)
+            stack.callback(self._readers.clear)
+            for model in self.models:
+                self._readers[model] = self._readers_of(model)
+                self._fill(self.readings[model])
+            self._mark_sites()
+            return stack.pop_all()
 
     def readers(self, model: str, batch: int) -> Sequence[Reader]:
         """See :class:`Stream`."""

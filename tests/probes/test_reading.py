@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from probes.readers.firing import FOLDS
 from probes.readers.signal import SIGNAL_SITES
 from pruning import Anatomy, CalibrationSet, Corpus, MaskSet, Recipe, Segment, load_model, prune, text_source
 from pruning.engine.plan import MemoryCapError
-from pruning.errors import StudyError
+from pruning.errors import DiskError, StudyError
 
 
 @pytest.fixture
@@ -150,6 +151,34 @@ def test_a_damaged_file_of_readings_is_told(tmp_path, model, tokenizer, segments
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(StudyError, match="is damaged"):
         Readings.open(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted there")
+def test_a_file_of_readings_takes_one_descriptor(tmp_path, model, tokenizer, segments):
+    """Thirty variants in seven languages are read at once, and a process may often open 1,024 files."""
+    session = Session(model, tokenizer)
+    files = {DENSE: tmp_path / "en.safetensors"}
+    stream = HeldoutStream(session, segments, [], files)
+
+    def opened_files():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = opened_files()
+    with stream.opened():
+        assert opened_files() <= before + 1
+    again = Readings.open(files[DENSE])
+    assert opened_files() <= before + 2
+    assert again.power.isnan().all()
+
+
+def test_if_a_file_of_readings_cannot_be_made_the_others_are_removed(tmp_path, model, tokenizer, segments):
+    (tmp_path / "taken").write_text("a file, not a folder")
+    files = {DENSE: tmp_path / "dense.safetensors", "other": tmp_path / "taken" / "other.safetensors"}
+    stream = HeldoutStream(Session(model, tokenizer), segments, ["other"], files)
+    with pytest.raises(DiskError) as held:  # its traceback keeps alive whatever was not closed
+        stream.opened()
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert "taken" in str(held.value)
 
 
 def assert_same(one, other):
