@@ -1,4 +1,4 @@
-"""The command line: thin doors to what the packages do."""
+"""The command line interface."""
 
 from __future__ import annotations
 
@@ -24,16 +24,12 @@ app = typer.Typer(
 _STOPPED = 130
 _Memory = Annotated[
     str | None,
-    typer.Option(
-        help="Most memory to take, such as 6GiB; what is free by default. A larger model is read from its shards."
-    ),
+    typer.Option(help="Memory cap, such as 6GiB; free memory by default. A larger model is read from its shards."),
 ]
-_DeviceMemory = Annotated[
-    str | None, typer.Option(help="Most memory to take of the GPU, such as 20GiB; what is free by default.")
-]
+_DeviceMemory = Annotated[str | None, typer.Option(help="GPU memory cap, such as 20GiB; free GPU memory by default.")]
 _Out = Annotated[
     Path | None,
-    typer.Option(help="Folder of the study; runs/NAME by default. Run again to go on with it."),
+    typer.Option(help="Folder of the study; runs/NAME by default. Run again to resume."),
 ]
 
 
@@ -42,7 +38,7 @@ def _bytes(option: str, amount: str | None) -> int | None:
         return None if amount is None else int(TypeAdapter(ByteSize).validate_python(amount))
     except ValidationError as error:
         raise StudyError(
-            f'{option} "{shortened(amount)}" is not an amount of memory; write it like 6GiB or 500MB'
+            f'{option} "{shortened(amount)}" is not an amount of memory; use a form such as 6GiB or 500MB'
         ) from error
 
 
@@ -53,7 +49,7 @@ def run(
     memory: _Memory = None,
     device_memory: _DeviceMemory = None,
 ) -> None:
-    """Carry out a study: prune, read, analyze, draw, report. Finished stages are skipped."""
+    """Run a study: prune, read, analyze, plot, report. Finished parts are skipped."""
     from .study.run import run_study
     from .study.study_file import resolved_study
 
@@ -73,7 +69,7 @@ def prune(
     memory: _Memory = None,
     device_memory: _DeviceMemory = None,
 ) -> None:
-    """Make the pruned variants of a study, and nothing else. The model may be larger than memory."""
+    """Make only the pruned variants of a study. The model may be larger than memory."""
     from .study.run import run_study
     from .study.study_file import resolved_study
 
@@ -94,15 +90,15 @@ def compare(
         str, typer.Argument(metavar="PRUNED", help="The same model, pruned elsewhere: hub id or folder.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; runs/compare-PRUNED by default. Run again to go on.")
+        Path | None, typer.Option(help="Folder for the results; runs/compare-PRUNED by default. Run again to resume.")
     ] = None,
     languages: Annotated[str, typer.Option(help="Evaluation languages.")] = ",".join(BUNDLED_LANGUAGES),
     text: Annotated[str, typer.Option(help='"bundled", "hub:PRESET" or "file:PATH/{lang}.jsonl".')] = "bundled",
-    segments: Annotated[int, typer.Option(help="Held-out segments a language, and as many to fit subspaces.")] = 128,
+    segments: Annotated[int, typer.Option(help="Held-out and fitting segments per language.")] = 128,
     memory: _Memory = None,
     device_memory: _DeviceMemory = None,
 ) -> None:
-    """Measure a model that was pruned elsewhere against its dense parent: all that needs no calibration sets."""
+    """Compare a model pruned elsewhere with its dense parent, in all that needs no calibration sets."""
     from .study.comparison import comparison_study
     from .study.run import run_study
 
@@ -122,9 +118,9 @@ def compare(
 def diagnose(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study (or of prunescope compare).")],
     variant: Annotated[str, typer.Option(help="Id of the variant: a folder below DIR/variants.")],
-    language: Annotated[str, typer.Option(help="In which language: one of the study's.")],
+    language: Annotated[str, typer.Option(help="One of the study's languages.")],
     category: Annotated[
-        str, typer.Option(help='What was lost: a category of the items, "all" of them, or "text".')
+        str, typer.Option(help='A category of the items, "all" of them, or "text" for held-out text.')
     ] = "reasoning",
     half: Annotated[
         Literal["all", "first", "second"],
@@ -139,9 +135,7 @@ def diagnose(
     from .study.run import STUDY_FILE, diagnose_study
 
     if not (folder / STUDY_FILE).is_file():
-        raise StudyError(
-            f"there is no study in {folder}; carry one out first: prunescope run STUDY.toml --out {folder}"
-        )
+        raise StudyError(f"there is no study in {folder}; run one first: prunescope run STUDY.toml --out {folder}")
     request = DiagnosisRequest(variant=variant, language=language, category=category, half=half, confirm=confirm)
     report, found = diagnose_study(
         folder, request, memory=_bytes("--memory", memory), device_memory=_bytes("--device-memory", device_memory)
@@ -156,7 +150,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.")],
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the checkpoint.")],
     variant: Annotated[str, typer.Option(help="Id of the variant: a folder below DIR/variants.")],
-    stream: Annotated[bool, typer.Option(help="Write it block by block: for models larger than memory.")] = False,
+    stream: Annotated[bool, typer.Option(help="Write block by block, for models larger than memory.")] = False,
 ) -> None:
     """Write a pruned variant as an ordinary checkpoint that from_pretrained loads."""
     from pruning import Variant, load_model
@@ -178,7 +172,7 @@ def export(
 
 
 def main() -> None:
-    """Run the command line; errors of the user's making are one line and exit status 2."""
+    """Run the command line; user errors print one line and exit with status 2."""
     try:
         app()
     except PrunescopeError as error:
@@ -186,5 +180,5 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as ended:
         if ended.code == _STOPPED:  # typer has turned a KeyboardInterrupt into this
-            print("prunescope: stopped; run the same command again to go on", file=sys.stderr)
+            print("prunescope: stopped; run the same command again to resume", file=sys.stderr)
         raise

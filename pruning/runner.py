@@ -1,7 +1,7 @@
-"""Pruning from the first look at the model to variants in a folder: the plan, the waves, and going on after a kill.
+"""Making pruned variants: planning, running wave by wave, and resuming after a kill.
 
-The one way to make variants, whoever asks: :func:`prune` for Python, and :class:`PruningRun` for what carries out one
-wave after the other, such as a study.
+All variants are made here: with :func:`prune` from Python, or with :class:`PruningRun` by callers that run the waves
+themselves, such as a study.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIANTS, SCRATCH, SET_ASIDE = "variants", "scratch", "set_aside.json"
 
 
 class SetAsideWarning(UserWarning):
-    """A variant could not be made, and the others were."""
+    """A variant could not be made; the others were."""
 
 
 def prune(
@@ -51,35 +51,35 @@ def prune(
     batch_tokens: int = 2048,
     progress: Progress = lambda tokens: None,
 ) -> list[Variant]:
-    """Make pruned variants: one for each recipe and calibration set, those of a set together, in their order.
+    """Make pruned variants: one per recipe and calibration set, grouped by set, in the given order.
 
-    With a folder, each variant goes into ``FOLDER/variants/ID`` block by block while it is made, what is there already
-    is not made again, and a run that was killed goes on where it was. Without, all are made at once and held in memory.
+    With a folder, variants are written to ``FOLDER/variants/ID`` block by block; variants that already exist are not
+    made again, and a killed run resumes where it stopped. Without one, all are made at once and held in memory.
 
     Parameters
     ----------
     model, tokenizer
-        As :func:`pruning.load_model` gives them; the model is unchanged afterwards.
+        As returned by :func:`pruning.load_model`; the model is unchanged afterwards.
     recipes
-        What to make. One that needs no text makes one variant, whatever the calibration sets.
+        One or several recipes. A recipe that needs no text makes one variant, whatever the calibration sets.
     corpus, calibration
-        Where the text is, and how much of which languages to take; needed unless no recipe is calibrated.
+        The text, and the calibration sets to draw from it; optional if no recipe is calibrated.
     folder
-        Where to put the variants. Those that are returned are read from there when they are asked for.
+        Where to write the variants. The returned variants are read from there on access.
     memory, device_memory
-        Caps in bytes on resident memory, and on that of the GPU that the model is on. With a folder, hidden states move
-        off the device or to disk, and variants are made in waves, as caps ask for it.
+        Caps in bytes on resident memory, and on the memory of the model's GPU. To stay within them, and given a folder,
+        hidden states are moved to host memory or disk, and variants are made in waves.
     name
-        What to call the model in frames; its ``name_or_path`` by default.
+        Name of the model in frames; its ``name_or_path`` by default.
     batch_tokens
-        Tokens that go through a block at a time.
+        Tokens per batch.
     progress
-        Told of the tokens as they go through a block.
+        Called with the number of tokens that have just passed through a block.
 
     Returns
     -------
     list
-        The variants. One that cannot be made, because its scores are not finite for example, is missing, and a
+        The variants. If one cannot be made, for example because its scores are not finite, it is left out, and a
         ``SetAsideWarning`` says why.
 
     Raises
@@ -87,7 +87,7 @@ def prune(
     TextError
         If there is too little text.
     RecipeError, ModelError
-        If a recipe does not fit this model, a cap is too small, or no variant at all can be made.
+        If a recipe does not fit this model, a cap is too small, or no variant can be made.
     DiskError
         If the disk is full or the folder cannot be used.
     """
@@ -119,11 +119,11 @@ class Wave:
     Attributes
     ----------
     name
-        Of these very jobs: the same after a kill.
+        A hash of the jobs, so that a killed wave is found again.
     jobs
-        What is made.
+        The jobs.
     tokens
-        That go through blocks, as the progress counts them.
+        Number of tokens that pass through blocks, as the progress counts them.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Wave:
     tokens: int
 
     def __str__(self) -> str:
-        """Return in words what is made."""
+        """Describe the wave for the progress bar."""
         sets = [f"{job.calibration.name} (seed {job.calibration.seed})" for job in self.jobs if job.calibration]
         sets = list(dict.fromkeys(sets))
         methods = ", ".join(dict.fromkeys(job.recipe.method for job in self.jobs))
@@ -142,16 +142,16 @@ class Wave:
 
 
 def job_key(job: Job, model_fingerprint: str, dtype: str, text_fingerprint: str | None) -> str:
-    """Return a hash of everything that a variant depends on, the version of the code that makes it included.
+    """Return a hash of everything that a variant depends on, including the code.
 
     Parameters
     ----------
     job
-        What is made.
+        The job.
     model_fingerprint, dtype
-        Of the dense model.
+        Fingerprint and dtype of the dense model.
     text_fingerprint
-        Of the calibration text, if there is some.
+        Fingerprint of the calibration text, if any.
     """
     return content_sha256(
         {
@@ -166,32 +166,32 @@ def job_key(job: Job, model_fingerprint: str, dtype: str, text_fingerprint: str 
 
 
 class PruningRun:
-    """Variants to be made of one model: what is finished, what is left and what it will take, a wave at a time.
+    """Makes variants of one model, wave by wave: knows which are finished, which are left, and what they will need.
 
     Parameters
     ----------
     anatomy, tokenizer
-        Of the dense model.
+        Anatomy and tokenizer of the dense model.
     jobs
-        All that is wanted, finished or not; names must be unique.
+        All requested variants, finished or not; names must be unique.
     corpus
-        Of the calibration text.
+        The text to calibrate with.
     folder
-        With ``variants/ID`` for each finished variant and ``scratch`` for those that are being made; ``None`` keeps
-        everything in memory.
+        Folder with finished variants in ``variants/ID`` and unfinished ones in ``scratch``; ``None`` keeps everything
+        in memory.
     memory, device_memory, name, batch_tokens
         As for :func:`prune`.
 
     Attributes
     ----------
     anatomy, fingerprint
-        Of the dense model.
+        Anatomy and fingerprint of the dense model.
     jobs, keys
-        Every variant's job, and a hash of everything that the variant depends on.
+        Job of every variant, and a hash of everything that the variant depends on, by name.
     plan
-        What it will take to make what is left, to be printed; ``None`` if nothing is.
+        What the remaining variants will need, for printing; ``None`` if all are finished.
     set_aside
-        Name of every variant that cannot be made to the reason.
+        Names of variants that cannot be made, with the reason.
 
     Raises
     ------
@@ -230,7 +230,7 @@ class PruningRun:
         self.keys = {variant: self._key(job) for variant, job in self.jobs.items()}
         self.set_aside = {v: reason for v, (key, reason) in self._on_record().items() if self.keys.get(v) == key}
         if self.set_aside.keys() == self.jobs.keys():
-            self.set_aside = {}  # nothing would be left: they are tried again
+            self.set_aside = {}  # all of them: try again
         pending = self.pending
         sets = [job.calibration for job in self.jobs.values() if job.calibration]
         self.text: CalibrationText | None = None
@@ -251,12 +251,12 @@ class PruningRun:
 
     @property
     def pending(self) -> list[Job]:
-        """The jobs that are left: neither finished nor set aside."""
+        """The remaining jobs: neither finished nor set aside."""
         return [job for v, job in self.jobs.items() if v not in self.set_aside and not self.finished(v)]
 
     @cached_property
     def waves(self) -> tuple[Wave, ...]:
-        """What is left, as it was planned, those that a killed run was in the middle of first."""
+        """The remaining waves; unfinished waves of a killed run come first."""
         waves = self.plan.waves if self.plan else ()
         return tuple(Wave(self._wave_name(jobs), jobs, sweep_work(self.anatomy, jobs, self.text)) for jobs in waves)
 
@@ -266,7 +266,7 @@ class PruningRun:
         return self.folder / VARIANTS / variant
 
     def finished(self, variant: str) -> bool:
-        """Whether a variant is there, made of all that it would be made of now."""
+        """Whether a variant exists and everything that it depends on is unchanged."""
         if self.folder is None:
             return variant in self._held
         try:
@@ -275,24 +275,24 @@ class PruningRun:
             return False
 
     def open(self, variant: str) -> Variant:
-        """Return a finished variant; from a folder, masks and values are read when they are asked for.
+        """Return a finished variant; from a folder, masks and values are read on access.
 
         Raises
         ------
         VariantError
-            If it is not there, or damaged.
+            If it is missing or damaged.
         """
         return self._held[variant] if self.folder is None else Variant.open(self.place(variant), self.fingerprint)
 
     def run(self, wave: Wave, progress: Progress = lambda tokens: None) -> list[str]:
-        """Carry out one wave, and return the names of the variants that it made.
+        """Run one wave, and return the names of the variants that it made.
 
         Raises
         ------
         ModelError
-            If no job at all can be carried out, of this wave or of those before it.
+            If all variants, of this wave and the previous ones, were set aside.
         DiskError
-            If the disk is full or the folder cannot be used; what is finished stays, and so does what was begun.
+            If the disk is full or the folder cannot be used; finished and unfinished variants are kept.
         """
         self._check_places(wave)
         workspace = self._workspace(wave)
@@ -306,7 +306,7 @@ class PruningRun:
         )
         made = [job for job in wave.jobs if job not in swept.set_aside]
         for job in made:
-            if not self.finished(job.id):  # else it was put in its place before a kill
+            if not self.finished(job.id):  # otherwise it was moved there before a kill
                 masks, values = workspace.results(job.id)
                 record = self.record(job, workspace.remarks(job.id))
                 if self.folder is None:
@@ -320,15 +320,15 @@ class PruningRun:
         return [job.id for job in made]
 
     def close(self) -> None:
-        """Remove what waves have left that were begun and are no longer wanted, once everything is made."""
+        """Remove temporary files, including those of waves that are no longer needed."""
         for folder in self._scratch():
             clear(folder)
         if self.folder is not None:
-            with suppress(OSError):  # not there, or somebody put something into it
+            with suppress(OSError):  # missing, or it holds other files
                 (self.folder / SCRATCH).rmdir()
 
     def record(self, job: Job, remarks: Sequence[str] = ()) -> VariantRecord:
-        """Return what is to be said of the variant that a job makes."""
+        """Return the record of the variant that a job makes."""
         return VariantRecord(
             id=job.id,
             model=self._name,
@@ -353,7 +353,7 @@ class PruningRun:
             content = json.loads((self.folder / SET_ASIDE).read_text(encoding="utf-8"))
             return {str(v): (str(said["key"]), str(said["reason"])) for v, said in content.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}  # none, or damaged: they are tried again
+            return {}  # missing or damaged: try them again
 
     def _note_set_aside(self, reasons: dict[str, str]) -> None:
         self.set_aside |= reasons
@@ -389,16 +389,16 @@ class PruningRun:
         )
 
     def _check_places(self, wave: Wave) -> None:
-        """Raise ``DiskError`` if something that is not ours is where a variant is to go."""
+        """Raise ``DiskError`` if the folder of a variant holds files that prunescope did not write."""
         for job in wave.jobs if self.folder is not None else ():
             place = self.place(job.id)
             if place.exists() and not (place.is_dir() and (is_variant(place) or not any(place.iterdir()))):
                 raise DiskError(
-                    f"{place} has something in it that prunescope did not write; move it away, or choose another folder"
+                    f"{place} holds files that prunescope did not write; move them away, or choose another folder"
                 )
 
     def _begun(self, pending: Sequence[Job]) -> list[tuple[Job, ...]]:
-        """Return the waves that a killed run was in the middle of, if they are still wanted as they were."""
+        """Return the unfinished waves of a killed run that are still requested unchanged."""
         waves = []
         for folder in self._scratch():
             names = begun(folder)

@@ -1,4 +1,4 @@
-"""The stage that asks models tasks of the evaluation harness."""
+"""The stage that evaluates models on tasks of the evaluation harness."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import harness
 from .context import Context
 from .units import Advance, Output, Unit
 
-#: Tokens that a question is taken to have for the time left, where nobody has seen the data yet.
+#: Assumed tokens per question, to estimate the remaining time before the data is loaded.
 _TOKENS = 200
 
 
@@ -30,7 +30,7 @@ class Benchmark:
     name = "benchmark"
 
     def units(self, context: Context) -> Sequence[Unit]:
-        """Return the tasks that are left, model by model."""
+        """Return the remaining tasks, model by model."""
         left = [
             (name, key, model, task)
             for name, key, model, task in results(context)
@@ -41,12 +41,12 @@ class Benchmark:
             harness.check_known(list(dict.fromkeys(task for *_, task in left)), _folders(context))
         work = _TOKENS * (context.study.tasks.limit or 500) * context.model.facts.body
         return [
-            Unit(self.name, f"asking {model} the task {task}", (Output(name, key),), work)
+            Unit(self.name, f"evaluating {model} on {task}", (Output(name, key),), work)
             for name, key, model, task in left
         ]
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
-        """Ask one model one task, and record its answers."""
+        """Evaluate one model on one task, and record its answers."""
         began = time.monotonic()
         (output,) = unit.outputs
         _, model, task = output.name.split("/", 2)
@@ -68,7 +68,7 @@ class Benchmark:
 
 
 def results(context: Context) -> Iterator[tuple[str, str, str, str]]:
-    """Yield name and key of every result, with its model and task."""
+    """Yield name, key, model and task of every result."""
     config = context.study.tasks
     if not config.harness:
         return
@@ -81,7 +81,7 @@ def results(context: Context) -> Iterator[tuple[str, str, str, str]]:
 
 
 def answers(context: Context) -> Iterator[pd.DataFrame]:
-    """Yield what the models answered, in the frame ``items``; a task that is in several groups once."""
+    """Yield the models' answers as parts of the frame ``items``; a task in several groups is yielded once."""
     seen: set[tuple[str, str]] = set()
     for _, _, model, task in results(context):
         frame = read_frame(_folder(context, model, task) / "items.parquet")
@@ -98,7 +98,7 @@ def _loaded(task: str, shots: int | None, folders: tuple[Path, ...]) -> dict[str
 def _harness_version() -> str:
     try:
         return version("lm-eval")
-    except PackageNotFoundError:  # said in words when a task is looked up
+    except PackageNotFoundError:  # reported when a task is looked up
         return ""
 
 
@@ -107,7 +107,7 @@ def _folders(context: Context) -> tuple[Path, ...]:
 
 
 def _state(folders: Sequence[Path]) -> list[str]:
-    """Return what identifies the content of folders of tasks, their data included."""
+    """Return hashes of all files in the folders of tasks, including their data."""
     paths = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
     return [_sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 

@@ -1,4 +1,4 @@
-"""The study that measures one model that was pruned elsewhere against its dense parent."""
+"""The study that compares a model pruned elsewhere with its dense parent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def comparison_study(
     text: str = "bundled",
     segments: int = EvaluationConfig.model_fields["segments"].default,
 ) -> Study:
-    """Return the study that measures one model that was pruned elsewhere against its dense parent.
+    """Return the study that compares a model pruned elsewhere with its dense parent.
 
     Parameters
     ----------
@@ -30,17 +30,17 @@ def comparison_study(
     languages
         BCP-47 tags.
     text
-        Where all text comes from.
+        Source of all text.
     segments
-        Held-out segments a language, and parallel ones to fit the subspaces.
+        Number of held-out segments per language, and of parallel segments to fit the subspaces.
 
     Raises
     ------
     StudyError
-        If one of these cannot be.
+        If one of the arguments is invalid.
     """
     name = re.sub(r"[^\w.+=-]+", "_", Path(pruned).name).strip("_").lstrip(".+=-")[:LONGEST_NAME] or "pruned"
-    if name in taken_names():  # nobody was asked for a name here, so nobody is told to choose another
+    if name in taken_names():  # the user did not choose the name, so this cannot be an error
         name += "-checkpoint"
     return parse_study(
         {

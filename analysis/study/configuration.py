@@ -1,4 +1,4 @@
-"""A study: what to prune, with which text, and what to look at."""
+"""A study: what to prune, with which text, and what to measure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pruning.text.sources import BUNDLED_LANGUAGES
 from .sections import NO_ITEMS, CalibrationConfig, EvaluationConfig, RecipeGrid, Section, TasksConfig, TextConfig
 
 _NAME = re.compile(r"\w[\w.+=-]*")
-#: Letters in the name of a model that was pruned elsewhere; it is the name of a folder.
+#: Maximum length of the name of a model pruned elsewhere, which is also a folder name.
 LONGEST_NAME = 100
 
 
@@ -45,9 +45,7 @@ class Study(Section):
     recipes: tuple[RecipeGrid, ...] = (RecipeGrid(method="wanda"),)
     evaluation: EvaluationConfig = EvaluationConfig()
     tasks: TasksConfig = TasksConfig()
-    imported: dict[str, str] = Field(
-        default={}, description="models that were pruned elsewhere: what to call each, and its checkpoint"
-    )
+    imported: dict[str, str] = Field(default={}, description="models pruned elsewhere: name and checkpoint of each")
 
     @field_validator("model")
     @classmethod
@@ -77,15 +75,15 @@ class Study(Section):
         self.calibration_sets()
         rank = self.evaluation.rank
         if rank is not None and rank > len(self.languages) - 1:
-            raise ValueError(f"evaluation.rank {rank} is more than {len(self.languages) - 1}, the languages less one")
+            raise ValueError(f"evaluation.rank {rank} must be less than the number of languages, {len(self.languages)}")
         jobs = self.jobs()
         for job in jobs:
             if job.recipe.calibrated and job.calibration is None:
                 raise ValueError(
-                    f'calibration.sets is empty, and "{job.recipe.method}" needs text; give it ["en"], say'
+                    f'calibration.sets is empty, but "{job.recipe.method}" needs text; use ["en"], for example'
                 )
         if not jobs and not self.imported:
-            raise ValueError("there is nothing to do: give at least one of [[recipes]], or [imported] models")
+            raise ValueError("this study has no models to compare; add [[recipes]] or [imported]")
         taken = taken_names() | {job.id for job in jobs}
         for name, source in self.imported.items():
             try:
@@ -94,18 +92,18 @@ class Study(Section):
                 raise ValueError(f"imported: {error}") from error
             if not _NAME.fullmatch(name) or name.endswith(PARTIAL) or len(name) > LONGEST_NAME:
                 raise ValueError(
-                    f'imported: "{shortened(name)}" cannot be used as a name; use letters, digits and . + = _ -, '
-                    f"{LONGEST_NAME} at most"
+                    f'imported: "{shortened(name)}" is not a valid name; use at most {LONGEST_NAME} letters, digits '
+                    "and . + = _ -"
                 )
             if name in taken:
                 raise ValueError(
-                    f'imported: "{shortened(name)}" is the name of a method or of another model here; choose another'
+                    f'imported: "{shortened(name)}" is already the name of a method or another model; rename it'
                 )
         return self
 
     @property
     def model_name(self) -> str:
-        """What frames call the model."""
+        """Name of the model in frames."""
         return DEMO_NAME if self.model == DEMO else self.model
 
     def calibration_sets(self) -> list[CalibrationSet]:
@@ -120,22 +118,22 @@ class Study(Section):
         ]
 
     def item_source(self) -> ItemSource | None:
-        """Return where items come from, if there are any."""
+        """Return the source of the items, if the study has any."""
         spec = self.tasks.items
         if spec is None:
             return ItemSource() if set(self.languages) <= set(BUNDLED_LANGUAGES) else None
         return None if spec == NO_ITEMS else ItemSource(spec)
 
     def all_recipes(self) -> list[Recipe]:
-        """Return every recipe once."""
+        """Return all recipes, without duplicates."""
         return list(dict.fromkeys(recipe for grid in self.recipes for recipe in grid.recipes()))
 
     def remedies(self) -> dict[str, Remedy]:
-        """Return every remedy that a recipe follows, by its path."""
+        """Return the remedies that recipes use, by path."""
         return {grid.diagnosis: grid.remedy for grid in self.recipes if grid.diagnosis and grid.remedy}
 
     def jobs(self) -> list[Job]:
-        """Return every variant that is to be made."""
+        """Return the jobs of all variants to make."""
         return planned_jobs(self.all_recipes(), self.calibration_sets())
 
     def to_toml(self) -> str:
@@ -144,5 +142,5 @@ class Study(Section):
 
 
 def taken_names() -> set[str]:
-    """Return what no model that was pruned elsewhere can be called, since frames call other things so."""
+    """Return the names that frames already use, so that no model pruned elsewhere can have them."""
     return {DENSE, *known_methods()}

@@ -1,4 +1,4 @@
-"""What all stages of a study share."""
+"""The state that all stages of a study share."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .variants import StudyVariants
 
 @dataclass(frozen=True)
 class Context:
-    """A study in its folder.
+    """A study and its folder.
 
     Attributes
     ----------
     study, folder
-        What to do, and where.
+        The study and its folder.
     memory, device_memory
-        Caps in bytes on resident memory, and on that of the device; what is free by default.
+        Caps in bytes on resident memory and on device memory; free memory by default.
     whole
-        What needs the whole model in memory, in words; empty if nothing does.
+        What needs the whole model in memory, as the start of an error message; empty if nothing does.
     tell
-        Told in words what takes its time.
+        Called with progress messages.
     """
 
     study: Study
@@ -39,17 +39,17 @@ class Context:
 
     @cached_property
     def records(self) -> Records:
-        """Which results are finished."""
+        """Records of finished results."""
         return Records(self.folder)
 
     @cached_property
     def texts(self) -> StudyTexts:
-        """Text, and questions."""
+        """Text and questions."""
         return StudyTexts(self.study)
 
     @cached_property
     def model(self) -> StudyModel:
-        """The dense model; loaded when it is first needed."""
+        """The dense model, loaded on first use."""
         return StudyModel(self.study, self.records, self.memory, self.device_memory, self.whole, self.tell)
 
     @cached_property

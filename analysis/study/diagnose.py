@@ -1,4 +1,4 @@
-"""The stage that finds out which components a variant's loss comes from, piece by piece."""
+"""The stage that finds the components responsible for a variant's drop."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from .units import Advance, Output, Unit
 FOLDER = "diagnoses"
 REQUEST_FILE = "diagnosis.json"
 _PARTS = "parts"
-#: Components that are patched in one unit: what every unit costs beside them is two passes.
+#: Components patched per unit; each unit has an overhead of two passes.
 _COMPONENTS = 32
-#: Passes that attribution costs: the dense run, and one that is differentiated.
+#: Cost of attribution in forward passes: the dense run, and one with gradients.
 _ATTRIBUTION = 4
 _CURVES = 4
 _DIRECTIONS: tuple[Direction, ...] = (RESTORE, DAMAGE)
 
 
 class Diagnose:
-    """A unit is the attribution of all components, the exact patching of some, or putting the results together.
+    """A unit is the attribution of all components, the exact patching of some, or collecting the results.
 
     Parameters
     ----------
@@ -54,9 +54,9 @@ class Diagnose:
         self.request = request
 
     def units(self, context: Context) -> Sequence[Unit]:
-        """Return what can be done now: which components are patched exactly, attribution must tell first.
+        """Return the units that can run now; attribution comes first, since it selects the components to patch exactly.
 
-        The work of attribution is that of all that may follow it.
+        The work of the attribution unit includes the estimated work of the units that follow.
         """
         diagnosis = Diagnosis(context, self.request)
         done = context.records.finished
@@ -80,7 +80,7 @@ class Diagnose:
         return found or [self._unit(f"{title}: results", [Output(diagnosis.result, diagnosis.key)], 0.0)]
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
-        """Carry out one piece of the diagnosis, and record it."""
+        """Run one unit of the diagnosis, and record its results."""
         began = time.monotonic()
         diagnosis = Diagnosis(context, self.request)
         body = context.model.facts.body
@@ -101,14 +101,14 @@ class Diagnose:
 
 
 class Diagnosis:
-    """One diagnosis of a study: what it depends on, its pieces, and where they are.
+    """One diagnosis of a study: its parts, their keys and their files.
 
     Parameters
     ----------
     context
-        Of the study.
+        Context of the study.
     request
-        What is diagnosed; checked.
+        The request, already checked.
     """
 
     def __init__(self, context: Context, request: DiagnosisRequest) -> None:
@@ -119,7 +119,7 @@ class Diagnosis:
 
     @property
     def frame(self) -> Path:
-        """The frame ``recovery``."""
+        """Path of the frame ``recovery``."""
         return self.folder / "recovery.parquet"
 
     @cached_property
@@ -128,11 +128,11 @@ class Diagnosis:
         return content_sha256([self._base, self.request.model_dump(mode="json")])
 
     def part(self, name: str) -> Output:
-        """Return one piece as a result of its own; it does not depend on how many causes are confirmed."""
+        """Return one part as a separate result; it does not depend on how many causes are confirmed."""
         return Output(f"{self.result}/{name}", content_sha256([self._base, name]))
 
     def patched(self) -> dict[Direction, list[Output]]:
-        """Return what is to be patched exactly, now that attribution has ranked the components."""
+        """Return the results of exact patching to compute, given the attribution."""
         chosen = to_confirm(self._asked, self._components, self._attributed(), self.request.confirm)
         return {
             direction: [self.part(f"{direction}/{_slug(self._components[i])}") for i in indices]
@@ -140,11 +140,11 @@ class Diagnosis:
         }
 
     def work(self, passes: int) -> float:
-        """Return the multiply-adds of so many passes over the questions."""
+        """Return the multiply-adds of `passes` passes over the questions."""
         return passes * sum(question.tokens for question in self._asked.questions) * self.context.model.facts.body
 
     def attribute(self, progress: Advance) -> Path:
-        """Estimate what every component recovers, and return the file."""
+        """Estimate the recovery of every component, and return the file."""
         found = attribute(
             self.context.model.session, self._asked.questions, self._damage, self._components, progress=progress
         )
@@ -179,7 +179,7 @@ class Diagnosis:
             yield name, path
 
     def write_request(self) -> Path:
-        """Write what is asked for, unless that is there already, and return the file."""
+        """Write the request, unless it is already on disk, and return the file."""
         path, text = self.folder / REQUEST_FILE, self.request.model_dump_json(indent=2) + "\n"
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
@@ -196,7 +196,7 @@ class Diagnosis:
         }
         frame = recovery_frame(asked, components, variant.columns(), estimate, exact)
         files = [write_frame(self.folder, "recovery", frame), self.write_request()]
-        (self.folder / REMEDY_FILE).unlink(missing_ok=True)  # of what this variant was before
+        (self.folder / REMEDY_FILE).unlink(missing_ok=True)  # it may belong to an earlier version of this variant
         found = importance(frame)
         if found:
             request = self.request
@@ -212,7 +212,7 @@ class Diagnosis:
             files.append(self.folder / REMEDY_FILE)
         return files
 
-    # -- what it is made of ------------------------------------------------------------------------------------
+    # -- inputs -------------------------------------------------------------------------------------------------
 
     @cached_property
     def _base(self) -> str:
@@ -272,7 +272,7 @@ class Diagnosis:
 
 
 def diagnoses(context: Context) -> Iterator[Diagnosis]:
-    """Yield the diagnoses in a study's folder that are of its variants as they are now."""
+    """Yield the finished diagnoses in a study's folder that match its current variants."""
     for path in sorted((context.folder / FOLDER).glob(f"*/{REQUEST_FILE}")):
         try:
             request = DiagnosisRequest.model_validate(json.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""What a diagnosis is asked for: a variant, a language, a kind of question."""
+"""The request for a diagnosis: a variant, a language, a category of questions."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..frames import ALL, TEXT, labels
 from ..metrics.recovery import CONFIRMED
 from .configuration import Study
 
-#: Category that is diagnosed when none is given.
+#: Default category.
 REASONING = "reasoning"
 
 
 class DiagnosisRequest(BaseModel):
-    """What is diagnosed.
+    """What to diagnose.
 
     Attributes
     ----------
     variant, language
-        Of the study.
+        A variant and a language of the study.
     category
-        Of its items, ``"all"`` of them, or ``"text"``: its held-out text.
+        A category of its items, ``"all"`` of them, or ``"text"`` for its held-out text.
     half
-        Only every second minimal pair (or segment), the first or the others, so that what follows from a diagnosis can
-        be judged on what it was not made with.
+        ``"first"`` or ``"second"`` uses every other minimal pair (or segment), so that a remedy can be evaluated on the
+        other half.
     confirm
-        How many causes are confirmed by exact patching.
+        Number of causes to confirm by exact patching.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,7 +45,7 @@ class DiagnosisRequest(BaseModel):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return labels.slug("-".join([self.variant, self.language, self.category, *([self.half] * (self.half != ALL))]))
 
     @property
@@ -61,7 +61,7 @@ def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
     Raises
     ------
     StudyError
-        If the study has no such variant, language or category, or too few questions of it.
+        If the study has no such variant, language or category, or too few questions in it.
     """
     names = [*(job.id for job in study.jobs()), *study.imported]
     if request.variant not in names:
@@ -76,28 +76,28 @@ def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
         source = study.item_source()
         if source is None:
             raise StudyError(
-                f'this study has no items in {named(language)}; give it some with items = "file:FOLDER/{{lang}}.jsonl" '
-                "under [tasks], or diagnose its text: --category text"
+                f'this study has no items in {named(language)}; add them with items = "file:FOLDER/{{lang}}.jsonl" '
+                "under [tasks], or diagnose held-out text with --category text"
             )
         items = first_twins(source.items(language), study.tasks.per_category)
         categories = [*dict.fromkeys(item.category for item in items), ALL, TEXT]
         if request.category not in categories:
             raise StudyError(
-                f'no items of the category "{shortened(request.category)}" in {named(language)}; '
+                f'there are no items of category "{shortened(request.category)}" in {named(language)}; '
                 f"{did_you_mean(request.category, categories)}"
             )
         number = len(by_twin(items, request.category))
     if len(range(number)[half_of(request)]) < 2:
         which = "" if request.half == "all" else f" in the {request.half} half"
         raise StudyError(
-            f'too few questions of the category "{request.category}" in {named(language)}{which}: intervals need two '
-            "items (minimal pairs, where items have them) or segments at least"
+            f'too few questions of category "{request.category}" in {named(language)}{which}: intervals need at least '
+            "two minimal pairs, items or segments"
         )
     return request.model_copy(update={"language": language})
 
 
 def by_twin(items: Sequence[Item], category: str) -> dict[str, list[Item]]:
-    """Return the items of a category by minimal pair."""
+    """Return the items of a category, grouped by minimal pair."""
     twins: dict[str, list[Item]] = {}
     for item in items:
         if category in (ALL, item.category):
@@ -106,5 +106,5 @@ def by_twin(items: Sequence[Item], category: str) -> dict[str, list[Item]]:
 
 
 def half_of(request: DiagnosisRequest) -> slice:
-    """Return which minimal pairs, or segments, a request is about."""
+    """Return the slice of minimal pairs or segments that a request covers."""
     return {"all": slice(None), "first": slice(0, None, 2), "second": slice(1, None, 2)}[request.half]

@@ -1,4 +1,4 @@
-"""Where units run: in this process, one after the other."""
+"""Running units sequentially in this process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ThisProcess:
     Parameters
     ----------
     context
-        Of the study.
+        Context of the study.
     progress
-        Told what is running and how much is done.
+        Shows what is running and how much is done.
     shares
-        Of the whole time, by stage, for units that know no multiply-adds.
+        Share of the total time by stage, for units whose work is not measured in multiply-adds.
     """
 
     def __init__(self, context: Context, progress: WorkProgress, shares: Mapping[str, float]) -> None:
@@ -28,7 +28,7 @@ class ThisProcess:
         self._shares = shares
 
     def run(self, stage: Stage, units: Sequence[Unit]) -> None:
-        """Carry out units of one stage, in their order."""
+        """Run units of one stage, in the given order."""
         for number, unit in enumerate(units):
             more = f" and {len(units) - 1} more" if len(units) > 1 and not unit.work else ""
             self._progress.stage(unit.title, more, said=bool(unit.work) or not number)

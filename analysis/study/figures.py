@@ -1,4 +1,4 @@
-"""The stage that draws the figures, one at a time."""
+"""The stage that draws the figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .read import readings_file
 from .units import Advance, Output, Unit
 
 FOLDER = "figures"
-#: Share of a whole run's time that figures take, for the time left.
+#: Share of a run's total time that figures take, to estimate the remaining time.
 SHARE = 0.04
 
 
@@ -30,7 +30,7 @@ class DrawFigures:
     name = "figures"
 
     def units(self, context: Context) -> Sequence[Unit]:
-        """Return the figures that are left; none before there are frames to draw."""
+        """Return the remaining figures; none before the frames are finished."""
         if not frames_finished(context):
             return []
         outputs = [Output(f"{FOLDER}/{name}", key) for name, key in figure_keys(context).items()]
@@ -51,7 +51,7 @@ class DrawFigures:
 
 
 def figures(context: Context) -> Iterator[ReportFigure]:
-    """Yield every figure of a study, in the order of the report, to be drawn."""
+    """Yield every figure of a study, in the order of the report."""
     yield from study_figures(StudyFrames(context), report_facts(context))
     for diagnosis in diagnoses(context):
         yield from figures_of(diagnosis)
@@ -71,7 +71,7 @@ def figures_of(diagnosis: Diagnosis) -> Iterator[ReportFigure]:
 
 
 def figure_keys(context: Context) -> dict[str, str]:
-    """Return the name of every figure, and a hash of everything that it depends on."""
+    """Return a hash of everything that each figure depends on, by name."""
     code = code_version("analysis.plots", "analysis.report", "analysis.frames")
     of_frames = content_sha256([code, [frame_key(context, name) for name in NAMES]])
     facts = report_facts(context)
@@ -85,7 +85,7 @@ def figure_keys(context: Context) -> dict[str, str]:
 
 
 def report_facts(context: Context) -> ReportFacts:
-    """Return what the frames do not say."""
+    """Return the facts of the report that are not in the frames."""
     study = context.study
     read = {lang: Readings.open(readings_file(context, DENSE, lang)) for lang in study.languages}
     return ReportFacts(
@@ -106,5 +106,5 @@ def report_facts(context: Context) -> ReportFacts:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that results are made with."""
+    """Return the versions of the libraries that results depend on."""
     return {name: version(name) for name in ("prunescope", "torch", "transformers", "nnsight", "numpy", "scipy")}

@@ -1,4 +1,4 @@
-"""The stage that turns what was read into tidy frames, one at a time."""
+"""The stage that turns readings into tidy frames."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from .read import (
 from .units import Advance, Output, Unit
 
 FOLDER = "frames"
-#: Share of a whole run's time that a frame takes, for the time left.
+#: Share of a run's total time that a frame takes, to estimate the remaining time.
 SHARE = 0.004
 
 Analyzed = Mapping[str, pd.DataFrame]
 
 
 class MakeFrames:
-    """A unit is a frame, or two that come out of one analysis."""
+    """A unit is a frame, or two from one analysis."""
 
     name = "frames"
 
     def units(self, context: Context) -> Sequence[Unit]:
-        """Return the frames that are left."""
+        """Return the remaining frames."""
         found = []
         for names in _ANALYSES:
             outputs = tuple(Output(f"{FOLDER}/{name}", frame_key(context, name)) for name in names)
@@ -79,19 +79,19 @@ def frame_key(context: Context, name: str) -> str:
 
 
 def frames_finished(context: Context) -> bool:
-    """Whether all frames are there, and what was read of the dense model beside them."""
+    """Whether all frames and the dense model's readings are finished."""
     return all(context.records.finished(f"{FOLDER}/{name}", frame_key(context, name)) for name in NAMES) and all(
         readings_finished(context, DENSE, language) for language in context.study.languages
     )
 
 
 class StudyFrames(Mapping[str, pd.DataFrame]):
-    """The frames of a study, each read when it is asked for.
+    """The frames of a study, each read on access.
 
     Parameters
     ----------
     context
-        Of the study, whose frames are finished.
+        Context of a study whose frames are finished.
     """
 
     def __init__(self, context: Context) -> None:
@@ -182,5 +182,5 @@ _ANALYSES: dict[tuple[str, ...], Callable[[Context], Analyzed]] = {
     ("items", "accuracy"): _items,
     ("sparsity",): _sparsity,
 }
-#: The frames that every study has, in this order.
+#: Names of all frames of a study, in order.
 NAMES = tuple(name for names in _ANALYSES for name in names)

@@ -1,4 +1,4 @@
-"""The dense model of a study: what is on record of it, and the model itself, loaded when it is first needed."""
+"""The dense model of a study: recorded facts, and the model itself, loaded on first use."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from pruning.models.loading import checkpoint_folder, open_device
 from .configuration import Study
 from .records import Records
 
-#: Memory that a model in memory takes over its weights: what is worked out of a batch, and Python and its libraries.
+#: Memory of a loaded model relative to its weights, to allow for batches; and that of Python and its libraries.
 _ROOM, _BASE = 1.25, 800 << 20
-_COPIED = 2.0  # and with a copy of the dense weights
+_COPIED = 2.0  # with a copy of the dense weights
 _RECORD = "model"
 
 
 class ModelFacts(BaseModel):
-    """What keys, plans and reports need to know of a model.
+    """What keys, plans and reports need to know about a model.
 
     Attributes
     ----------
     fingerprint
-        Of its weights.
+        Fingerprint of its weights.
     dtype, device
-        In which it computes, and where.
+        Dtype and device of its computations.
     encoder_decoder
-        Whether it has two stacks of blocks, and cannot be read.
+        Whether it is an encoder-decoder, which cannot be read.
     blocks
         Number of blocks.
     body, head
-        Multiply-adds a token: of all projections, and of the logits.
+        Multiply-adds per token: for all projections, and for the logits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,14 +64,14 @@ class StudyModel:
     Parameters
     ----------
     study, records
-        Which model, and what is on record of it.
+        The study, and the records of its results.
     memory, device_memory
-        Caps in bytes; what is free by default. A model that is larger is read from its shards, a block at a time.
+        Caps in bytes; free memory by default. A larger model is read from its shards, one block at a time.
     whole
-        What needs the whole model in memory, and a copy of its dense weights beside it, in words; empty if nothing
-        does.
+        What needs the whole model and a copy of its dense weights in memory, as the start of an error message; empty
+        if nothing does.
     tell
-        Told in words what takes its time.
+        Called with progress messages.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class StudyModel:
 
     @property
     def facts(self) -> ModelFacts:
-        """What is known of the model; it is loaded if that is not on record."""
+        """Facts about the model, which is loaded if they are not on record."""
         found = self._records.facts(_RECORD, self._key)
         if found is None:
-            assert self.anatomy  # which puts it on record
+            assert self.anatomy  # loading the model records the facts
             found = self._records.facts(_RECORD, self._key)
         return ModelFacts.model_validate(found)
 
     @cached_property
     def session(self) -> Session:
-        """The model as probes read it.
+        """The session in which probes read the model.
 
         Raises
         ------
@@ -141,7 +141,7 @@ class StudyModel:
         return self._loaded[1]
 
     def check_device(self) -> None:
-        """Raise ``PrunescopeError`` if there is no such device, or one without memory of its own has a cap on that."""
+        """Raise ``PrunescopeError`` if the device is missing, or is the CPU but has a cap on device memory."""
         device = self._device
         if self._caps[1] is not None and device.type == "cpu":
             raise StudyError(
@@ -150,7 +150,7 @@ class StudyModel:
             )
 
     def check_readable(self) -> None:
-        """Raise ``StudyError`` if the model can be pruned, but not read."""
+        """Raise ``StudyError`` if the model can be pruned but not read."""
         if self.facts.encoder_decoder:
             raise StudyError(
                 f"{self._study.model_name} is an encoder-decoder, which can be pruned but not read: "
@@ -160,7 +160,7 @@ class StudyModel:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         stream = self._must_stream()
-        note = ", its weights a block at a time" if stream else ""
+        note = ", one block at a time" if stream else ""
         note += " (converted on first use, about a minute)" if self._study.model == DEMO else ""
         self._tell(f"loading the model {self._study.model_name}{note}")
         return load_model(self._study.model, dtype=self._study.dtype, device=self._study.device, stream=stream)
@@ -181,12 +181,12 @@ class StudyModel:
         return content_sha256([code, str(self._folder), self._study.dtype, str(self._device), state])
 
     def _must_stream(self) -> bool:
-        """Tell whether the weights must stay on disk, from the size of the checkpoint alone.
+        """Return whether the weights must stay on disk, based on the size of the checkpoint.
 
         Raises
         ------
         StudyError
-            If something needs the whole model, and there is no room for it.
+            If something needs the whole model in memory, and it does not fit.
         """
         shards = Shards(self._folder)
         size = shards.bytes
@@ -200,8 +200,8 @@ class StudyModel:
         for name, room in rooms.items():
             if needed > room and self._whole:
                 raise StudyError(
-                    f"{self._whole} the whole model and a copy of its weights, about {_size(needed)}; "
-                    f"there are {_size(room)} of {name}"
+                    f"{self._whole} the whole model and a copy of its weights in memory, about {_size(needed)}, but "
+                    f"only {_size(room)} of {name} is available"
                 )
         return any(needed > room for room in rooms.values())
 

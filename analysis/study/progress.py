@@ -1,4 +1,4 @@
-"""What is running, and how long it will still take."""
+"""Progress display with the remaining time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class WorkProgress:
-    """A progress bar over work in one unit (multiply-adds), with the time left; plain lines where there is no terminal.
+    """A progress bar in multiply-adds, with the remaining time; plain lines if there is no terminal.
 
-    The time left is the work left at the rate of the work done so far, so that stages of different kinds add up.
+    The remaining time assumes that the remaining work proceeds at the average rate so far, across all stages.
 
     Parameters
     ----------
@@ -56,16 +56,16 @@ class WorkProgress:
         self._bar.stop()
 
     def stage(self, name: str, more: str = "", *, said: bool = True) -> None:
-        """Say what is running now.
+        """Show what is running.
 
         Parameters
         ----------
         name
-            What it is.
+            Description.
         more
-            What follows it, where there is no bar to show that.
+            What follows it; shown only without a bar.
         said
-            Whether it has a line of its own where there is no bar.
+            Whether to print a line if there is no bar.
         """
         self._bar.update(self._task, description=name)
         if said and not self.console.is_terminal:
@@ -74,12 +74,12 @@ class WorkProgress:
             self.console.print(f"[{share}] {name}{more}{left}", highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, work: float) -> None:
-        """Add work that is done."""
+        """Add completed work."""
         self._done = min(self._done + work, self.total)
         self._bar.update(self._task, completed=self._done, left=self.left())
 
     def left(self) -> str:
-        """Return the time left in words; nothing before it can be told."""
+        """Return the remaining time in words, or an empty string if it is too early to tell."""
         elapsed = time.monotonic() - self._started
         if self._done < 0.01 * self.total or elapsed < 2:
             return ""

@@ -1,4 +1,4 @@
-"""The first stage: the pruned variants, in waves that go through the model together, and models pruned elsewhere."""
+"""The first stage: makes the pruned variants, wave by wave, and imports models pruned elsewhere."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .variants import record_of
 
 
 class Prune:
-    """A unit is a wave of variants, or one model that was pruned elsewhere."""
+    """A unit is a wave of variants, or one model pruned elsewhere."""
 
     name = "prune"
 
     def units(self, context: Context) -> Sequence[Unit]:
-        """Return the models to take over, then the waves."""
+        """Return the models to import, then the waves."""
         variants = context.variants
         pending = [name for name in variants.keys if not variants.finished(name)]
         return [*self._imports(context, pending), *self._waves(context, pending)]
@@ -39,7 +39,7 @@ class Prune:
     def _imports(self, context: Context, pending: Sequence[str]) -> Iterator[Unit]:
         for name in pending:
             if name in context.study.imported:
-                yield self._unit(context, f"taking over {name}", [name])
+                yield self._unit(context, f"importing {name}", [name])
 
     def _waves(self, context: Context, pending: Sequence[str]) -> Iterator[Unit]:
         left = [name for name in pending if name in context.variants.jobs]
@@ -48,9 +48,9 @@ class Prune:
         run = context.variants.pruning
         waves = [wave for wave in run.waves if any(job.id in left for job in wave.jobs)]
         in_waves = {job.id for wave in waves for job in wave.jobs}
-        whole = [name for name in left if name not in in_waves]  # a killed run made these, and did not say so
+        whole = [name for name in left if name not in in_waves]  # a killed run made these without recording them
         if whole:
-            yield self._unit(context, "finding variants that are there already", whole)
+            yield self._unit(context, "recording variants that already exist", whole)
         for number, wave in enumerate(waves, start=1):
             title = f"pruning {wave}" + (f" (wave {number} of {len(waves)})" if len(waves) > 1 else "")
             yield self._unit(context, title, [job.id for job in wave.jobs], wave)
@@ -90,7 +90,7 @@ def _block_work(context: Context) -> float:
 
 
 def _take_over(context: Context, name: str) -> None:
-    """Take over a model that was pruned elsewhere as a variant."""
+    """Import a model pruned elsewhere as a variant."""
     began = time.monotonic()
     study, anatomy = context.study, context.model.anatomy
     source = study.imported[name]
@@ -106,18 +106,18 @@ def _take_over(context: Context, name: str) -> None:
 
 
 def _check_unlike_others(context: Context, variant: Variant) -> None:
-    """Raise ``VariantError`` if frames could not tell a variant that is taken over from another one."""
+    """Raise ``VariantError`` if frames could not distinguish an imported variant from another one."""
     columns = variant.columns()
     run = context.variants.pruning
     for name, job in context.variants.jobs.items():
         if run.record(job).columns(0.0) == columns:
             raise VariantError(
-                f'imported "{variant.id}" says that it is "{name}", which this study makes itself; '
-                f"leave one of them out, or remove the {RECIPE_FILE} beside that checkpoint"
+                f'imported "{variant.id}" has the same recipe as "{name}", which this study makes itself; '
+                f"leave one of them out, or remove the {RECIPE_FILE} next to that checkpoint"
             )
     for name in context.study.imported:
         if name != variant.id and context.variants.finished(name) and context.variants.open(name).columns() == columns:
             raise VariantError(
-                f'imported "{variant.id}" and "{name}" say that they are the same variant; '
-                f"leave one of them out, or remove the {RECIPE_FILE} beside its checkpoint"
+                f'imported "{variant.id}" and "{name}" have the same recipe; '
+                f"leave one of them out, or remove the {RECIPE_FILE} next to its checkpoint"
             )

@@ -1,4 +1,4 @@
-"""The second stage: all models read text and questions in lockstep, some languages at a time."""
+"""The second stage: all models read text and questions in lockstep, a group of languages at a time."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from ..metrics.lsar import LSAR, fit_layers
 from .context import Context
 from .units import Advance, Output, Unit
 
-#: Tokens a model that languages are put together for, so that applying a variant's block is little beside them.
+#: Languages are grouped up to this many tokens, so that the cost of applying a variant's block is negligible.
 _TOKENS = 4096
 _HELDOUT, _FITTING, _QUESTIONS = "readings", "fitting", "questions"
 
 
 class Read:
-    """A unit is some languages, with all that is still to be read in them: held-out text, fitting text, questions."""
+    """A unit is a group of languages, with all their unread held-out text, fitting text and questions."""
 
     name = "read"
 
     def units(self, context: Context) -> Sequence[Unit]:
-        """Return what is left, languages put together."""
+        """Return what is left to read, in groups of languages."""
         left = [part for language in context.study.languages if (part := _left(context, language)).anything]
         if left:
             context.model.check_readable()
@@ -48,7 +48,7 @@ class Read:
         return [self._unit(context, group, i, len(groups)) for i, group in enumerate(groups, start=1)]
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
-        """Read what a unit holds, and record each result."""
+        """Read the text and questions of a unit, and record each result."""
         began = time.monotonic()
         parts = _parts_of(unit)
         streams = [_Streams.of(context, part) for part in parts]
@@ -86,7 +86,7 @@ class Read:
 
 
 def readings_key(context: Context, model: str, language: str) -> str:
-    """Return a hash of everything that what was read of one model in one language depends on."""
+    """Return a hash of everything that one model's readings in one language depend on."""
     text = context.texts.heldout_fingerprints[language]
     return content_sha256([_reading_key(context), text, context.variants.key(model)])
 
@@ -108,7 +108,7 @@ def questions_key(context: Context, model: str, language: str) -> str:
 
 
 def readings_file(context: Context, model: str, language: str) -> Path:
-    """Return the file of what was read of one model in one language."""
+    """Return the file of one model's readings in one language."""
     return _file(context, f"{_HELDOUT}/{model}/{language}")
 
 
@@ -143,14 +143,14 @@ def _file(context: Context, result: str) -> Path:
 
 @dataclass
 class _Left:
-    """What is still to be read in one language.
+    """What is left to read in one language.
 
     Attributes
     ----------
     heldout, questions
-        Models that are to read the held-out text, and to be asked the questions.
+        Models that have yet to read the held-out text and the questions.
     fitting
-        Whether the dense model is to read the fitting text.
+        Whether the dense model has yet to read the fitting text.
     """
 
     language: str
@@ -182,7 +182,7 @@ def _left(context: Context, language: str) -> _Left:
 
 
 def _results(context: Context, left: _Left) -> Iterator[tuple[str, str]]:
-    """Yield name and key of every result of what is left in a language."""
+    """Yield name and key of every remaining result in a language."""
     language = left.language
     for model in left.heldout:
         yield f"{_HELDOUT}/{model}/{language}", readings_key(context, model, language)
@@ -193,7 +193,7 @@ def _results(context: Context, left: _Left) -> Iterator[tuple[str, str]]:
 
 
 def _parts_of(unit: Unit) -> list[_Left]:
-    """Return what a unit is to read, from the names of its results."""
+    """Return what a unit reads, from the names of its results."""
     parts: dict[str, _Left] = {}
     for output in unit.outputs:
         kind, model, language = output.name.split("/")
@@ -205,11 +205,11 @@ def _parts_of(unit: Unit) -> list[_Left]:
     return list(parts.values())
 
 
-# -- languages together -----------------------------------------------------------------------------------------------
+# -- groups of languages -----------------------------------------------------------------------------------------------
 
 
 def _grouped(context: Context, left: Sequence[_Left]) -> Iterator[list[_Left]]:
-    """Yield languages that are read together: enough text to be worth it, and no more than memory allows."""
+    """Yield groups of languages to read together, with enough text but within memory."""
     group: list[_Left] = []
     tokens = 0
     for part in left:
@@ -224,7 +224,7 @@ def _grouped(context: Context, left: Sequence[_Left]) -> Iterator[list[_Left]]:
 
 
 def _fits(context: Context, group: Sequence[_Left]) -> bool:
-    """Tell whether the hidden states of a group fit into memory together."""
+    """Return whether the hidden states of a group fit into memory together."""
     return _plan(context, [_Streams.of(context, part) for part in group]).waves <= 1
 
 
@@ -252,7 +252,7 @@ def _questions(context: Context, language: str) -> list[Question]:
 
 @dataclass(frozen=True)
 class _Streams:
-    """What is read in one language: a stream for each kind of text that is left."""
+    """The streams to read in one language, one per kind of text."""
 
     heldout: HeldoutStream | None = None
     fitting: FittingStream | None = None
@@ -260,7 +260,7 @@ class _Streams:
 
     @classmethod
     def of(cls, context: Context, left: _Left) -> _Streams:
-        """Return the streams; what is read of held-out text goes into its files block by block."""
+        """Return the streams; readings of held-out text are written to their files block by block."""
         session, texts, language = context.model.session, context.texts, left.language
         heldout = fitting = questions = None
         if left.heldout:
@@ -277,7 +277,7 @@ class _Streams:
         return [stream for stream in (self.heldout, self.fitting, self.questions) if stream is not None]
 
     def save(self, context: Context, left: _Left) -> None:
-        """Write what is not in its file already."""
+        """Write the results that are not yet on disk."""
         if self.fitting is not None:
             with whole_file(_file(context, f"{_FITTING}/{DENSE}/{left.language}")) as partial:
                 save_file({"means": self.fitting.means}, partial)
@@ -287,7 +287,7 @@ class _Streams:
 
 
 def stored_readings(context: Context, models: Sequence[str]) -> StoredReadings:
-    """Return what was read of some models, by model and language, to be opened when it is asked for."""
+    """Return the readings of some models, by model and language, opened on access."""
     languages = context.study.languages
     return StoredReadings(
         {(model, language): readings_file(context, model, language) for model in models for language in languages}

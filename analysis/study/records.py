@@ -1,4 +1,4 @@
-"""Which results of a study are finished: a small file for each, written when the result's own files are whole."""
+"""Records of a study's finished results: one small file each, written once the result's own files are complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROVENANCE = "provenance.json"
 
 
 class RecordedFile(BaseModel):
-    """A file as it was when it was written. Size and time stand for the content while they are unchanged."""
+    """A file as it was written; while size and modification time are unchanged, the content is assumed to be, too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,18 +33,18 @@ class RecordedFile(BaseModel):
 
 
 class Record(BaseModel):
-    """What is on record of one finished result.
+    """The record of one finished result.
 
     Attributes
     ----------
     key
         Hash of everything that it depends on.
     seconds
-        That it took.
+        Time that it took.
     files
-        Path below the study's folder to the file.
+        Its files, by path relative to the study's folder.
     facts
-        What the study needs to know of it without opening it.
+        What the study needs to know about it without opening its files.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,7 +58,7 @@ class Record(BaseModel):
 class Records:
     """The records in a study's folder, ``DIR/records/NAME.json``.
 
-    Results that a changed study no longer asks for stay on record: asked for again, they are there.
+    Results that a changed study no longer needs stay on record, and are reused if it needs them again.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Records:
     Raises
     ------
     StudyError
-        If the folder is of an older layout.
+        If the folder has an older layout.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,8 +76,8 @@ class Records:
         self._found: dict[str, Record | None] = {}
         if not (folder / RECORDS).is_dir() and _is_older(folder / PROVENANCE):
             raise StudyError(
-                f"{folder} holds a study of an older version of prunescope, whose records are kept differently; "
-                "choose another folder (--out), or go on with the version that wrote it"
+                f"{folder} holds a study from an older version of prunescope with another record format; "
+                "choose another folder (--out), or continue with the version that wrote it"
             )
 
     def find(self, name: str) -> Record | None:
@@ -95,21 +95,21 @@ class Records:
             except FileNotFoundError:
                 self._found[name] = None
             except ValidationError as error:
-                raise StudyError(f"{path} is damaged; delete it to have that result made again") from error
+                raise StudyError(f"{path} is damaged; delete it to recompute that result") from error
         return self._found[name]
 
     def facts(self, name: str, key: str) -> dict[str, Any] | None:
-        """Return the facts on record under a name, if they depend on what they depended on."""
+        """Return the recorded facts of a result, if its key is unchanged."""
         record = self.find(name)
         return record.facts if record is not None and record.key == key else None
 
     def finished(self, name: str, key: str) -> bool:
-        """Whether a result was finished with this key and all its files are there, unaltered.
+        """Whether a result was finished with this key and all its files are intact.
 
         Raises
         ------
         StudyError
-            If a file of the result was altered or cut short since.
+            If a file of the result was modified or truncated since.
         """
         record = self.find(name)
         if record is None or record.key != key:
@@ -125,9 +125,7 @@ class Records:
             if (stat.st_size, stat.st_mtime_ns) == (was.size, was.mtime_ns):
                 continue
             if stat.st_size != was.size or file_sha256(path) != was.sha256:
-                raise StudyError(
-                    f"{path} was altered or cut short after it was written; delete it to have it made again"
-                )
+                raise StudyError(f"{path} was modified or truncated after it was written; delete it to recompute it")
             now[file] = RecordedFile.of(path, was.sha256)  # copied or moved: its content need not be read again
         if now != record.files:
             self._write(name, record.model_copy(update={"files": now}))
@@ -136,7 +134,7 @@ class Records:
     def finish(
         self, name: str, key: str, files: Iterable[Path], seconds: float, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Record a finished result, whose files are whole."""
+        """Record a finished result, whose files are complete."""
         found = {path.relative_to(self.folder).as_posix(): RecordedFile.of(path) for path in files}
         self._write(name, Record(key=key, seconds=round(seconds, 2), files=found, facts=dict(facts or {})))
 
@@ -156,7 +154,7 @@ class Records:
 
 
 def _is_older(provenance: Path) -> bool:
-    """Tell whether a folder without records has a record of stages, as it was kept once, whole or damaged."""
+    """Return whether a provenance file, intact or damaged, is in the older format."""
     try:
         return "stages" in json.loads(provenance.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The last stage: everything on one page."""
+"""The last stage: writes the report, a single page."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ REPORT_FILE = "report.html"
 
 
 class WriteReport:
-    """Its one unit is the report."""
+    """The only unit is the report."""
 
     name = "report"
 
     def units(self, context: Context) -> Sequence[Unit]:
-        """Return the report, unless it is written; nothing before there are frames."""
+        """Return the report, unless it is up to date; nothing before the frames are finished."""
         if not frames_finished(context):
             return []
         said = {diagnosis.request.name: diagnosis.key for diagnosis in diagnoses(context)}

@@ -1,4 +1,4 @@
-"""What lies in the folder of a finished study, opened for work in Python."""
+"""Opening the results of a study in Python."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .study_file import load_study
 
 
 def open_readings(folder: Path) -> tuple[StoredReadings, dict[str, Mapping[str, Any]]]:
-    """Open what was read of the models of a study: what the analyzers take.
+    """Open the readings of a study's models, which analyzers take as input.
 
     Parameters
     ----------
     folder
-        Of the study.
+        Folder of the study.
 
     Returns
     -------
     readings, columns
-        ``(variant, language)`` to readings, each opened when it is asked for; variant to the columns that describe it.
+        ``(variant, language)`` to readings, opened on access; variant to the columns that describe it.
         The dense model comes first.
 
     Raises
     ------
     StudyError
-        If there is no study in the folder, or nothing of it was read yet.
+        If there is no study in the folder, or it has no readings yet.
     """
     study = load_study(folder / "study.toml")
     columns: dict[str, Mapping[str, Any]] = {DENSE: dense_columns(study.model_name)}
@@ -44,5 +44,5 @@ def open_readings(folder: Path) -> tuple[StoredReadings, dict[str, Mapping[str, 
     }
     files = {key: path for key, path in places.items() if path.is_file()}
     if not files:
-        raise StudyError(f"nothing was read yet in {folder}; run it first: prunescope run STUDY.toml --out {folder}")
+        raise StudyError(f"{folder} has no readings yet; run the study first: prunescope run STUDY.toml --out {folder}")
     return StoredReadings(files), columns

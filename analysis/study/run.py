@@ -1,4 +1,4 @@
-"""Carrying out a study: its stages one after the other, each unit by unit; and what is left of it after a kill."""
+"""Running a study stage by stage, each unit by unit, and resuming it after a kill."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ def run_study(
     device_memory: int | None = None,
     only_prune: bool = False,
 ) -> Path:
-    """Carry out a study, or what is left of it, and return the path of its report.
+    """Run a study, or what is left of it, and return the path of its report.
 
     Parameters
     ----------
     study
-        What to do.
+        The study.
     folder
-        Where to put everything; made if need be. What another study left there is used where it is the same.
+        Folder for all results, created if necessary. Results of a previous study there are reused if unchanged.
     console
-        Where to show progress; standard error by default.
+        Console for progress; standard error by default.
     memory, device_memory
-        Caps in bytes on resident memory, and on that of the device that the model is on; what is free by default. A
-        model that is larger is read from its checkpoint, a block at a time.
+        Caps in bytes on resident memory, and on the memory of the model's device; free memory by default. A larger
+        model is read from its checkpoint, one block at a time.
     only_prune
-        Make the variants and nothing else, and return their folder.
+        Only make the variants, and return their folder.
 
     Raises
     ------
     PrunescopeError
-        If text, model, recipe or folder cannot be used; what was finished stays.
+        If text, model, recipe or folder cannot be used; finished results are kept.
     """
     whole = _needing_the_whole(study, only_prune)
     with _opened(study, folder, console, memory, device_memory, whole) as (context, console):
@@ -82,12 +82,12 @@ def diagnose_study(
     memory: int | None = None,
     device_memory: int | None = None,
 ) -> tuple[Path, list[str]]:
-    """Diagnose one variant of a study, and return the report's path and what was found, in words.
+    """Diagnose one variant of a study, and return the path of the report and the findings in sentences.
 
     Parameters
     ----------
     folder
-        Of a study; what is left of it is done first.
+        Folder of the study, which is completed first if necessary.
     request
         What to diagnose.
     console, memory, device_memory
@@ -96,21 +96,21 @@ def diagnose_study(
     Raises
     ------
     PrunescopeError
-        If there is no such study, variant, language or category, or no room for the model.
+        If there is no such study, variant, language or category, or the model does not fit into memory.
     """
     study = load_study(folder / STUDY_FILE)
     request = check(study, request)
-    with _opened(study, folder, console, memory, device_memory, "a diagnosis takes") as (context, console):
+    with _opened(study, folder, console, memory, device_memory, "a diagnosis needs") as (context, console):
         diagnosis = Diagnosis(context, request)
         diagnosis.write_request()
         _carry_out(context, [*_MEASURING, Diagnose(request), *_REPORTING], console)
         return folder / REPORT_FILE, diagnosis_findings(read_frame(diagnosis.frame))
 
 
-#: What every study does, before and after a diagnosis.
+#: Stages of every study, before and after a diagnosis.
 _MEASURING: tuple[Stage, ...] = (Prune(), Read(), Benchmark(), MakeFrames())
 _REPORTING: tuple[Stage, ...] = (DrawFigures(), WriteReport())
-#: Shares of a run's time that stages take whose work is no multiplying.
+#: Share of a run's time taken by stages whose work is not measured in multiply-adds.
 _SHARES = {"frames": 0.04, "figures": 0.04, "report": 0.005}
 
 
@@ -132,18 +132,18 @@ def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> N
 
 
 def _needing_the_whole(study: Study, only_prune: bool) -> str:
-    """Return what needs the whole model in memory, in words; nothing if nothing does."""
+    """Return what needs the whole model in memory, as the start of an error message; empty if nothing does."""
     methods = [job.recipe.method for job in study.jobs() if job.recipe.scoring.differentiates]
     if methods:
-        return f"{methods[0]} differentiates the loss, which takes"
-    return "tasks of the evaluation harness take" if study.tasks.harness and not only_prune else ""
+        return f"{methods[0]} differentiates the loss, which needs"
+    return "tasks of the evaluation harness need" if study.tasks.harness and not only_prune else ""
 
 
 def _rounds(context: Context, stage: Stage) -> Iterator[Sequence[Unit]]:
-    """Yield a stage's units until none is left; what comes next may depend on what was found."""
+    """Yield a stage's units until none is left; later units may depend on the results of earlier ones."""
     before: Sequence[Unit] = ()
     while units := stage.units(context):
-        assert units != before, f"{stage.name} is never finished"
+        assert units != before, f"{stage.name} made no progress"
         yield units
         before = units
 
@@ -152,14 +152,14 @@ def _rounds(context: Context, stage: Stage) -> Iterator[Sequence[Unit]]:
 def _opened(
     study: Study, folder: Path, console: Console | None, memory: int | None, device_memory: int | None, whole: str
 ) -> Iterator[tuple[Context, Console]]:
-    """Give a study in its folder, which no other run writes into, cleared of what a killed one left half-written."""
+    """Lock a study's folder, and remove files that a killed run left incomplete."""
     console = console or Console(stderr=True)
 
     def tell(words: str) -> None:
         console.print(words, highlight=False, markup=False, soft_wrap=True)
 
     if folder.exists() and not folder.is_dir():
-        raise StudyError(f"{folder} is a file; give a folder for the study (--out)")
+        raise StudyError(f"{folder} is a file; choose a folder for the study (--out)")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:

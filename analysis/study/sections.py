@@ -17,14 +17,14 @@ from pruning.patterns import n_of_m
 from pruning.text.sources import HubDataset
 
 _TextSpec = str | HubDataset
-#: What a study says that asks no items.
+#: Value of `items` for a study without items.
 NO_ITEMS = "none"
-#: Share of weights removed when a study does not say.
+#: Default sparsity.
 DEFAULT_SPARSITY = 0.5
 
 
 class Section(BaseModel):
-    """A table of a study file: nothing unknown in it, and not to be changed."""
+    """A table of a study file: immutable, with no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,11 +35,11 @@ class TextConfig(Section):
     Attributes
     ----------
     calibration
-        What pruning is calibrated with.
+        Calibration text.
     parallel
-        Fits the LSAR subspaces; segments with the same id in all languages are used.
+        Text to fit the LSAR subspaces; only segments with the same id in all languages are used.
     heldout
-        Everything that is evaluated.
+        Evaluation text.
     """
 
     calibration: _TextSpec = "bundled"
@@ -73,7 +73,7 @@ class CalibrationConfig(Section):
     length: int = Field(default=256, ge=8)
     seeds: tuple[int, ...] = (0,)
     extra: tuple[tuple[str, int], ...] = Field(
-        default=(), description="further (set, seed) pairs, for a second seed of some sets only"
+        default=(), description="further (set, seed) pairs, such as a second seed for some sets only"
     )
 
 
@@ -82,17 +82,17 @@ def _axis(value: Any) -> tuple[Any, ...]:
 
 
 class RecipeGrid(Section):
-    """One or several recipes: every key but `roles` and `diagnosis` may be a list, lists make a grid."""
+    """One or several recipes: every key except `roles` and `diagnosis` may be a list, and lists span a grid."""
 
     method: str | tuple[str, ...]
     sparsity: float | tuple[float, ...] | None = None
     pattern: str | tuple[str, ...] = ""
     allocation: str | tuple[str, ...] = ""
     propagation: str | tuple[str, ...] = ""
-    roles: tuple[str, ...] = Field(default=(), description="only these projections, together")
+    roles: tuple[str, ...] = Field(default=(), description="prune only these projections")
     blocks: str | tuple[str, ...] = ""
     parameters: dict[str, float | tuple[float, ...]] = {}
-    diagnosis: str | None = Field(default=None, description='the remedy.json that allocation "diagnosis" follows')
+    diagnosis: str | None = Field(default=None, description='the remedy.json for allocation "diagnosis"')
     _remedy: Remedy | None = PrivateAttr(None)
 
     @field_validator("diagnosis")
@@ -104,18 +104,18 @@ class RecipeGrid(Section):
     def _valid(self) -> RecipeGrid:
         if self.diagnosis is not None:
             if DIAGNOSIS not in _axis(self.allocation):
-                raise ValueError(f'diagnosis goes with allocation = "{DIAGNOSIS}"; add that, or leave diagnosis out')
+                raise ValueError(f'diagnosis requires allocation = "{DIAGNOSIS}"; add it, or leave diagnosis out')
             self._remedy = Remedy.open(self.diagnosis)
         self.recipes()
         return self
 
     @property
     def remedy(self) -> Remedy | None:
-        """What `diagnosis` says, as it was when the study was read."""
+        """The remedy in the file `diagnosis`, as of when the study was loaded."""
         return self._remedy
 
     def recipes(self) -> list[Recipe]:
-        """Return the recipes of the grid; patterns n:m, which settle the sparsity, are one point of its axis."""
+        """Return the recipes of the grid; patterns n:m fix the sparsity, so they are not crossed with it."""
         axes = {
             name: _axis(getattr(self, name)) for name in ("method", "pattern", "allocation", "propagation", "blocks")
         }
@@ -123,7 +123,7 @@ class RecipeGrid(Section):
         recipes = []
         for name, axis in {**axes, **parameters, "sparsity": _axis(self.sparsity)}.items():
             if not axis:
-                raise ValueError(f"{name} is an empty list, which makes no recipes; leave it out or give it a value")
+                raise ValueError(f"{name} is an empty list, which gives no recipes; leave it out or add a value")
         for point in product(*axes.values(), *parameters.values()):
             given = dict(zip(axes, point, strict=False))
             chosen = dict(zip(parameters, point[len(axes) :], strict=True))
@@ -141,14 +141,14 @@ class RecipeGrid(Section):
 
 
 class EvaluationConfig(Section):
-    """How much text is read, and how."""
+    """How much text is read for evaluation, and how."""
 
-    segments: int = Field(default=128, ge=2, description="held-out segments a language")
-    fit_segments: int = Field(default=128, ge=2, description="parallel segments a language that fit the subspaces")
-    max_length: int = Field(default=256, ge=8, description="tokens of a segment that are read")
-    batch_tokens: int = Field(default=1024, ge=8, description="tokens in a batch; bounds the memory")
-    special_tokens: bool = Field(default=False, description="count BOS and the like in means, firing and signal")
-    rank: int | None = Field(default=None, ge=1, description="of the LSAR subspaces; languages less one by default")
+    segments: int = Field(default=128, ge=2, description="held-out segments per language")
+    fit_segments: int = Field(default=128, ge=2, description="parallel segments per language to fit the subspaces")
+    max_length: int = Field(default=256, ge=8, description="maximum tokens read per segment")
+    batch_tokens: int = Field(default=1024, ge=8, description="tokens per batch; limits memory")
+    special_tokens: bool = Field(default=False, description="include BOS and the like in means, firing and signal")
+    rank: int | None = Field(default=None, ge=1, description="rank of the LSAR subspaces (languages - 1)")
 
 
 class TasksConfig(Section):
@@ -157,17 +157,17 @@ class TasksConfig(Section):
     Attributes
     ----------
     items
-        ``"bundled"``, ``"file:FOLDER/{lang}.jsonl"`` or ``"none"``; by default the bundled ones, if there are some in
-        every language of the study.
+        ``"bundled"``, ``"file:FOLDER/{lang}.jsonl"`` or ``"none"``; by default the bundled ones, if they cover all
+        languages of the study.
     per_category
-        Items of each category at most; all by default.
+        Maximum number of items per category; all by default.
     harness
-        Tasks of EleutherAI's lm-evaluation-harness by name; ``"preset"`` stands for those of
+        Names of tasks of EleutherAI's lm-evaluation-harness; ``"preset"`` stands for those of
         :data:`analysis.study.harness.STUDY_BENCHMARKS` in the study's languages. Needs the extra ``tasks``.
     shots, limit
-        Examples before each question there, and questions of each task at most.
+        Few-shot examples per question, and maximum number of questions per task, in the harness.
     folders
-        Of further tasks for the harness.
+        Folders with further tasks for the harness.
     """
 
     items: str | None = None

@@ -1,4 +1,4 @@
-"""Study files: read, checked, their paths resolved, and what is wrong with one said in a line."""
+"""Reading and checking study files, with paths resolved and one-line errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_study(path: Path) -> Study:
     Raises
     ------
     StudyError
-        If the file is missing, not TOML, has an unknown key or a value that cannot be; or if a diagnosis that it
+        If the file is missing, is not TOML, or has an unknown key or an invalid value; or if a diagnosis that it
         names cannot be read.
     """
     try:
@@ -35,7 +35,7 @@ def load_study(path: Path) -> Study:
     except FileNotFoundError as error:
         raise StudyError(f'there is no study file {path}; write one, or try "prunescope run demo"') from error
     except IsADirectoryError as error:
-        raise StudyError(f"{path} is a folder; give the study file, such as {path / 'study.toml'}") from error
+        raise StudyError(f"{path} is a folder; give a study file, such as {path / 'study.toml'}") from error
     except UnicodeDecodeError as error:
         raise StudyError(f"{path} is not UTF-8; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -62,17 +62,17 @@ def parse_study(content: dict[str, Any], where: str) -> Study:
     Raises
     ------
     StudyError
-        One line on the first thing that is wrong.
+        If the content is invalid; the message names the first problem.
     """
     try:
         return Study.model_validate(content)
     except ValidationError as error:
-        # A table that should be a dataset also fails to be a string; what it lacks as a dataset says more.
+        # An invalid dataset table also fails as a string; the dataset error is the more informative one.
         first = min(error.errors(), key=lambda e: e["type"] == "string_type")
         raise StudyError(f"{where}: {_explained(first)}") from error
 
 
-#: What pydantic says of Python's types, in words of TOML.
+#: Messages in terms of TOML for pydantic's errors about Python types.
 _IN_TOML = {
     "tuple_type": 'should be a list in brackets, such as ["a", "b"] or [0, 1]',
     "dict_type": "should be a table, such as { name = 0.5 }",
@@ -89,7 +89,7 @@ def _explained(error: Any) -> str:
     if error["type"] == "missing":
         return f'the key "{place}" is missing'
     if place == "recipes" and error["type"] == "tuple_type":
-        return "recipes: every recipe begins with a line [[recipes]]"
+        return "recipes: start each recipe with the line [[recipes]]"
     message = _IN_TOML.get(error["type"], error["msg"].removeprefix("Value error, "))
     return f"{place}: {message}" if place else message
 
@@ -128,7 +128,7 @@ def _anchored(study: Study, folder: Path) -> Study:
 
 
 def _diagnoses_anchored(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Resolve the paths of diagnoses likewise, but before a study is checked: recipes are made of what they say."""
+    """Resolve the paths of diagnoses, before the study is validated, since recipes depend on their content."""
     grids = content.get("recipes")
     if not isinstance(grids, list):
         return content

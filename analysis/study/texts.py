@@ -19,7 +19,7 @@ class StudyTexts:
     Parameters
     ----------
     study
-        Which text, and how much.
+        The study.
     """
 
     def __init__(self, study: Study) -> None:
@@ -28,13 +28,13 @@ class StudyTexts:
 
     @cached_property
     def heldout(self) -> dict[str, list[Segment]]:
-        """What is evaluated."""
+        """The held-out segments."""
         count = self._study.evaluation.segments
         return {language: self.corpus.take("heldout", language, count) for language in self._study.languages}
 
     @cached_property
     def fitting(self) -> dict[str, list[Segment]]:
-        """What subspaces are fitted on: the same ids in every language."""
+        """The segments that subspaces are fitted on, with the same ids in every language."""
         return self.corpus.aligned("parallel", self._study.languages, self._study.evaluation.fit_segments)
 
     @cached_property
@@ -48,7 +48,7 @@ class StudyTexts:
 
     @property
     def task(self) -> str:
-        """What frames call the questions."""
+        """Name of the questions in frames."""
         source = self._study.item_source()
         return source.task if source else ""
 
@@ -79,7 +79,7 @@ class StudyTexts:
         return {language: items_fingerprint(items) for language, items in self.items.items()}
 
     def check(self, *, calibration_only: bool = False) -> None:
-        """Read all text, so that what is missing shows before anything expensive begins.
+        """Read all text, so that missing text is reported before anything expensive starts.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What a study is made of: units of work, with the results that each leaves, what they depend on and what it costs."""
+"""Units of work of a study, with their results, dependencies and cost."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Output:
     Attributes
     ----------
     name
-        Of its record, such as ``readings/dense/en``.
+        Name of its record, such as ``readings/dense/en``.
     key
-        Hash of everything that the result depends on, the version of the code that makes it included.
+        Hash of everything that the result depends on, including the code.
     """
 
     name: str
@@ -30,20 +30,20 @@ class Output:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a study that is done in one go: plain data, by which a stage finds all else in the context.
+    """A unit of work: plain data, from which a stage finds everything else in the context.
 
     Attributes
     ----------
     stage
-        Name of the stage that carries it out.
+        Name of the stage that runs it.
     title
-        What it does, in words for the progress bar.
+        Description for the progress bar.
     outputs
-        The results that are there when it is done.
+        The results that it produces.
     work
         Multiply-adds.
     memory
-        Bytes at the most, where the stage can tell.
+        Peak memory in bytes, if known.
     """
 
     stage: str
@@ -60,23 +60,23 @@ class Stage(Protocol):
     name: str
 
     def units(self, context: Context) -> Sequence[Unit]:
-        """Return what is left to do and can be done now.
+        """Return the remaining units that can run now.
 
-        It is asked again when these are done, since what comes next may depend on what they found.
+        This is called again once they are finished, since later units may depend on their results.
 
         Raises
         ------
         PrunescopeError
-            If something about them cannot be: told here, before anything expensive begins.
+            If a unit cannot run, so that this is known before anything expensive starts.
         """
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
-        """Carry out one unit: write whole files, then the record of each result."""
+        """Run one unit: write complete files, then the record of each result."""
 
 
 @runtime_checkable
 class Executor(Protocol):
-    """Decides where units run; nothing else knows."""
+    """Runs units; the only part that knows where they run."""
 
     def run(self, stage: Stage, units: Sequence[Unit]) -> None:
-        """Carry out units of one stage, which do not depend on each other."""
+        """Run units of one stage, which do not depend on each other."""

@@ -1,4 +1,4 @@
-"""The variants of a study: which there are, what each depends on, and how to make and open them."""
+"""The variants of a study: their names and keys, and how to make and open them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class StudyVariants:
     Parameters
     ----------
     study, folder, records, texts, model
-        What to make, where, what is finished, and what of.
+        The study, its folder, and its records, texts and dense model.
     memory, device_memory
-        Caps in bytes while pruning.
+        Caps in bytes during pruning.
     tell
-        Told the plan of what is pruned.
+        Called with the pruning plan.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class StudyVariants:
         Raises
         ------
         RecipeError
-            If a recipe follows a diagnosis of another model.
+            If a recipe uses a diagnosis of another model.
         """
         facts = self._model.facts
         for path, remedy in self._study.remedies().items():
             if remedy.model_fingerprint != facts.fingerprint:
                 raise RecipeError(
-                    f"{path} is a diagnosis of another model than {self._study.model_name}; "
+                    f"{path} is a diagnosis of a model other than {self._study.model_name}; "
                     "diagnose a variant of this one"
                 )
         keys = {}
@@ -81,7 +81,7 @@ class StudyVariants:
 
     @property
     def names(self) -> list[str]:
-        """Names of all variants that are there or can be made."""
+        """Names of all variants that were not set aside."""
         aside = self.set_aside
         return [name for name in self.keys if name not in aside]
 
@@ -97,11 +97,11 @@ class StudyVariants:
         return {name: str(found["set_aside"]) for name, found in facts.items() if found and "set_aside" in found}
 
     def key(self, model: str) -> str:
-        """Return a hash of what one model depends on, the dense one among them."""
+        """Return a string that identifies everything one model depends on, dense or variant."""
         return self._model.facts.fingerprint + self._model.facts.dtype if model == DENSE else self.keys[model]
 
     def finished(self, name: str) -> bool:
-        """Whether a variant is there, or was set aside."""
+        """Whether a variant was made or set aside."""
         return self._records.finished(record_of(name), self.keys[name])
 
     def place(self, name: str) -> Path:
@@ -113,13 +113,13 @@ class StudyVariants:
         return Variant.open(self.place(name), self._model.facts.fingerprint)
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """Return the columns of a tidy frame that say what each model is."""
+        """Return the columns that describe each model in frames."""
         pruned = {name: self.open(name).columns() for name in self.names}
         return {DENSE: dense_columns(self._study.model_name)} | pruned
 
     @cached_property
     def pruning(self) -> PruningRun:
-        """What makes the variants that are missing; its plan is told."""
+        """The run that makes the missing variants; its plan is shown."""
         memory, device_memory = self._caps
         anatomy = self._model.anatomy
         if memory is None:

@@ -1,4 +1,4 @@
-"""The engine that carries out a grid of recipes and calibration sets on one model."""
+"""The engine that runs a grid of recipes and calibration sets on one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many weights each projection gives: at once where that is settled, else after a survey of the dense model."""
+"""Number of weights to remove per projection: known in advance, or determined by a survey of the dense model."""
 
 from __future__ import annotations
 
@@ -32,28 +32,30 @@ from .jobs import Job, covered_shapes, diagnosed_sparsities
 
 
 def needs_survey(recipe: Recipe) -> bool:
-    """Whether the dense model must be looked at as a whole before the first weight goes."""
+    """Whether statistics of the whole dense model are required before any weight is removed."""
     return allocation_named(recipe.allocation).surveys or recipe.pattern == MODEL
 
 
 def survey_needs(recipe: Recipe) -> frozenset[str]:
-    """Return the statistics of inputs that a recipe's survey asks for."""
+    """Return the input statistics that a recipe's survey requires."""
     needs = set(recipe.scoring.needs) & {SQUARES, POSITIVE, "gram"} if recipe.pattern == MODEL else set()
     return frozenset(needs | ({SQUARES} if allocation_named(recipe.allocation).surveys else set()))
 
 
 @dataclass
 class Survey:
-    """What one job wants to know of the dense model, collected block by block.
+    """What one job needs to know about the dense model, collected block by block.
 
     Attributes
     ----------
     job
-        For whom.
+        The job.
     scores
-        Of every projection, for one threshold over all.
+        Scores of every projection, for a single threshold over the model.
     importance
-        Of every block, for allocations.
+        Importance of every block, for allocations.
+    unseen
+        Projections whose input no token reached.
     """
 
     job: Job
@@ -68,7 +70,7 @@ class Survey:
         inputs: Mapping[str, InputStatistics],
         derivatives: Derivatives | None = None,
     ) -> None:
-        """Take in one block."""
+        """Add one block."""
         recipe = self.job.recipe
         covered = [
             (group, role) for group in anatomy.groups(layer) for role in group.roles if recipe.covers(layer, role)
@@ -92,7 +94,7 @@ class Survey:
             self.importance[layer] = language_correlation([inputs[leader] for leader in groups])
 
     def budgets(self, anatomy: Anatomy) -> tuple[Budgets, list[str]]:
-        """Return the budgets, and remarks on them."""
+        """Return the budgets and any remarks about them."""
         recipe = self.job.recipe
         shapes = covered_shapes(anatomy, recipe)
         even = uniform(shapes, recipe.choosing, recipe.sparsity)
@@ -100,12 +102,12 @@ class Survey:
         if recipe.pattern == MODEL:
             apart = {key: even[key] for key in self.unseen}
             return threshold(self.scores, total - sum(apart.values())) | apart, []
-        sign = recipe.allocation_parameters.get("sign", -1.0)  # OWL: the more outliers, the less a block gives
+        sign = recipe.allocation_parameters.get("sign", -1.0)  # OWL: the more outliers, the fewer weights a block loses
         values = [-sign * importance for importance in self.importance.values()]
         if any(value != value for value in values):
             return even, [
-                "cross-lingual allocation compares languages, and this calibration set has only one: "
-                "every block gives the same"
+                "cross-lingual allocation needs at least two languages, and this calibration set has one: "
+                "sparsity is uniform"
             ]
         sizes = [sum(shape[0] * shape[1] for key, shape in shapes.items() if key[0] == b) for b in self.importance]
         sparsities = shifted(values, sizes, recipe.sparsity, recipe.allocation_parameters["spread"])

@@ -1,4 +1,4 @@
-"""Choosing: from the statistics of a block to the masks and weights of one job."""
+"""From the statistics of a block to the masks and weights of one job."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .jobs import projection_seed
 
 @dataclass
 class Choice:
-    """What a job makes of one block.
+    """Masks and updated weights of one block for one job.
 
     Attributes
     ----------
     masks
-        Role to kept weights.
+        Role to mask, ``True`` = kept.
     weights
-        Role to corrected weights, for methods that correct them.
+        Role to updated weights, for methods that update them.
     remarks
-        What a reader of the recipe should know.
+        Notes for the variant's record.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Derivatives of the loss for every projection, as far as a method asked for them."""
+    """Derivatives of the loss for every projection; empty if no method needs them."""
 
     gradient: Mapping[Key, Tensor] = field(default_factory=dict)
     curvature: Mapping[Key, Tensor] = field(default_factory=dict)
@@ -58,17 +58,17 @@ def choose(
     Parameters
     ----------
     anatomy
-        Of the dense model.
+        Anatomy of the dense model.
     layer
-        The block.
+        Index of the block.
     recipe
-        What to do.
+        The recipe.
     budgets
-        How many weights each projection gives.
+        Number of weights to remove from each projection.
     inputs
-        Statistics of the inputs, by leading role.
+        Input statistics, by leading role.
     derivatives
-        For methods that differentiate.
+        Derivatives of the loss, for methods that need them.
     """
     choice = Choice()
     for group in anatomy.groups(layer):
@@ -77,7 +77,9 @@ def choose(
             continue
         seen = inputs.get(group.leader)
         if unseen(recipe, seen):
-            choice.remarks.append(f"block {layer}, {' and '.join(roles)}: no token came here; chosen by magnitude")
+            choice.remarks.append(
+                f"block {layer}, {' and '.join(roles)}: no calibration token reached them; pruned by magnitude"
+            )
             for role in roles:
                 score = magnitude.score(anatomy.weight(layer, role))
                 choice.masks[role] = recipe.choosing.keep(score, budgets[layer, role])
@@ -91,7 +93,7 @@ def choose(
 
 
 def unseen(recipe: Recipe, inputs: InputStatistics | None) -> bool:
-    """Whether a method that judges by its inputs has not had any: an expert that no token was sent to."""
+    """Whether a calibrated method has no input statistics: no token was routed to this expert."""
     return recipe.scoring.calibrated and inputs is not None and inputs.tokens == 0
 
 
@@ -120,12 +122,12 @@ def scored(
 
 
 def finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; extremes show both, ten times as fast as looking at each value."""
+    """Whether no value is NaN or infinite; checking only the extremes is ten times as fast."""
     return bool(torch.isfinite(torch.stack(values.aminmax())).all())
 
 
 def not_finite(layer: int, role: str) -> ModelError:
-    """Return the error of a weight or an input that is no number."""
+    """Return the error for a weight or activation that is NaN or infinite."""
     return ModelError(
         f"block {layer}, role {role}: a weight or an activation is NaN or infinite; "
         "check the checkpoint, or load it with dtype float32 or bfloat16"

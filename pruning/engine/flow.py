@@ -1,4 +1,4 @@
-"""Calibration text on its way through the blocks: shared as long as jobs see the same, then on its own for each."""
+"""Passing calibration text through the blocks: one shared stream until jobs diverge, then one stream per job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .workspace import Workspace
 
 
 class StatisticsOf:
-    """Statistics of one block, by job: those of its pieces together, worked out once for each calibration set."""
+    """Statistics of one block by job: sums over the pieces of its text, computed once per calibration set."""
 
     def __init__(self, schedule: Schedule, by_piece: Mapping[Piece, Mapping[str, InputStatistics]]) -> None:
         self._schedule = schedule
@@ -36,20 +36,20 @@ class StatisticsOf:
 
 
 class Flow:
-    """The streams of a schedule on their way through the blocks.
+    """Passes the streams of a schedule through the blocks.
 
     Parameters
     ----------
     anatomy, schedule
-        The blocks, and what goes through them for whom.
+        The blocks, and which text passes through them for which jobs.
     workspace
-        Where hidden states wait.
+        Stores hidden states between blocks.
     needs
-        Which statistics a job wants.
+        Returns the statistics that a job needs.
     batch_tokens
-        Tokens that go through a block at a time.
+        Tokens per batch.
     progress
-        Told of them.
+        Called with the number of tokens after each batch.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class Flow:
         return stream
 
     def enter(self, layer: int) -> None:
-        """Bring all streams to a block that begins a stack."""
+        """Start all streams if the block is the first of a stack."""
         stack = self.anatomy.stack_of(layer)
         if layer == stack.first:
             with self.anatomy.loaded_for_start():
                 for name, stream in self._named():
-                    if stack.first > 0:  # a decoder, which reads what the encoder before it has made
+                    if stack.first > 0:  # a decoder, which reads the output of the encoder
                         stream.memory = [self.anatomy.encoded(hidden) for hidden in stream.hidden]
-                    # Under a name of its own: what came before it must stay, to go on from after a kill.
+                    # Under a separate name: the previous states must stay, so that a killed run can resume.
                     shelf = self.workspace.shelf(layer, name, "begun", len(stream.tokens))
                     self._start(stack, stream, shelf.add)
                     stream.hidden = shelf.done()
@@ -104,7 +104,7 @@ class Flow:
         self._starter[1](stream, sink)
 
     def through_dense(self, layer: int) -> StatisticsOf:
-        """Send every shared piece of text through the dense block."""
+        """Pass every shared piece of text through the dense block."""
         jobs = self.schedule.on_pieces(layer)
         go_on = set(self.schedule.pieces(layer + 1)) if layer + 1 < self.schedule.blocks else set()
         by_piece = {}
@@ -121,14 +121,14 @@ class Flow:
         return StatisticsOf(self.schedule, by_piece)
 
     def own_statistics(self, job: Job, layer: int) -> dict[str, InputStatistics]:
-        """Send the states of one job through the dense block."""
+        """Pass the states of one job through the dense block."""
         wanted = self._wanted(layer, [job])
         if not wanted:
             return {}
         return gather(self.anatomy, layer, self.own[job], wanted, self.progress)
 
     def through_pruned(self, job: Job, layer: int, choice: Choice) -> None:
-        """Send a job's states through the block that it has pruned, if it has states of its own from here on."""
+        """Pass a job's states through its pruned block, if the job has its own states from here on."""
         if self.schedule.departs(job, layer):
             stream = self._stream(self.schedule.pieces_of(job))
             parts = [self.pieces[piece] for piece in self.schedule.pieces_of(job)]
@@ -148,21 +148,21 @@ class Flow:
         self._next_own[job] = Stream(stream.tokens, stream.languages, shelf.done(), stream.memory, stream.arguments)
 
     def leave(self, layer: int) -> None:
-        """Go on to the next block."""
+        """Advance to the next block."""
         self.pieces = {piece: self.pieces[piece] for piece in self._next}
         for piece, hidden in self._next.items():
             self.pieces[piece].hidden = hidden
         self.own, self._next_own, self._next = self._next_own, {}, {}
 
     def states(self) -> dict[str, dict[str, Sequence[Tensor]]]:
-        """Return all that is needed to go on before the next block."""
+        """Return the states needed to resume before the next block."""
         return {
             name: {"hidden": stream.hidden} | ({"memory": stream.memory} if stream.memory else {})
             for name, stream in self._named()
         }
 
     def resume(self) -> int:
-        """Take up the states that a killed sweep has left; return the block to go on with."""
+        """Load the states saved by a killed sweep; return the block to resume at."""
         found = self.workspace.resumed()
         if found is None:
             return 0
@@ -199,7 +199,7 @@ def _piece_name(piece: Piece) -> str:
 
 @contextmanager
 def _pruned(anatomy: Anatomy, layer: int, choice: Choice) -> Iterator[None]:
-    """Make a block what a job has made of it, for a while."""
+    """Context manager that replaces a block's weights by a job's pruned ones."""
     dense = {role: anatomy.weight(layer, role).clone() for role in choice.masks}
     try:
         for role, mask in choice.masks.items():

@@ -17,30 +17,30 @@ from ..models.anatomy import Anatomy
 from .choosing import Derivatives, finite
 from .streams import Progress, decoder_labels, encoder_ids
 
-#: A float16 model whose derivatives overflow even with so small a loss is refused.
+#: Smallest loss scale; a float16 model whose derivatives still overflow is refused.
 _LOWEST = 2.0**-12
 
 
 def differentiate(
     anatomy: Anatomy, batches: Sequence[Tensor], *, curvature: bool, progress: Progress = lambda tokens: None
 ) -> Derivatives:
-    """Return the gradient of the mean token loss, and if asked the Hessian times that gradient.
+    """Return the gradient of the mean token loss and, if requested, the Hessian-gradient product.
 
     Parameters
     ----------
     anatomy
-        Of the dense model, which must be in memory as a whole.
+        Anatomy of the dense model, which must be entirely in memory.
     batches
-        Token ids, ``[blocks, length]`` each; small ones, since whole logits are held.
+        Token ids, ``[blocks, length]`` each; keep them small, since full logits are held.
     curvature
-        Whether to go over the text once more for ``H g``, by double backward.
+        Whether to make a second pass over the text for ``H g``, by double backward.
     progress
-        Told of the tokens, twice with `curvature`.
+        Called with the number of tokens after each batch, in both passes.
 
     Raises
     ------
     ModelError
-        If the loss is not finite, or its derivatives are not within the range of float16 in any scale.
+        If the loss is not finite, or its derivatives overflow float16 at every scale.
     """
     parameters = anatomy.block_parameters()
     tokens = sum(_predicted(anatomy, ids) for ids in batches)
@@ -77,16 +77,16 @@ def differentiate(
 
 
 class _Scale:
-    """Keeps derivatives within the range of float16, where most of them would be zero.
+    """Loss scaling for float16, in which most derivatives would otherwise underflow to zero.
 
     The loss is multiplied by a power of two, which is divided out again in float32; so is the direction along which
-    GraSP differentiates the gradient. Whenever a derivative overflows, both are lowered. Other dtypes have the range
-    of float32 and are left alone.
+    GraSP differentiates the gradient. Whenever a derivative overflows, both factors are lowered. Other dtypes have the
+    range of float32 and are not scaled.
 
     Attributes
     ----------
     loss, direction
-        The present factors.
+        The current factors.
     """
 
     def __init__(self, parameters: Iterable[Tensor], batches: int) -> None:
@@ -95,17 +95,17 @@ class _Scale:
         self.direction = 1.0
 
     def adapt(self, direction: Iterable[Tensor]) -> None:
-        """Bring the largest value of a direction near 1."""
+        """Scale a direction so that its largest value is close to 1."""
         if self._narrow:
             largest = float(torch.stack([part.abs().amax() for part in direction]).amax())
             self.direction = 2.0 ** -math.frexp(largest)[1]
 
     def add(self, total: Mapping[str, Tensor], derive: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Add derivatives by every parameter, worked out under the present factors, to float32 sums."""
+        """Compute derivatives under the current factors, and add them to float32 sums."""
         parts = derive()
         while self._narrow and not all(map(finite, parts.values())):
             if self.loss < _LOWEST:
-                raise ModelError("the loss has no derivatives within the range of float16; load the model as bfloat16")
+                raise ModelError("the derivatives of the loss overflow float16; load the model with dtype bfloat16")
             self.loss, self.direction = self.loss / 2, min(self.direction, max(self.direction / 2, 1.0))
             parts = derive()
         for name, part in parts.items():
@@ -120,7 +120,7 @@ def _grad(value: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool
 def _loss(anatomy: Anatomy, ids: Tensor) -> Tensor:
     model: Any = anatomy.model
     ids = ids.to(anatomy.device)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the one that can be differentiated twice
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the only backend that can be differentiated twice
         if anatomy.encoder_decoder:
             output = model(input_ids=encoder_ids(ids), labels=decoder_labels(ids), use_cache=False)
         else:
@@ -130,7 +130,7 @@ def _loss(anatomy: Anatomy, ids: Tensor) -> Tensor:
 
 
 def _predicted(anatomy: Anatomy, ids: Tensor) -> int:
-    """Return over how many tokens the loss is a mean."""
+    """Return the number of tokens that the loss averages over."""
     if anatomy.encoder_decoder:
         return decoder_labels(ids).numel()
     return ids.shape[0] * (ids.shape[1] - 1)

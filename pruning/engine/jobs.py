@@ -1,4 +1,4 @@
-"""What is to be done, and which text must go through which block for it."""
+"""The variants to make, and which text must pass through which block for them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Job:
 
     @property
     def id(self) -> str:
-        """The name of the variant that it makes."""
+        """Name of the variant."""
         return self.recipe.variant_id(self.calibration)
 
 
 def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> list[Job]:
-    """Return a job for every recipe that needs no text, then one for every calibration set and other recipe.
+    """Return a job per recipe that needs no text, then one per calibration set and remaining recipe.
 
     Raises
     ------
@@ -57,13 +57,12 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     Raises
     ------
     RecipeError
-        If the model lacks a role or the blocks, its inputs cannot be cut into groups of m, the method needs the
-        whole model in memory and its weights stay on disk, or a diagnosis is not of its matrices.
+        If the model lacks a role or the blocks, its inputs cannot be divided into groups of m, the method needs the
+        whole model in memory but its weights stay on disk, or a diagnosis does not match its matrices.
     """
     if anatomy.streamed and recipe.scoring.differentiates:
         raise RecipeError(
-            f"{recipe.method} differentiates the loss of the whole model, which must be in memory: "
-            "load it without stream"
+            f"{recipe.method} differentiates the loss, so the whole model must be in memory; load it with stream=False"
         )
     kinds = dict.fromkeys(anatomy.role_kinds())
     for role in recipe.roles:
@@ -74,14 +73,14 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
         if any(recipe.covers_block(layer) for layer in range(len(anatomy.blocks))):
             raise RecipeError(f'blocks "{recipe.blocks}" of this model have no projection {" or ".join(recipe.roles)}')
         raise RecipeError(
-            f'blocks "{recipe.blocks}" are none of this model\'s {len(anatomy.blocks)} (0 to {len(anatomy.blocks) - 1})'
+            f'blocks "{recipe.blocks}" do not exist; this model has blocks 0 to {len(anatomy.blocks) - 1}'
         )
     m = recipe.choosing.group
     for (layer, role), (_, inputs) in shapes.items():
         if m and inputs % m:
             raise RecipeError(
                 f'pattern "{recipe.pattern}" needs inputs in groups of {m}, but block {layer}, role {role} has '
-                f"{inputs}; choose another pattern, or leave that role out with roles = [...]"
+                f"{inputs}; choose another pattern, or exclude that role with roles = [...]"
             )
     if recipe.allocation == DIAGNOSIS:
         diagnosed_sparsities(anatomy, recipe)
@@ -93,47 +92,47 @@ def diagnosed_sparsities(anatomy: Anatomy, recipe: Recipe) -> dict[Key, float]:
     Raises
     ------
     RecipeError
-        If the diagnosis lacks a matrix or speaks of one that the model has not, or the spread is too wide.
+        If the diagnosis lacks a matrix or has one that the model does not, or the spread is too wide.
     """
     importance = dict(recipe.importance)
     names = {f"{layer}.{role}": (layer, role) for layer, role in anatomy}
     for name in importance:
         if name not in names:
             raise RecipeError(
-                f'importance speaks of "{name}", and this {anatomy.kind} model has no such matrix; its matrices are '
-                f'"{next(iter(names))}" to "{list(names)[-1]}". Take a diagnosis of this model'
+                f'importance names "{name}", but this {anatomy.kind} model has no such matrix (its matrices are '
+                f'"{next(iter(names))}" to "{list(names)[-1]}"); use a diagnosis of this model'
             )
     shapes = covered_shapes(anatomy, recipe)
     lacking = [name for name, key in names.items() if key in shapes and name not in importance]
     if lacking:
         raise RecipeError(
-            f'importance lacks "{lacking[0]}"{f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""}, in the '
-            "scope of the recipe; diagnose a variant with that scope, or confine the recipe with roles and blocks"
+            f'importance lacks "{lacking[0]}"{f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""} in the '
+            "recipe's scope; diagnose a variant with this scope, or restrict the recipe with roles and blocks"
         )
     by_key = {key: importance[name] for name, key in names.items() if key in shapes}
     return diagnosed(by_key, shapes, recipe.sparsity, **recipe.allocation_parameters)
 
 
 def projection_seed(key: Key) -> int:
-    """Return a number that belongs to a projection, for methods that draw."""
+    """Return a fixed random seed for a projection."""
     return zlib.crc32(f"{key[0]}.{key[1]}".encode())
 
 
 class Schedule:
-    """Which text goes through which block, and for which jobs.
+    """Which text passes through which block, and for which jobs.
 
-    Text goes through dense blocks once for all jobs that see the same: every job with dense propagation, and those with
-    pruned propagation up to the first block in which they remove something. From then on such a job has states of its
-    own.
+    Text passes through a dense block once for all jobs that see the same states: every job with dense propagation, and
+    those with pruned propagation up to the first block in which they remove weights. From then on, such a job has its
+    own states.
 
     Parameters
     ----------
     anatomy
-        Of the model.
+        Anatomy of the model.
     jobs
-        Those that read calibration text block by block.
+        The jobs that read calibration text block by block.
     text
-        Of all their calibration sets.
+        Text of all their calibration sets.
     """
 
     def __init__(self, anatomy: Anatomy, jobs: Iterable[Job], text: CalibrationText | None) -> None:
@@ -151,31 +150,31 @@ class Schedule:
         return self.text.pieces[job.calibration]
 
     def shares(self, job: Job, layer: int) -> bool:
-        """Whether a job sees at this block what the dense model sees."""
+        """Whether the input of this block is the dense model's for a job."""
         return job.recipe.propagation == "dense" or layer <= self._first[job]
 
     def on_pieces(self, layer: int) -> list[Job]:
-        """Return the jobs that the dense states before a block serve, now or later."""
+        """Return the jobs that need the dense states before a block, for this block or a later one."""
         return [job for job in self.jobs if self._last[job] >= layer and self.shares(job, layer)]
 
     def pieces(self, layer: int) -> list[Piece]:
-        """Return the text that goes through a dense block for several jobs."""
+        """Return the shared text that passes through a dense block."""
         return list(dict.fromkeys(piece for job in self.on_pieces(layer) for piece in self.pieces_of(job)))
 
     def on_their_own(self, layer: int) -> list[Job]:
-        """Return the jobs with states of their own before a block, and something left to do."""
+        """Return the unfinished jobs with their own states before a block."""
         return [job for job in self.jobs if self._last[job] >= layer and not self.shares(job, layer)]
 
     def departs(self, job: Job, layer: int) -> bool:
-        """Whether a job gets states of its own after a block that it shares."""
+        """Whether a job's states diverge from the dense model's after this block."""
         return job.recipe.propagation == "pruned" and self._first[job] == layer < self._last[job]
 
     def goes_on(self, job: Job, layer: int) -> bool:
-        """Whether a job has anything to do after a block."""
+        """Whether a job prunes any later block."""
         return self._last[job] > layer
 
     def tokens(self, layer: int) -> int:
-        """Return how many tokens go through a block, every pass counted."""
+        """Return how many tokens pass through a block, counting every pass."""
         assert self.text is not None
         size = {piece: tokens.numel() for piece, tokens in self.text.tokens.items()}
         total = sum(size[piece] for piece in self.pieces(layer))
@@ -189,12 +188,12 @@ class Schedule:
         return total
 
     def drop(self, job: Job, layer: int = -1) -> int:
-        """Take a job out that gets no further than choosing its weights of a block, or not even to the first one.
+        """Remove a job that failed while pruning block `layer`, or before the first block (-1).
 
         Returns
         -------
         int
-            Tokens that it would still have sent through blocks.
+            Tokens that no longer need to pass through blocks.
         """
         before = [self.tokens(later) for later in range(layer + 1, self.blocks)]
         at_this = 0
@@ -207,5 +206,5 @@ class Schedule:
 
     @property
     def work(self) -> int:
-        """Tokens that go through blocks in all."""
+        """Total number of tokens that pass through blocks."""
         return sum(self.tokens(layer) for layer in range(self.blocks)) if self.jobs else 0

@@ -1,4 +1,4 @@
-"""What a grid of jobs will need before it starts: memory of the machine and of the device, disk and time."""
+"""Estimates of what a grid of jobs will need: host and device memory, disk space and time."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .shelves import Place
 from .streams import StackStarter, Stream, run_block
 from .sweep import GRADIENT_TOKENS
 
-#: Bytes that Python, torch, transformers and a tokenizer take before any model is there.
+#: Bytes that Python, torch, transformers and a tokenizer take before a model is loaded.
 _BASE = 700 << 20
-#: Bytes that a device's own libraries take of it.
+#: Bytes of device memory that its libraries take.
 _CONTEXT = 500 << 20
-#: Memory that is taken over what is held: gaps that the allocator leaves.
+#: Allocated memory relative to memory in use: the allocator leaves gaps.
 _SLACK = 1.4
 _FLOAT = 4
 _GIB = 1 << 30
-#: A job's own work on a block over the forward passes that it cannot do without, measured on the embedded model.
+#: Time of a sweep relative to its forward passes alone, without and with weight updates, on the embedded model.
 _OVERHEAD = {False: 1.2, True: 1.8}
 
 
 class MemoryCapError(RecipeError):
-    """A memory cap that cannot hold what is asked for."""
+    """A memory cap is too small for the request."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Plan:
     Attributes
     ----------
     waves
-        Jobs that go through the model together, one wave after the other.
+        Groups of jobs that go through the model together, in order.
     states
-        Where hidden states wait for their next block.
+        Where hidden states are stored between blocks.
     memory, device_memory
-        Bytes at the most, estimated: of the machine, and of the model's device if that has its own (else 0).
+        Estimated peak in bytes: of the host, and of the model's device if it has its own memory (else 0).
     scratch, kept
-        Bytes on disk: while it runs, and of the finished variants.
+        Bytes on disk: temporary, and of the finished variants.
     seconds_a_block
-        Of one block with all its jobs, from a trial with a little text; 0 if no text is needed or nothing is written.
+        Time per block with all its jobs, from a short trial; 0 if no text is needed or nothing is written.
     blocks
-        Of the model.
+        Number of blocks of the model.
     """
 
     waves: tuple[tuple[Job, ...], ...]
@@ -71,12 +71,12 @@ class Plan:
         jobs = sum(len(wave) for wave in self.waves)
         parts = [f"{jobs} variant{'s' * (jobs != 1)}" + (f" in {len(self.waves)} waves" if len(self.waves) > 1 else "")]
         parts.append(f"memory about {_size(self.memory)}")
-        parts += [f"on the device about {_size(self.device_memory)}"] if self.device_memory else []
-        parts += {"host": ["hidden states off the device"], "disk": ["hidden states on disk"]}.get(self.states, [])
-        parts.append(f"disk {_size(self.kept)}" + (f" and {_size(self.scratch)} while it runs" if self.scratch else ""))
+        parts += [f"device memory about {_size(self.device_memory)}"] if self.device_memory else []
+        parts += {"host": ["hidden states in host memory"], "disk": ["hidden states on disk"]}.get(self.states, [])
+        parts.append(f"disk {_size(self.kept)}" + (f" plus {_size(self.scratch)} temporary" if self.scratch else ""))
         if self.seconds_a_block:
             total = self.seconds_a_block * self.blocks
-            parts.append(f"about {self.seconds_a_block:.1f} s a block, {naturaldelta(total)} in all")
+            parts.append(f"about {self.seconds_a_block:.1f} s per block, {naturaldelta(total)} in total")
         return "pruning plan: " + ", ".join(parts)
 
 
@@ -91,32 +91,32 @@ def make_plan(
     begun: Sequence[tuple[Job, ...]] = (),
     in_folder: bool = True,
 ) -> Plan:
-    """Work out what jobs will need, and split them so that they keep within caps.
+    """Estimate what jobs will need, and split them into waves that stay within the caps.
 
     Parameters
     ----------
     anatomy, jobs, text
         As for the sweep.
     memory, device_memory
-        Caps in bytes on resident memory and on that of the model's device; none by default.
+        Caps in bytes on resident memory and on the memory of the model's device; none by default.
     batch_tokens
-        Tokens that go through a block at a time.
+        Tokens per batch.
     begun
-        Waves that a killed run was in the middle of. They stay as they are, unless they do not keep within the caps.
+        Unfinished waves of a killed run. They are kept unless they exceed the caps.
     in_folder
-        Whether variants and hidden states may go to disk. If not, all variants are made in one wave and held.
+        Whether variants and hidden states may go to disk. If not, all variants are made in one wave and held in memory.
 
     Raises
     ------
     MemoryCapError
-        If even one job after the other, with hidden states on disk, would need more; or if a device is given a cap
-        that has no memory of its own.
+        If even one job at a time, with hidden states on disk, exceeds the caps; or if there is a device cap but the
+        device has no memory of its own.
     """
     needed = _Needs(anatomy, text, batch_tokens, in_folder=in_folder)
     if device_memory is not None and not needed.apart:
         raise MemoryCapError(
-            f"this model is on the {anatomy.device.type}, which has no memory of its own to cap; "
-            "use the cap on memory (--memory), or load the model onto a GPU"
+            f"this model runs on the {anatomy.device.type}, which has no memory of its own to cap; "
+            "use --memory, or load the model onto a GPU"
         )
     caps = (memory, device_memory)
     places: list[Place] = ["device"]
@@ -127,7 +127,7 @@ def make_plan(
     if not in_folder:
         groups = [tuple(jobs)]
     counts = list(_halvings(max(map(len, groups), default=0))) if in_folder else [1]
-    # First hidden states move away, then there are more waves; the last try needs least.
+    # First move hidden states elsewhere, then use more waves; the last attempt needs the least memory.
     for place, count in [*((place, 1) for place in places), *((places[-1], count) for count in counts[1:])]:
         waves = [*begun, *(part for group in groups for part in _cut(group, count))]
         peaks = [needed.peak(wave, place) for wave in waves]
@@ -160,18 +160,18 @@ def _cap_error(
     anatomy: Anatomy, jobs: Sequence[Job], peak: tuple[int, int], caps: tuple[int | None, int | None]
 ) -> MemoryCapError:
     whole = [job.recipe.method for job in jobs if job.recipe.scoring.differentiates]
-    hint = "" if anatomy.streamed else "; prunescope prune reads a checkpoint on disk a block at a time"
+    hint = "" if anatomy.streamed else "; prunescope prune can read the checkpoint one block at a time"
     hint = f"; {whole[0]} needs the whole model in memory" if whole else hint
-    kinds = ("memory cap", f"cap on the memory of the {anatomy.device.type} device")
+    kinds = ("memory cap", f"{anatomy.device.type} memory cap")
     kind, cap, most = next((k, c, m) for k, c, m in zip(kinds, caps, peak, strict=True) if c is not None and m > c)
     return MemoryCapError(
-        f"a {kind} of {cap / _GIB:.2f} GiB cannot hold one block with what it needs: about "
-        f"{most / _GIB:.2f} GiB for this model and these recipes{hint}"
+        f"a {kind} of {cap / _GIB:.2f} GiB cannot hold one block during pruning: this model and these recipes need "
+        f"about {most / _GIB:.2f} GiB{hint}"
     )
 
 
 def _groups(jobs: Sequence[Job]) -> list[tuple[Job, ...]]:
-    """Return the jobs in groups that share work; those that share none with others come first, to be saved early."""
+    """Group jobs that share work; those that share none come first, so that they are saved early."""
     groups: dict[object, list[Job]] = {"at once": []}
     for job in jobs:
         if not job.recipe.calibrated:
@@ -192,7 +192,7 @@ def _halvings(jobs: int) -> Iterable[int]:
 
 
 def _cut(jobs: Sequence[Job], count: int) -> list[tuple[Job, ...]]:
-    """Cut jobs into waves, those of one calibration set next to each other."""
+    """Split jobs into `count` waves, keeping their order, so that jobs of one calibration set stay together."""
     size = max(-(-len(jobs) // count), 1)
     return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
 
@@ -202,7 +202,7 @@ def _size(number: float | int) -> str:
 
 
 class _Needs:
-    """Estimates for one model and text; every number is in bytes unless it says otherwise."""
+    """Estimates for one model and text, in bytes unless stated otherwise."""
 
     def __init__(
         self, anatomy: Anatomy, text: CalibrationText | None, batch_tokens: int, *, in_folder: bool = True
@@ -227,7 +227,7 @@ class _Needs:
         self.largest_matrix = max(out * inputs for out, inputs in (anatomy.shape(*key) for key in anatomy))
 
     def peak(self, jobs: Sequence[Job], states: Place) -> tuple[int, int]:
-        """Return the most that a wave of jobs will hold at a time: in memory, and on a device with its own."""
+        """Return the peak memory of a wave of jobs: on the host, and on a device with its own memory."""
         weights = self.whole
         if self.anatomy.streamed:
             weights = self.largest_block + self.beside_blocks
@@ -247,29 +247,29 @@ class _Needs:
         return int(_BASE + _SLACK * (on_host + passing)), int(_CONTEXT + weights + _SLACK * working)
 
     def removable(self, job: Job) -> int:
-        """Return how many weights a job chooses from."""
+        """Return the number of weights in a job's scope."""
         return sum(outputs * inputs for outputs, inputs in covered_shapes(self.anatomy, job.recipe).values())
 
     def _passing(self) -> int:
-        """Return what a batch needs on its way through a block."""
+        """Return the memory of a batch's forward pass through a block."""
         length = max((tokens.shape[1] for tokens in self.text.tokens.values()), default=0) if self.text else 0
         heads = int(self.anatomy.config.num_attention_heads)
         width = self.widest * 4 + self.anatomy.hidden_size * 6 + heads * length
         return max(self.batch_tokens, length) * width * max(self.element, _FLOAT)
 
     def _choosing(self, jobs: Sequence[Job]) -> int:
-        """Return what it takes to choose weights of a block for one job after the other."""
+        """Return the memory for pruning a block, for one job at a time."""
         solves = any(job.recipe.scoring.solve is not None for job in jobs)
         block = self.largest_block * (3 if solves else 2)  # a copy of the dense one, masks, corrected weights
         return int(block + self.largest_matrix * _FLOAT * 4)
 
     def _surveyed(self, jobs: Sequence[Job]) -> int:
-        """Return what the scores of the whole model take, for jobs with one threshold over all."""
+        """Return the memory for the scores of the whole model, for jobs with a single threshold over it."""
         sizes = [self.removable(job) * _FLOAT for job in jobs if job.recipe.pattern == MODEL]
         return sum(sizes) + 2 * max(sizes, default=0)
 
     def _differentiating(self, jobs: Sequence[Job]) -> int:
-        """Return what derivatives take: of every weight, and of the activations and logits of a batch."""
+        """Return the memory for derivatives: of every weight, and of the activations and logits of a batch."""
         assert self.text is not None
         tokens = max(GRADIENT_TOKENS, max(tokens.shape[1] for tokens in self.text.tokens.values()))
         twice = any(CURVATURE in job.recipe.scoring.needs for job in jobs)
@@ -280,7 +280,7 @@ class _Needs:
         return int(kept + tokens * (activations + self.anatomy.vocabulary * 4) * _FLOAT)
 
     def _encoded(self, jobs: Sequence[Job]) -> int:
-        """Return what an encoder's output takes for the decoder to read: the first half of every text of every job."""
+        """Return the memory for the encoder's output, which covers the first half of every job's text."""
         if not self.anatomy.encoder_decoder or self.text is None:
             return 0
         tokens = sum(self.text.size(job.calibration) for job in jobs if job.calibration) // 2
@@ -290,7 +290,7 @@ class _Needs:
         return self.anatomy.shape(*key)
 
     def _statistics(self, jobs: Sequence[Job]) -> int:
-        """Return what Gram matrices and their factorization take, at the worst block."""
+        """Return the memory for Gram matrices and their factors, at the largest block."""
         with_gram = [job for job in jobs if GRAM in job.recipe.scoring.needs and job.calibration]
         if not with_gram or self.text is None:
             return 0
@@ -301,7 +301,7 @@ class _Needs:
             sharing = schedule.on_pieces(layer)
             pieces = len(schedule.pieces(layer))
             sets = len({job.calibration for job in sharing if len(schedule.pieces_of(job)) > 1})
-            factors = 2 if sharing else 1  # kept for the next recipe of the same set
+            factors = 2 if sharing else 1  # kept for the next recipe with the same set
             worst = max(worst, sum(grams) * max(pieces + sets * factors, 1) + max(grams) * 2)
         stacked = max(
             sum(self.anatomy.shape(layer, role)[0] * self.anatomy.shape(layer, role)[1] for role in group.roles)
@@ -311,7 +311,7 @@ class _Needs:
         return worst + stacked * _FLOAT * 4
 
     def states(self, jobs: Sequence[Job]) -> int:
-        """Return what the hidden states of a wave take, before and after a block."""
+        """Return the memory for the hidden states of a wave, before and after a block."""
         reading = [job for job in jobs if job.recipe.scoring.needs and not job.recipe.scoring.differentiates]
         if not reading or self.text is None:
             return 0
@@ -324,13 +324,13 @@ class _Needs:
         return 2 * tokens * self.anatomy.hidden_size * self.element
 
     def kept(self, job: Job) -> int:
-        """Return what a finished variant takes on disk."""
+        """Return the size of a finished variant on disk."""
         weights = self.removable(job)
         values = weights * (1 - job.recipe.sparsity) * self.element if job.recipe.scoring.solve else 0
         return int(weights / 8 + values)
 
     def tokens_a_block(self, jobs: Sequence[Job]) -> float:
-        """Return the tokens that a block must be run on, with what the jobs do beside as if it were more."""
+        """Return the tokens that pass through a block, with the jobs' other work counted as additional tokens."""
         total = 0.0
         for solves in (False, True):
             some = [
@@ -346,7 +346,7 @@ class _Needs:
 
     @torch.no_grad()
     def seconds_a_token(self) -> float:
-        """Run the first block on a little text and see how long it takes."""
+        """Time the first block on a little text."""
         assert self.text is not None
         piece, tokens = next(iter(self.text.tokens.items()))
         few = tokens[: max(1, self.batch_tokens // piece.length)]

@@ -1,4 +1,4 @@
-"""Where hidden states wait for their next block: on the device, in memory, or in a file, a batch at a time."""
+"""Storage of hidden states between blocks: on the device, in host memory, or in a file, one batch at a time."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch import Tensor
 from ..files import disk_errors, file_sha256
 from ..variants.tensors import GrowingTensors, StoredTensors, room_for
 
-#: Where hidden states wait.
+#: Where hidden states are stored between blocks.
 Place = Literal["device", "host", "disk"]
 
 
 @runtime_checkable
 class Shelf(Protocol):
-    """Where the states of a stream are put, a batch at a time."""
+    """Storage for the states of a stream, filled batch by batch."""
 
     def add(self, batch: Tensor) -> None:
-        """Take a batch."""
+        """Add a batch."""
 
     def done(self) -> Sequence[Tensor]:
-        """Return all batches, each read when it is asked for if they are in a file."""
+        """Return all batches; those in a file are read on access."""
 
 
 class InMemory:
-    """A list of batches, moved off the device or not."""
+    """A list of batches, on the device or moved to the host."""
 
     def __init__(self, *, on_host: bool) -> None:
         self._on_host = on_host
         self._batches: list[Tensor] = []
 
     def add(self, batch: Tensor) -> None:
-        """Take a batch."""
+        """Add a batch."""
         self._batches.append(batch.cpu() if self._on_host else batch)
 
     def done(self) -> Sequence[Tensor]:
@@ -43,7 +43,7 @@ class InMemory:
 
 
 class Spill:
-    """A file of states; its name is the final one, since only what is on record is ever read again."""
+    """A file of states; it needs no temporary name, since only files on record are ever read back."""
 
     def __init__(self, path: Path, batches: int, note: Callable[[Path, str], None]) -> None:
         sizes = {str(number): 1 << 40 for number in range(batches)}
@@ -56,7 +56,7 @@ class Spill:
             self._file.add(str(len(self._file)), batch)
 
     def done(self) -> Sequence[Tensor]:
-        """Return the batches, each read when it is asked for."""
+        """Return the batches, each read on access."""
         with disk_errors(self._file.path):
             self._file.finish({})
         self._note(self._file.path, file_sha256(self._file.path))
@@ -64,7 +64,7 @@ class Spill:
 
 
 class OnDisk(Sequence[Tensor]):
-    """States that are read from a file, a batch at a time."""
+    """States in a file, read one batch at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,7 +82,7 @@ class OnDisk(Sequence[Tensor]):
 
 
 class Joined(Sequence[Tensor]):
-    """Batches of several streams, one after the other, without reading those that are in files."""
+    """Batches of several streams, concatenated lazily."""
 
     def __init__(self, parts: Sequence[Sequence[Tensor]]) -> None:
         self._places = [(part, number) for part in parts for number in range(len(part))]

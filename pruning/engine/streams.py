@@ -1,4 +1,4 @@
-"""Calibration text on its way through the blocks: hidden states, what blocks are called with, and statistics."""
+"""Running blocks on text: their hidden states and arguments, and the statistics of their inputs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..errors import ModelError
 from ..models.anatomy import Anatomy, InputGroup, Stack
 from ..statistics import InputStatistics
 
-#: Tensors that are looked through for an equal one.
+#: Maximum number of distinct argument tensors kept for reuse.
 _KEPT_ONCE = 64
-#: Called with the number of tokens that have just gone through one block.
+#: Called with the number of tokens that have just passed through one block.
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a block is called with beside the hidden states: position embeddings, attention mask and so on."""
+    """Arguments of a block other than the hidden states: position embeddings, attention mask and so on."""
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
@@ -31,20 +31,20 @@ class Arguments:
 
 @dataclass
 class Stream:
-    """Text before a block.
+    """Text and its hidden states before a block.
 
     Attributes
     ----------
     tokens
         Token ids of each batch, ``[blocks, length]``.
     languages
-        Of each batch; a batch has one.
+        Language of each batch.
     hidden
         Hidden states of each batch, ``[blocks, length, hidden]``.
     memory
-        What the encoder made of each batch, for the blocks of a decoder.
+        Encoder output of each batch, for the blocks of a decoder.
     arguments
-        Of each batch, block by block of the present stack.
+        Arguments of every block of the current stack, for each batch.
     """
 
     tokens: list[Tensor]
@@ -60,23 +60,23 @@ class Stream:
 
 
 class StackStarter:
-    """Brings inputs to the first block of a stack, and catches what each block will be called with.
+    """Computes the input of a stack's first block, and captures the arguments of all its blocks.
 
-    The stack runs with its blocks replaced by stand-ins that note their arguments and pass the hidden states on, so
-    that whatever an architecture hands to its blocks is caught as it is. Where blocks hand on more than hidden states
-    (position biases), the first one runs in earnest, once for every batch, and the stand-ins hand on what it did.
-    Arguments that are the same for several batches are kept once.
+    The stack runs with its blocks replaced by stand-ins that record their arguments and return the hidden states
+    unchanged, so this works for whatever arguments an architecture uses. Where blocks return more than hidden states
+    (position biases), the first block really runs, once per batch, and the stand-ins return its additional outputs.
+    Arguments that are equal for several batches are stored once.
 
-    What is caught serves every model whose blocks are put into this stack, so it must not depend on what the blocks
-    compute. The first batch is therefore sent through twice, the second time with other hidden states.
+    Captured arguments are reused for every variant of this stack, so they must not depend on what the blocks compute.
+    To check this, the first batch is run twice, the second time with different hidden states.
 
     Parameters
     ----------
     anatomy
-        Of the dense model. What :meth:`Anatomy.loaded_for_start` loads and the stack's first block must be in memory
-        whenever a batch begins.
+        Anatomy of the dense model. What :meth:`Anatomy.loaded_for_start` loads and the stack's first block must be in
+        memory during each call.
     stack
-        One of its stacks.
+        One of the model's stacks.
     """
 
     def __init__(self, anatomy: Anatomy, stack: Stack) -> None:
@@ -87,7 +87,7 @@ class StackStarter:
         self._tuples = True  # whether blocks return a tuple; known after the first batch
 
     def __call__(self, stream: Stream, sink: Callable[[Tensor], object] | None = None) -> None:
-        """Give `stream` the hidden states and arguments at the beginning of the stack; or the states to `sink`."""
+        """Set the hidden states and arguments of `stream` before the first block; a `sink` gets the states instead."""
         stream.arguments = []
         states: list[Tensor] = []
         for i, ids in enumerate(stream.tokens):
@@ -104,9 +104,9 @@ class StackStarter:
         Parameters
         ----------
         inputs
-            What the stack's module takes, by name: ``input_ids`` ``[batch, tokens]`` and, where there is padding,
-            ``attention_mask`` ``[batch, tokens]``; for a decoder with an encoder also ``encoder_hidden_states``. They
-            are moved to the model's device.
+            Inputs of the stack's module by name: ``input_ids`` ``[batch, tokens]``; with padding, ``attention_mask``
+            ``[batch, tokens]``; for the decoder of an encoder-decoder, ``encoder_hidden_states``. They are moved to the
+            model's device.
 
         Returns
         -------
@@ -116,8 +116,8 @@ class StackStarter:
         Raises
         ------
         ModelError
-            If the stack does more between its blocks than to pass hidden states on, or if what it calls a block with
-            depends on what the blocks before it computed.
+            If the stack modifies hidden states between its blocks, or if a block's arguments depend on what earlier
+            blocks computed.
         """
         inputs = {name: value.to(self._anatomy.device) for name, value in inputs.items()}
         hidden, arguments = self._catch(inputs)
@@ -130,7 +130,7 @@ class StackStarter:
                         "values that depend on what earlier blocks computed; such a model cannot be run block by block"
                     )
             self._checked = True
-        given = {id(value): value for value in inputs.values()}  # the caller's; they are no arguments to compare
+        given = {id(value): value for value in inputs.values()}  # the caller's inputs need not be compared
         return hidden, [
             Arguments(self._kept_once(call.positional, given), self._kept_once(call.named, given)) for call in arguments
         ]
@@ -138,7 +138,7 @@ class StackStarter:
     def _catch(
         self, inputs: dict[str, Tensor], alter: Callable[[Tensor], Tensor] = lambda hidden: hidden
     ) -> tuple[Tensor, list[Arguments]]:
-        """Run the stack on stand-ins that pass hidden states on altered."""
+        """Run the stack with stand-ins for its blocks; `alter` changes the hidden states that they return."""
         blocks = self._anatomy.blocks[self._stack.first : self._stack.stop]
         arguments: list[Arguments] = []
         begun: list[Tensor] = []
@@ -166,9 +166,9 @@ class StackStarter:
         return begun[0], arguments
 
     def _kept_once(self, value: Any, found: dict[int, Tensor]) -> Any:
-        """Return `value` with every tensor replaced by an equal one that is kept already.
+        """Return `value` with every tensor replaced by an equal one that is already stored, if there is one.
 
-        `found` has those of this batch by identity, so that what all blocks are called with is compared once.
+        `found` maps the tensors of this batch by identity, so that arguments shared by all blocks are compared once.
         """
         if isinstance(value, Tensor):
             if id(value) not in found:
@@ -197,7 +197,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def stack_inputs(anatomy: Anatomy, ids: Tensor, memory: Tensor | None) -> dict[str, Tensor]:
-    """Return what the module of a stack takes for a block of text: a decoder's with what its encoder made of it."""
+    """Return the inputs of a stack's module for token ids; `memory` is the encoder output, for a decoder."""
     if not anatomy.encoder_decoder:
         return {"input_ids": ids}
     if memory is None:
@@ -206,17 +206,17 @@ def stack_inputs(anatomy: Anatomy, ids: Tensor, memory: Tensor | None) -> dict[s
 
 
 def encoder_ids(ids: Tensor) -> Tensor:
-    """Return what the encoder of an encoder-decoder reads of a block of text: its first half."""
+    """Return the part of a block of text that an encoder reads: the first half."""
     return ids[:, : ids.shape[1] // 2]
 
 
 def decoder_labels(ids: Tensor) -> Tensor:
-    """Return what its decoder is to predict: the second half."""
+    """Return the part that the decoder predicts: the second half."""
     return ids[:, ids.shape[1] // 2 :].contiguous()
 
 
 def decoder_ids(anatomy: Anatomy, ids: Tensor) -> Tensor:
-    """Return what its decoder reads: the second half, one token later."""
+    """Return the decoder's input: the second half, shifted by one token."""
     model: Any = anatomy.model
     shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=decoder_labels(ids))
     return shifted
@@ -224,23 +224,23 @@ def decoder_ids(anatomy: Anatomy, ids: Tensor) -> Tensor:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")  # nnsight, for one, puts a forward of its own on the instance
+    before = vars(module).get("forward")  # nnsight, for one, sets a forward on the instance
     module.forward = forward
     try:
         yield
     finally:
         if before is None:
-            del module.forward  # the class's own method shows again
+            del module.forward  # uncovers the method of the class
         else:
             module.forward = before
 
 
 class _EndOfStatistics(Exception):
-    """Raised once all inputs that are wanted of a block have been seen."""
+    """Raised once all requested inputs of a block have been seen."""
 
 
 def run_block(block: nn.Module, stream: Stream, layer: int, stack: Stack, progress: Progress) -> Iterator[Tensor]:
-    """Yield a block's output for every batch; an empty tensor where it was left before its end."""
+    """Yield a block's output for every batch, or an empty tensor if the forward pass was stopped early."""
     device = next(block.parameters()).device
     for ids, hidden, arguments in zip(stream.tokens, stream.hidden, stream.arguments, strict=True):
         call = arguments[layer - stack.first]
@@ -261,10 +261,10 @@ def gather(
     progress: Progress,
     sink: Callable[[Tensor], object] | None = None,
 ) -> dict[str, InputStatistics]:
-    """Run a dense block; return the statistics of the wanted inputs, by leading role.
+    """Run a dense block; return the statistics of the requested inputs, by leading role.
 
-    `sink` takes the block's output for each batch. Without it, the block is left as soon as all inputs have been seen,
-    so that it is spared the product that costs most.
+    `sink` receives the block's output for each batch. Without it, the forward pass stops as soon as all inputs have
+    been seen, which saves the most expensive matrix product.
     """
     block, stack = anatomy.blocks[layer], anatomy.stack_of(layer)
     device = next(block.parameters()).device
@@ -302,7 +302,7 @@ def gather(
                 sink(output)
             if len(seen) < len(places):
                 missing = ", ".join(sorted(set(places) - seen))
-                raise ModelError(f"block {layer}: nothing was sent through {missing}; this model is not as expected")
+                raise ModelError(f"block {layer}: {missing} did not run; this model does not match its layout")
         next(runs, None)  # lets it report the last batch
     return statistics
 
@@ -315,7 +315,7 @@ def _observe_experts(
     statistics: dict[str, InputStatistics],
     language: str,
 ) -> None:
-    """Add the tokens that were sent to each expert, and what the expert makes of them before its last product."""
+    """Add the inputs of each expert's projections: the tokens routed to it, and the input of its ``down``."""
     hidden, chosen = inputs[0].flatten(0, -2), inputs[1]
     experts: dict[int, dict[bool, InputGroup]] = {}
     for group in groups:

@@ -30,22 +30,22 @@ from .streams import Progress
 from .workspace import Workspace
 
 _OF_THE_LOSS = frozenset({GRADIENT, CURVATURE})
-#: Tokens whose loss is differentiated at a time: whole logits are held for them.
+#: Tokens per batch when the loss is differentiated: their full logits are held.
 GRADIENT_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a job came to.
+    """Result of a job.
 
     Attributes
     ----------
     masks
-        Kept weights of every projection in the recipe's scope.
+        Masks of every projection in the recipe's scope.
     values
-        For methods that correct weights, the values of the kept ones, in the order of the mask; else empty.
+        For methods that update weights, the values of the kept ones, in mask order; otherwise empty.
     remarks
-        What a reader of the recipe should know.
+        Notes for the variant's record.
     """
 
     masks: MaskSet
@@ -55,21 +55,21 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep came to.
+    """Result of a sweep.
 
     Attributes
     ----------
     workspace
-        Where it is.
+        Workspace that holds the results.
     set_aside
-        The jobs that could not be carried out, each with the reason.
+        Jobs that failed, with the reason.
     """
 
     workspace: Workspace
     set_aside: Mapping[Job, str]
 
     def __call__(self, job: Job) -> Pruned:
-        """Return what a job came to, read from the workspace when it is asked for.
+        """Return the result of a job, read from the workspace on access.
 
         Raises
         ------
@@ -90,36 +90,37 @@ def sweep(
     workspace: Workspace | None = None,
     progress: Progress = lambda tokens: None,
 ) -> Swept:
-    """Choose the masks, and the weights where a method corrects them, of any number of variants.
+    """Compute the masks, and updated weights if the method updates them, of any number of variants.
 
-    The model is changed while the sweep runs and is the dense model again afterwards, bit for bit. A job whose scores
-    or corrected weights are not finite, or whose allocation cannot be met, is set aside, and the others go on.
+    The model is modified during the sweep and restored bit for bit afterwards. A job whose scores or updated weights
+    are not finite, or whose allocation is infeasible, is set aside, and the others continue.
 
     Parameters
     ----------
     anatomy
-        Of the dense model.
+        Anatomy of the dense model.
     jobs
-        What to make.
+        The jobs.
     text
-        Of the calibration sets of all jobs that have one.
+        Text of all their calibration sets.
     batch_tokens
-        Tokens that go through a block at a time.
+        Tokens per batch.
     workspace
-        Where to keep what is done; a killed sweep that is started again with the same workspace goes on.
+        Where to keep results; a killed sweep that is restarted with the same workspace resumes.
     progress
-        Told of the tokens as they go through a block, or are spared; see :func:`sweep_work` for the total.
+        Called with the number of tokens that passed through a block, or no longer need to; see :func:`sweep_work` for
+        the total.
 
     Raises
     ------
     RecipeError
-        If a recipe does not fit the model, or needs text and has none.
+        If a recipe does not fit the model, or calibration text is missing.
     """
     jobs = list(dict.fromkeys(jobs))
     for job in jobs:
         check_fits(anatomy, job.recipe)
         if job.recipe.calibrated and (job.calibration is None or text is None):
-            raise RecipeError(f"{job.recipe.method} needs calibration text")
+            raise RecipeError(f"{job.recipe.method} needs calibration text; give a corpus and a calibration set")
     run = _Sweep(anatomy, jobs, text, batch_tokens, workspace or Workspace(), progress)
     with torch.no_grad():
         run.everything()
@@ -128,7 +129,7 @@ def sweep(
 
 
 def sweep_work(anatomy: Anatomy, jobs: Sequence[Job], text: CalibrationText | None) -> int:
-    """Return how many tokens a sweep will send through blocks in all, as its `progress` counts them."""
+    """Return how many tokens a sweep will pass through blocks in total, as its `progress` counts them."""
     differentiating, streaming = _split(jobs)
     work = Schedule(anatomy, streaming, text).work + Schedule(anatomy, list(_surveyed(jobs)), text).work
     for calibration, curvature in _differentiated(differentiating).items():
@@ -143,7 +144,7 @@ def _split(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
 
 
 def _surveyed(jobs: Sequence[Job]) -> dict[Job, list[Job]]:
-    """Return the surveys that send text through the dense model, and the jobs that each is for."""
+    """Return the surveys that pass text through the dense model, and the jobs that need each."""
     surveys: dict[Job, list[Job]] = {}
     for job in jobs:
         if needs_survey(job.recipe) and survey_needs(job.recipe):
@@ -153,7 +154,7 @@ def _surveyed(jobs: Sequence[Job]) -> dict[Job, list[Job]]:
 
 
 def _differentiated(jobs: Sequence[Job]) -> dict[CalibrationSet, bool]:
-    """Return the calibration sets whose loss is differentiated, and whether twice."""
+    """Return the calibration sets whose loss is differentiated, and whether second derivatives are needed."""
     sets: dict[CalibrationSet, bool] = {}
     for job in jobs:
         if job.calibration is not None:
@@ -196,7 +197,7 @@ class _Sweep:
 
     @contextmanager
     def _or_set_aside(self, *jobs: Job) -> Iterator[None]:
-        """Set jobs aside if what is done for them cannot be done."""
+        """Set jobs aside if the body of the ``with`` block fails."""
         try:
             yield
         except (ModelError, RecipeError) as error:
@@ -219,7 +220,7 @@ class _Sweep:
     # -- the survey ------------------------------------------------------------------------------------------
 
     def _survey(self) -> None:
-        """Find the budgets that depend on the dense model as a whole, and need no derivatives."""
+        """Determine the budgets that depend on the whole dense model but need no derivatives."""
         reading = _surveyed(self.jobs)
         surveys = {dense: Survey(dense) for dense in reading}
         for layer, statistics in self._dense_pass(list(reading)):
@@ -246,7 +247,7 @@ class _Sweep:
             self.workspace.remark(job.id, remarks)
 
     def _dense_pass(self, jobs: Sequence[Job]) -> Iterator[tuple[int, StatisticsOf]]:
-        """Send the text of jobs through the dense model; yield each block's statistics."""
+        """Pass the text of jobs through the dense model; yield each block's statistics."""
         if not jobs:
             return
         schedule = Schedule(self.anatomy, jobs, self.text)
@@ -276,7 +277,7 @@ class _Sweep:
             def told(tokens: int) -> None:
                 nonlocal left
                 left -= tokens
-                self.progress(3 * tokens * len(self.anatomy.blocks))  # a pass back costs about two forwards
+                self.progress(3 * tokens * len(self.anatomy.blocks))  # a backward pass costs about two forward passes
 
             derivatives = None
             with self._or_set_aside(*readers), torch.enable_grad():
@@ -335,7 +336,7 @@ class _Sweep:
                 self.workspace.checkpoint(layer + 1, flow.states())
 
     def _choose(self, job: Job, layer: int, statistics: Mapping[str, InputStatistics]) -> Choice | None:
-        """Choose a job's weights of a block; ``None`` if it had to be set aside."""
+        """Return a job's masks and weights for a block, or ``None`` if the job was set aside."""
         with self._or_set_aside(job):
             choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], statistics)
             self.workspace.put(job.id, layer, choice)

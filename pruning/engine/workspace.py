@@ -1,4 +1,4 @@
-"""Where a sweep puts what it has done so far: in memory, or in a folder from which a killed one goes on."""
+"""Where a sweep keeps its intermediate state and results: in memory, or in a folder, so that it can resume."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ..variants.store import MASKS_FILE, RECIPE_FILE, WEIGHTS_FILE, VariantWrite
 from .choosing import Choice
 from .shelves import InMemory, OnDisk, Place, Shelf, Spill
 
-#: Seconds of work that a kill may cost, about.
+#: About how many seconds of work a kill may cost.
 CHECKPOINT_SECONDS = 60.0
 _WORK, _POSITION, _RESULTS, _ASIDE = "work.json", "position.json", "results", "aside"
 _FORMAT: Final = "prunescope-workspace-1"
-#: What a workspace writes, below its folder: nothing else is ever removed.
+#: Files that a workspace writes below its folder; nothing else is ever removed.
 _FILES = re.compile(
     rf"({_ASIDE}/)?({_WORK}|{_POSITION}|states-\d+/[^/]+\.safetensors|"
     rf"{_RESULTS}/[^/]+/({RECIPE_FILE}|{MASKS_FILE}|{WEIGHTS_FILE}))"
@@ -36,28 +36,28 @@ _FOLDERS = re.compile(rf"{_ASIDE}|({_ASIDE}/)?(states-\d+|{_RESULTS}(/[^/]+)?)")
 
 
 class Workspace:
-    """What a sweep has made so far.
+    """Intermediate state and results of a sweep.
 
     Parameters
     ----------
     folder
-        For the variants as they grow, and for hidden states to go on with after a kill; ``None`` keeps everything in
-        memory. New, empty, or a workspace already. What was put there is removed by :meth:`close`.
+        Folder for unfinished variants and for the hidden states needed to resume; ``None`` keeps everything in memory.
+        It must be new, empty, or already a workspace. :meth:`close` removes what was written there.
     key
-        Of all that the work depends on; what another key left in the folder is removed.
+        Hash of everything that the work depends on; files left by another key are removed.
     model
         Fingerprint of the dense model.
     jobs
         Names of the variants that are made here, for :func:`begun`.
     states
-        Where hidden states wait: on the model's device, in the memory of the machine, or in the folder.
+        Where hidden states are stored: on the model's device, in host memory, or in the folder.
     finished
-        Names of the variants that were taken from the folder already.
+        Names of the variants that were already moved out of the folder.
 
     Raises
     ------
     DiskError
-        If the folder holds something else.
+        If the folder holds other files.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Workspace:
         self._digests: dict[str, str] = {}
         self._position: dict[str, Any] | None = None
         self._saved = time.monotonic()
-        #: Name of a variant that cannot be made to the reason.
+        #: Names of variants that failed, with the reason.
         self.set_aside: dict[str, str] = {}
         if folder is not None:
             self._open(folder, {"format": _FORMAT, "key": key, "jobs": list(jobs)})
@@ -91,7 +91,7 @@ class Workspace:
         if _read(folder / _WORK) != work:
             foreign = [path for path in folder.rglob("*") if not _is_ours(folder, path)] if folder.is_dir() else []
             if foreign or (folder.exists() and not folder.is_dir()):
-                raise DiskError(f"{folder} holds something else than a workspace; choose a new or empty folder")
+                raise DiskError(f"{folder} holds files that are not a workspace; choose a new or empty folder")
             with disk_errors(folder):
                 _clear(folder)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -105,14 +105,14 @@ class Workspace:
     # -- results ---------------------------------------------------------------------------------------------
 
     def begin(self, job: str, shapes: Mapping[Key, Shape]) -> None:
-        """Begin a variant; what was there of it is forgotten.
+        """Start a variant, discarding earlier results under this name.
 
         Parameters
         ----------
         job
-            Its name.
+            Name of the variant.
         shapes
-            Of the projections that it may prune.
+            Shapes of the projections in its scope.
         """
         self._forget(job)
         if self.folder is not None:
@@ -122,7 +122,7 @@ class Workspace:
             self._writers[job] = VariantWriter.at(place, shapes)
 
     def put(self, job: str, layer: int, choice: Choice) -> None:
-        """Take in what a job made of a block."""
+        """Add a job's masks and weights for one block."""
         for role, mask in choice.masks.items():
             packed, inputs = pack_bits(mask), mask.shape[1]
             values = _kept(choice.weights[role], mask) if role in choice.weights else None
@@ -137,22 +137,22 @@ class Workspace:
         self.remark(job, choice.remarks)
 
     def remark(self, job: str, remarks: Sequence[str]) -> None:
-        """Take in remarks on a job that are not there yet."""
+        """Add remarks on a job, without duplicates."""
         known = self._remarks.setdefault(job, [])
         known += [remark for remark in remarks if remark not in known]
 
     def give_up(self, job: str, reason: str) -> None:
-        """Set a variant that cannot be made aside, with the reason."""
+        """Set aside a variant that failed, with the reason."""
         self.set_aside[job] = reason
         self._forget(job)
 
     def place(self, job: str) -> Path:
-        """Return the folder in which a variant grows."""
+        """Return the folder of an unfinished variant."""
         assert self.folder is not None
         return self.folder / _RESULTS / job
 
     def results(self, job: str) -> tuple[MaskSet, Mapping[Key, Tensor]]:
-        """Return a finished variant's masks and kept values; from a folder, each is read when it is asked for."""
+        """Return a finished variant's masks and kept values; those in a folder are read on access."""
         if self.folder is None:
             packed = {key: bits.numpy() for key, bits in self._masks[job].items()}
             return MaskSet(packed, self._inputs[job]), self._values.get(job, {})
@@ -164,7 +164,7 @@ class Workspace:
         return masks, open_values(place, masks, self.model)
 
     def remarks(self, job: str) -> tuple[str, ...]:
-        """Return what is to be said of a job."""
+        """Return the remarks on a job."""
         return tuple(self._remarks.get(job, ()))
 
     def _forget(self, job: str) -> None:
@@ -173,23 +173,23 @@ class Workspace:
         if self.folder is not None:
             _clear(self.folder, self.place(job))
 
-    # -- hidden states, and going on after a kill --------------------------------------------------------------
+    # -- hidden states, and resuming after a kill --------------------------------------------------------------
 
     def aside(self) -> Workspace:
-        """Return a workspace for states that are not to be gone on with, which wait where this one's do."""
+        """Return a workspace for states that need not survive a kill, stored where this one's are."""
         if self.states_place != "disk" or self.folder is None:
             return Workspace(states=self.states_place)
         _clear(self.folder, self.folder / _ASIDE)
         return Workspace(self.folder / _ASIDE, states="disk")
 
     def shelf(self, layer: int, stream: str, part: str, batches: int) -> Shelf:
-        """Return where to put the states of a stream before a block, a batch at a time."""
+        """Return storage for the states of a stream before a block, filled batch by batch."""
         if self.states_place == "disk":
             return self._file(layer, stream, part, batches)
         return InMemory(on_host=self.states_place == "host")
 
     def checkpoint(self, layer: int, states: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
-        """Make sure that a killed sweep can go on before a block, if the last such point is a while ago."""
+        """Save what a killed sweep needs to resume before a block, unless the last checkpoint is recent."""
         spilled = self.states_place == "disk"
         if self.folder is None or not (spilled or time.monotonic() - self._saved >= CHECKPOINT_SECONDS):
             return
@@ -204,14 +204,14 @@ class Workspace:
         self._remove_states(but=layer)
 
     def complete(self) -> None:
-        """Note that everything was done."""
+        """Record that the sweep is complete."""
         if self.folder is not None:
             self._record(None, {})
             self._remove_states()
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything was done before a kill."""
+        """Whether the sweep was completed before a kill."""
         return self._position is not None and self._position["layer"] is None
 
     def _record(self, layer: int | None, streams: Mapping[str, Sequence[str]]) -> None:
@@ -232,7 +232,7 @@ class Workspace:
         self._saved = time.monotonic()
 
     def resumed(self) -> tuple[int, dict[str, dict[str, Sequence[Tensor]]]] | None:
-        """Return the block to go on with and the states before it, or ``None`` to begin at the beginning."""
+        """Return the block to resume at and the states before it, or ``None`` to start from the beginning."""
         if self._position is None or self.is_complete:
             return None
         layer = self._position["layer"]
@@ -245,7 +245,7 @@ class Workspace:
         return layer, states
 
     def close(self) -> None:
-        """Remove what was put into the folder, and the folder if nothing else is in it."""
+        """Remove what was written into the folder, and the folder itself if it is then empty."""
         if self.folder is not None:
             _clear(self.folder)
 
@@ -273,7 +273,7 @@ class Workspace:
                 _clear(self.folder, folder)
 
     def _trusted_position(self) -> dict[str, Any] | None:
-        """Return where a killed sweep was, if its record and all files that it left are there, unaltered."""
+        """Return where a killed sweep stopped, if its record and all its files are intact."""
         assert self.folder is not None
         record = _read(self.folder / _POSITION)
         position: dict[str, Any] | None = record.get("position")
@@ -294,7 +294,7 @@ class Workspace:
 
 
 def begun(folder: Path) -> list[str] | None:
-    """Return which variants a killed sweep was making in a folder, or ``None`` if it is no workspace."""
+    """Return which variants a killed sweep was making in a folder, or ``None`` if it is not a workspace."""
     work = _read(folder / _WORK)
     jobs = work.get("jobs")
     if work.get("format") != _FORMAT or not isinstance(jobs, list) or not all(isinstance(job, str) for job in jobs):
@@ -303,7 +303,7 @@ def begun(folder: Path) -> list[str] | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what workspaces have put into a folder, and the folder if nothing else is in it."""
+    """Remove what a workspace wrote into a folder, and the folder itself if it is then empty."""
     _clear(folder)
 
 
@@ -313,7 +313,7 @@ def _is_ours(folder: Path, path: Path) -> bool:
 
 
 def _clear(folder: Path, below: Path | None = None) -> None:
-    """Remove what a workspace has put into its folder, or into one below it; what is left empty goes, too."""
+    """Remove what a workspace wrote into its folder, or into one below it, and folders that are then empty."""
     below = below or folder
     for path in [*sorted(below.rglob("*"), reverse=True), below]:
         if path == folder or _is_ours(folder, path):
@@ -325,16 +325,16 @@ def _clear(folder: Path, below: Path | None = None) -> None:
 
 
 def _kept(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return the values that are kept, in the order of the mask."""
+    """Return the kept values, in mask order."""
     if weight.device.type != "cpu":
         return weight[mask].cpu()
     bits = weight.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
-    kept = np.compress(mask.numpy().ravel(), bits.numpy().ravel())  # eight times as fast as torch's indexing
+    kept = np.compress(mask.numpy().ravel(), bits.numpy().ravel())  # eight times as fast as indexing in torch
     return torch.from_numpy(kept).view(weight.dtype)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a JSON object, an empty one if the file is missing or damaged."""
+    """Return the JSON object in a file, or an empty one if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -138,7 +138,7 @@ def weight_map(index: Path) -> dict[str, str]:
         raise ModelError(f"{index} is damaged; {AGAIN}")
     for file in names.values():
         if Path(file).name != file or "\\" in file or "\0" in file:
-            raise ModelError(f'{index} names "{shortened(file)}", which is no file beside it; {AGAIN}')
+            raise ModelError(f'{index} names "{shortened(file)}", which is not a file in its folder; {AGAIN}')
     return names
 
 

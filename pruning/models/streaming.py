@@ -98,7 +98,7 @@ class Streamed(Residence):
             raise ModelError(
                 f"{shards.folder} lacks {missing[0]}"
                 + (f" and {len(missing) - 1} more of the model's parameters" if len(missing) > 1 else "")
-                + f"; {AGAIN}, or load it whole, without a memory cap, if it keeps them in a form of its own"
+                + f"; {AGAIN}, or load it without a memory cap if it stores them in its own format"
             )
         for name, parameter in parameters.items():
             if name in self._origins:

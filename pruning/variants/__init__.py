@@ -1,1 +1,1 @@
-"""Variants: masks, corrected weights, and how they are stored, applied, imported and exported."""
+"""Variants: masks and updated weights, and how they are stored, applied, imported and exported."""

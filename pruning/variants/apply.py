@@ -1,8 +1,8 @@
-"""Masks meet weights: a pruned weight is written straight to where it is wanted, and no whole mask of booleans is made.
+"""Applying packed masks: pruned weights are written to their destination without unpacking a whole mask.
 
-On a CPU a byte of a mask, which stands for eight weights, is looked up in a table of words of all ones or all zeros.
-The bits of the dense weights go through them with AND, in pieces that fit into a processor's cache. To other devices
-the mask travels with eight weights a byte, and is unpacked there.
+On a CPU, each byte of a mask, which covers eight weights, is looked up in a table of words of all ones or all zeros,
+which are combined with the bits of the dense weights by AND, in pieces that fit into the processor's cache. To other
+devices, masks are transferred with eight weights per byte and unpacked there.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .masks import unpack_bits
 
-#: Bytes of a mask that are looked up at a time on a CPU: they stand for half a megabyte of weights in bfloat16.
+#: Bytes of a mask processed at a time on a CPU: half a megabyte of bfloat16 weights.
 _PIECE = 1 << 15
-#: Weights whose mask is unpacked to booleans at a time on a CPU.
+#: Number of weights whose mask is unpacked at a time on a CPU.
 _UNPACKED = 1 << 20
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -34,18 +34,18 @@ def write_pruned(
     out: Float[Tensor, "outputs inputs"],
     values: Float[Tensor, " kept"] | None = None,
 ) -> None:
-    """Write a pruned weight into `out`; what is removed becomes positive zero.
+    """Write a pruned weight into `out`; removed weights become positive zero.
 
     Parameters
     ----------
     dense
         The dense weight.
     packed
-        The mask, as ``numpy.packbits`` makes it of its rows.
+        The mask, with rows packed by ``numpy.packbits``.
     out
-        Of the shape, dtype and device of `dense`, of any strides; may be `dense` itself.
+        Destination, with the shape, dtype and device of `dense` and any strides; may be `dense` itself.
     values
-        Of the kept weights, in the order of the mask; those of `dense` by default.
+        Values of the kept weights, in mask order; those of `dense` by default.
     """
     bits = torch.from_numpy(packed)
     if out.device.type != "cpu":
@@ -63,10 +63,10 @@ def write_pruned(
 
 
 def _write_bits(dense: Tensor, bits: NDArray[np.uint8], out: Tensor, values: Tensor | None) -> None:
-    """Write a weight whose rows are whole bytes of its mask, in as many threads as torch has.
+    """Write a weight whose rows are whole bytes of its mask, with as many threads as torch has.
 
-    They are threads of their own, each with one long stretch: torch's would meet after every piece, and wait for each
-    other wherever something else runs on the machine, a hundred times as long as the work takes.
+    Each thread handles one contiguous stretch. Torch's own threads would synchronize after every piece; on a busy
+    machine, that takes a hundred times as long as the work itself.
     """
     kind = _INTEGERS[dense.element_size()]
     source, target = (weight.view(kind).numpy().reshape(-1) for weight in (dense, out))
@@ -106,21 +106,21 @@ def _write_stretch(
             ends = counts.cumsum(dtype=np.int32)
             places = np.take(table.before, some, axis=0) + (ends - counts)[:, None]
             here = values[passed : passed + ends[-1]] if ends[-1] else np.zeros(1, target.dtype)
-            piece = np.take(here, places.reshape(-1), mode="clip")  # what is removed gets any of them
+            piece = np.take(here, places.reshape(-1), mode="clip")  # arbitrary where removed; masked below
             passed += int(ends[-1])
         np.bitwise_and(piece.view(np.uint64), kept_words.reshape(-1).view(np.uint64), out=target[where].view(np.uint64))
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """What each byte of a mask stands for.
+    """Lookup tables, indexed by a byte of a mask.
 
     Attributes
     ----------
     words
-        Ones where a weight is kept, in items of 16 bytes, the largest that numpy copies in one go: ``[256, items]``.
+        Ones where a weight is kept, in items of 16 bytes, the largest that numpy copies at once: ``[256, items]``.
     before, counts
-        How many weights are kept before each of its eight, ``[256, 8]``, and in all, ``[256]``.
+        Number of weights kept before each of the eight, ``[256, 8]``, and in total, ``[256]``.
     """
 
     words: NDArray[np.complex128]

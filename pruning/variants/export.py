@@ -1,4 +1,4 @@
-"""Ordinary checkpoints of pruned variants, with a model card that states the recipe."""
+"""Exporting pruned variants as ordinary checkpoints, with a model card that states the recipe."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ from .masks import MaskSet
 from .store import VariantRecord
 
 CARD_FILE = "README.md"
-#: What a hub accepts as the base of another model; the path of a folder is none.
+#: A Hub id, which a model card can name as base model; the path of a folder is not.
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @runtime_checkable
 class Exportable(Protocol):
-    """What an export needs to know of a variant."""
+    """What an export needs to know about a variant."""
 
     @property
     def record(self) -> VariantRecord:
-        """What was done."""
+        """The record of the variant."""
 
     @property
     def masks(self) -> MaskSet:
-        """The kept weights."""
+        """The masks."""
 
     @property
     def values(self) -> Mapping[Key, Tensor]:
-        """Their values, where they were corrected."""
+        """Values of the kept weights, where they were updated."""
 
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
 
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Make a model the variant for a while."""
+        """Context manager that turns a model into the variant."""
 
 
 def write_checkpoint(variant: Exportable, anatomy: Anatomy, tokenizer: Any, folder: Path) -> None:
-    """Write a variant as a checkpoint into a folder that is there."""
+    """Write a variant as a checkpoint into an existing folder."""
     model: Any = anatomy.model
     residence = residence_of(model)
     if isinstance(residence, Streamed):
         _copy_the_rest(residence.shards.folder, folder)
-        model.config.save_pretrained(folder)  # and not as it was: the dtype may be another
+        model.config.save_pretrained(folder)  # not copied, since the dtype may differ
         _write_shards(variant, anatomy, residence, folder)
     else:
         with variant.applied(model), no_progress_bars():
@@ -69,7 +69,7 @@ def write_checkpoint(variant: Exportable, anatomy: Anatomy, tokenizer: Any, fold
 
 
 def model_card(variant: Exportable) -> str:
-    """Return a model card in Markdown with the metadata that a hub reads."""
+    """Return a model card in Markdown, with Hub metadata."""
     record, masks = variant.record, variant.masks
     kinds: dict[str, list[int]] = {}
     for key in masks:
@@ -94,7 +94,7 @@ def model_card(variant: Exportable) -> str:
 
 
 def _write_shards(variant: Exportable, anatomy: Anatomy, residence: Streamed, folder: Path) -> None:
-    """Write a shard for each block and one for everything else, under the names that the checkpoint had."""
+    """Write one shard per block and one for everything else, with the tensor names of the original checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
     model: Any = anatomy.model
@@ -121,7 +121,7 @@ def _write_shards(variant: Exportable, anatomy: Anatomy, residence: Streamed, fo
 
 
 def _copy_the_rest(source: Path, folder: Path) -> None:
-    """Copy configuration and the like, but no weights and no code."""
+    """Copy configuration files, but neither weights nor code."""
     for path in source.iterdir():
         if path.suffix == ".json" and path.is_file() and not path.name.endswith((".index.json", "recipe.json")):
             shutil.copyfile(path, folder / path.name)

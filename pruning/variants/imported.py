@@ -1,4 +1,4 @@
-"""Models that were pruned elsewhere: which weights they lack, and which they changed."""
+"""Models pruned elsewhere: which weights were removed, and which were changed."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from ..projections import Key
 from .masks import MaskSet, pack_bits
 from .store import RECIPE_FILE, VariantRecord
 
-#: Relative difference between two values that are one before rounding to bfloat16.
+#: Relative difference that rounding to bfloat16 can cause.
 _ROUNDING = 2**-7
 
 
 def difference(dense: nn.Module, pruned: nn.Module, name: str) -> tuple[VariantRecord, MaskSet, dict[Key, Tensor]]:
-    """Return what was done to a model, as far as it is known, what it kept, and the values that it changed.
+    """Return the record, masks and changed values of a model that was pruned elsewhere.
 
-    A weight that is zero counts as removed. Where other weights differ from the dense ones, their values are taken
-    over too. What was done is known only of a checkpoint that prunescope exported: it lies beside it.
+    A zero weight counts as removed. Where other weights differ from the dense ones, their values are imported too. The
+    recipe is known only if prunescope exported the checkpoint: the recipe file is then next to it.
 
     Parameters
     ----------
     dense, pruned
-        Of the same architecture and size; either may be streamed from its checkpoint.
+        Models of the same architecture and size; either may be streamed from its checkpoint.
     name
-        What to call it.
+        Name of the variant.
 
     Raises
     ------
     VariantError
-        If they do not fit together, nothing was removed, or the pruned model differs in more than its projections.
+        If the models do not match, nothing was removed, or the pruned model differs in more than its projections.
     """
     parent, child = Anatomy(dense), Anatomy(pruned)
     if _shapes(parent) != _shapes(child):
-        raise VariantError(f'"{name}" is not a pruned version of this model: its parts or their shapes differ')
+        raise VariantError(f'"{name}" is not a pruned version of this model: its parameters or their shapes differ')
     record = _stated(
         VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint()), child
     )
@@ -63,7 +63,7 @@ def difference(dense: nn.Module, pruned: nn.Module, name: str) -> tuple[VariantR
         _check_unchanged(parent, child, others, name)
     if news == 0 and missing:
         raise VariantError(
-            f'"{name}" is zero nowhere but where this model is, and this model is zero where "{name}" is not: '
+            f'this model has zeros where "{name}" has none, but "{name}" has no additional zeros: '
             "were the dense and the pruned model swapped?"
         )
     if news == 0:
@@ -78,7 +78,7 @@ def _shapes(anatomy: Anatomy) -> dict[str, torch.Size]:
 
 
 def _check_unchanged(parent: Anatomy, child: Anatomy, names: Iterable[str], called: str) -> None:
-    """Raise ``VariantError`` unless those of the parameters that hold no projections are the same in both models."""
+    """Raise ``VariantError`` if parameters other than projections differ between the models."""
     projections = parent.block_parameters()
     for name in names:
         if name not in projections:
@@ -87,21 +87,21 @@ def _check_unchanged(parent: Anatomy, child: Anatomy, names: Iterable[str], call
             if not torch.equal(before, after) and not torch.allclose(after.float(), before.float(), rtol=_ROUNDING):
                 raise VariantError(
                     f'"{called}" differs from this model in more than its projections ({name}): it was trained after '
-                    "it was pruned, or made from another model, and cannot be measured against this one"
+                    "pruning, or made from another model, and cannot be compared with this one"
                 )
 
 
 def _stated(record: VariantRecord, child: Anatomy) -> VariantRecord:
-    """Return a record with what prunescope wrote beside a checkpoint, if it is of the same dense model."""
+    """Return the record that prunescope wrote next to a checkpoint, if it is of the same dense model."""
     folder = str(child.model.name_or_path)
     path = Path(folder) / RECIPE_FILE
-    if not folder:  # a model that was never loaded from anywhere
+    if not folder:  # the model was not loaded from a checkpoint
         return record
     try:
         stated = VariantRecord.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
-        return record  # no such file, or another tool's
+        return record  # no such file, or one of another tool
     if stated.model_fingerprint != record.model_fingerprint:
-        remark = f"its {RECIPE_FILE} is left aside, since it speaks of another dense model ({stated.model})"
+        remark = f"its {RECIPE_FILE} is ignored, since it belongs to another dense model ({stated.model})"
         return record.model_copy(update={"remarks": (remark,)})
     return stated.model_copy(update={"id": record.id, "model": record.model, "key": ""})

@@ -1,4 +1,4 @@
-"""Sets of weights, bit-packed: which weights of a model a pruning run kept."""
+"""Bit-packed sets of weights: which weights of a model were kept."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .tensors import GrowingTensors, StoredTensors, damaged, room_for
 
 _FORMAT = "prunescope-masks-1"
 Bits = NDArray[np.uint8]
-#: ``rows(key, start, stop)`` gives packed rows of one projection.
+#: ``rows(key, start, stop)`` returns packed rows of one projection.
 _Rows = Callable[[Key, int, int], Bits]
 
 
 class MaskSet(Mapping[Key, Tensor]):
     """The kept weights of every pruned projection of a model, as a set.
 
-    A mapping from ``(layer, role)`` to a boolean mask (``True`` = kept) that holds eight weights a byte and
-    combines like a set: ``a & b``, ``a | b``, ``a ^ b``, ``a == b``, ``~a``. Masks that were opened from a file stay
-    there, and what is combined is worked out when it is asked for, a projection at a time.
+    A mapping from ``(layer, role)`` to a boolean mask (``True`` = kept) that stores eight weights per byte and
+    combines like a set: ``a & b``, ``a | b``, ``a ^ b``, ``a == b``, ``~a``. Masks opened from a file are read on
+    access, and combinations are computed on access, one projection at a time.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class MaskSet(Mapping[Key, Tensor]):
     def _become(self, rows: _Rows, shapes: Mapping[Key, Shape], counts: Mapping[Key, int]) -> None:
         self._rows = rows
         self._shapes = dict(shapes)
-        self._counts = dict(counts)  # of kept weights, as far as they are known
+        self._counts = dict(counts)  # of kept weights, as far as known
 
     @classmethod
     def _of(cls, rows: _Rows, shapes: Mapping[Key, Shape], counts: Mapping[Key, int] | None = None) -> MaskSet:
@@ -95,7 +95,7 @@ class MaskSet(Mapping[Key, Tensor]):
         return self._combined(other, np.bitwise_or)
 
     def __xor__(self, other: MaskSet) -> MaskSet:
-        """Return the weights that only one of them keeps."""
+        """Return the weights that exactly one of them keeps."""
         return self._combined(other, np.bitwise_xor)
 
     def __invert__(self) -> MaskSet:
@@ -118,7 +118,7 @@ class MaskSet(Mapping[Key, Tensor]):
         return self._shapes[key]
 
     def packed(self, key: Key) -> UInt8[np.ndarray, "outputs bytes"]:
-        """Return one mask with eight weights a byte, as ``numpy.packbits`` makes it."""
+        """Return one mask with rows packed by ``numpy.packbits``."""
         return self._rows(key, 0, self._shapes[key][0])
 
     def rows(self, key: Key, start: int, stop: int) -> Bool[Tensor, "rows inputs"]:
@@ -127,7 +127,7 @@ class MaskSet(Mapping[Key, Tensor]):
         return torch.from_numpy(bits.view(np.bool_))
 
     def kept(self, key: Key | None = None) -> int:
-        """Return how many weights are kept, of one projection or of all."""
+        """Return the number of weights kept, in one projection or in all."""
         if key is None:
             return sum(map(self.kept, self))
         if key not in self._counts:
@@ -135,12 +135,12 @@ class MaskSet(Mapping[Key, Tensor]):
         return self._counts[key]
 
     def sparsity(self, key: Key | None = None) -> float:
-        """Return the share of weights removed, of one projection or of all."""
+        """Return the share of weights removed, in one projection or in all."""
         keys = self if key is None else (key,)
         return 1 - self.kept(key) / sum(outputs * inputs for outputs, inputs in map(self.shape, keys))
 
     def iou(self, other: MaskSet) -> dict[Key, float]:
-        """Return intersection over union of the kept weights, for every projection (1.0 where both keep nothing)."""
+        """Return the intersection over union of the kept weights, by projection (1.0 where both keep nothing)."""
         return {key: float(intersection_over_union(both)[0, 1]) for key, both in overlaps([self, other]).items()}
 
     def save(self, path: Path, model: str) -> None:
@@ -149,7 +149,7 @@ class MaskSet(Mapping[Key, Tensor]):
         Parameters
         ----------
         path
-            Written whole or not at all.
+            Written atomically.
         model
             Fingerprint of the dense model they belong to.
         """
@@ -161,7 +161,7 @@ class MaskSet(Mapping[Key, Tensor]):
 
     @classmethod
     def open(cls, path: Path, model: str | None = None) -> MaskSet:
-        """Open masks; each is read from the file when it is asked for.
+        """Open masks; each is read from the file on access.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ class MaskSet(Mapping[Key, Tensor]):
         Raises
         ------
         VariantError
-            If the file is missing, damaged, no mask file, or belongs to another model.
+            If the file is missing, damaged, not a mask file, or belongs to another model.
         """
         if not path.is_file():
             raise VariantError(f"there is no mask file {path}")
@@ -206,7 +206,7 @@ class MaskSet(Mapping[Key, Tensor]):
 
     def _check_same_shapes(self, other: MaskSet) -> None:
         if self._shapes != other._shapes:
-            raise VariantError("these masks are of different models: their projections or shapes differ")
+            raise VariantError("these masks belong to different models: their projections or shapes differ")
 
 
 def _held(packed: Mapping[Key, Bits], key: Key, start: int, stop: int) -> Bits:
@@ -226,14 +226,14 @@ def _inverted(rows: _Rows, inputs: Mapping[Key, int], key: Key, start: int, stop
 
 
 class GrowingMasks:
-    """A mask file that grows by one projection at a time.
+    """A mask file that is written one projection at a time.
 
     Parameters
     ----------
     file
-        To write to; see :meth:`at`.
+        The underlying file; see :meth:`at`.
     inputs, kept
-        Of the projections that are in it.
+        Numbers of inputs and of kept weights of the projections already written.
     """
 
     def __init__(self, file: GrowingTensors, inputs: Mapping[str, int], kept: Mapping[str, int]) -> None:
@@ -243,7 +243,7 @@ class GrowingMasks:
 
     @classmethod
     def at(cls, path: Path, shapes: Mapping[Key, Shape]) -> GrowingMasks:
-        """Begin a file; `shapes` are those of the projections that may be added."""
+        """Create a file; `shapes` are those of all projections that may be added."""
         sizes = {name_of(key): outputs * inputs for key, (outputs, inputs) in shapes.items()}
         return cls(GrowingTensors(path, room_for(sizes, _metadata("0" * 64, sizes, sizes))), {}, {})
 
@@ -254,47 +254,47 @@ class GrowingMasks:
         self._inputs[name], self._kept[name] = inputs, _count(packed.numpy())
 
     def state(self) -> dict[str, Any]:
-        """Make sure that what was added is on disk, and return what :meth:`resumed` needs."""
+        """Flush to disk, and return the state that :meth:`resumed` needs."""
         return {"file": self._file.state(), "inputs": self._inputs, "kept": self._kept}
 
     @classmethod
     def resumed(cls, path: Path, state: Mapping[str, Any]) -> GrowingMasks | None:
-        """Return the file as it was when `state` was taken; ``None`` if it is not there or was altered."""
+        """Return the file as of `state`, or ``None`` if it is missing or was modified."""
         file = GrowingTensors.resumed(path, state["file"])
         return None if file is None else cls(file, state["inputs"], state["kept"])
 
     def finish(self, model: str) -> None:
-        """Write what makes the file whole."""
+        """Complete the file."""
         self._file.finish(_metadata(model, self._inputs, self._kept))
 
 
 def _metadata(model: str, inputs: Mapping[str, int], kept: Mapping[str, int]) -> dict[str, str]:
-    # In one entry, since safetensors gives several in any order, and equal masks should be equal bytes.
+    # One entry, since safetensors orders several arbitrarily, and equal masks should give identical files.
     header = {"model": model, "inputs": dict(inputs), "kept": dict(kept)}
     return {_FORMAT: json.dumps(header, separators=(",", ":"))}
 
 
 def is_mask_file(path: Path) -> bool:
-    """Whether a file says that it was written as masks."""
+    """Whether a file is a mask file, by its header."""
     try:
         return _FORMAT in StoredTensors(path).metadata
     except VariantError:
         return False
 
 
-#: Words of a mask that are compared at a time: with those of some other masks they fit into a processor's cache.
+#: Words of each mask processed at a time, so that those of several masks fit into the processor's cache.
 _WORDS = 1 << 13
 
 
 def overlaps(masks: Sequence[MaskSet]) -> dict[Key, NDArray[np.int64]]:
-    """Return, for every projection, how many weights each two of several mask sets both keep, ``[masks, masks]``.
+    """Return, by projection, the number of weights that both of each two mask sets keep, ``[masks, masks]``.
 
-    All pairs are counted on a piece of the masks before the next piece is fetched from memory.
+    All pairs are counted on one piece of the masks before the next piece is loaded into the cache.
 
     Raises
     ------
     VariantError
-        If the masks are of different models.
+        If the masks belong to different models.
     """
     for other in masks[1:]:
         masks[0]._check_same_shapes(other)
@@ -312,7 +312,7 @@ def overlaps(masks: Sequence[MaskSet]) -> dict[Key, NDArray[np.int64]]:
 
 
 def intersection_over_union(both: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the IoU of each two of several masks of one projection, given how many weights both keep.
+    """Return the IoU of all pairs of masks of one projection, given the number of weights that both keep.
 
     >>> intersection_over_union(np.array([[3, 2], [2, 4]])).tolist()
     [[1.0, 0.4], [0.4, 1.0]]
@@ -334,9 +334,9 @@ def _count(packed: Bits) -> int:
 
 
 def pack_bits(mask: Bool[Tensor, "outputs inputs"]) -> UInt8[Tensor, "outputs bytes"]:
-    """Return a mask with eight weights a byte, each row filled up with zeros, on the CPU.
+    """Return a mask on the CPU with eight weights per byte, rows padded with zeros.
 
-    It is packed where it is, so that an eighth of it travels.
+    It is packed on its own device, which reduces the transfer to an eighth.
     """
     if mask.device.type == "cpu":
         return torch.from_numpy(np.packbits(np.ascontiguousarray(mask.numpy()), axis=1))
@@ -349,7 +349,7 @@ def _pack_there(mask: Bool[Tensor, "outputs inputs"]) -> UInt8[Tensor, "outputs 
 
 
 def unpack_bits(packed: UInt8[Tensor, "outputs bytes"], inputs: int) -> Bool[Tensor, "outputs inputs"]:
-    """Return the mask that was packed, on the device of the packed one."""
+    """Unpack a mask, on its device."""
     return ((packed[:, :, None] >> _places(packed.device)) & 1).flatten(1)[:, :inputs].bool()
 
 

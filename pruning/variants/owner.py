@@ -1,4 +1,4 @@
-"""The dense weights of a loaded model, and how the model becomes one variant after another and is itself again."""
+"""The owner of a loaded model's dense weights, which turns the model into a variant and back."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .variant import Variant
 
 
 class DenseModel:
-    """A dense model that becomes its variants in place, a block at a time or as a whole.
+    """A dense model that is turned into its variants in place, one block at a time or as a whole.
 
-    Whoever needs a variant of a loaded model asks this object: there is one of it for each model, and with it at most
-    one copy of the dense weights.
+    All code that needs a variant of a loaded model uses this object. There is one per model, so there is at most one
+    copy of the dense weights.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class DenseModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What identifies the dense model; see :meth:`pruning.Anatomy.fingerprint`."""
+        """Fingerprint of the dense model; see :meth:`pruning.Anatomy.fingerprint`."""
         return self.anatomy.fingerprint()
 
     def check(self, variant: Variant) -> None:
@@ -50,15 +50,15 @@ class DenseModel:
 
     @contextmanager
     def block(self, layer: int, *, changes: bool) -> Iterator[Block]:
-        """Have one block's weights present inside a ``with`` block.
+        """Context manager that loads one block's weights.
 
         Parameters
         ----------
         layer
-            Which block.
+            Index of the block.
         changes
-            Whether it is to become that of variants: then its dense projections are copied, 2 bytes a weight in
-            bfloat16 (0.4 GB for a block of Llama-3-8B), and written back at the end.
+            Whether the block will be turned into that of variants. Its dense projections are then copied, 2 bytes per
+            weight in bfloat16 (0.4 GB for a block of Llama-3-8B), and written back at the end.
         """
         with self.anatomy.loaded(layer, to_read=not changes):
             block = Block(self.anatomy, layer, changes=changes)
@@ -71,9 +71,9 @@ class DenseModel:
 
     @cached_property
     def dense(self) -> Mapping[Key, Tensor]:
-        """Every projection's dense weight, copied once, when this is first asked for.
+        """Every projection's dense weight, copied once, on first access.
 
-        On the model's device while that leaves it a fifth of its free memory, else on the host.
+        The copy is on the model's device if it takes less than 80 % of the free memory there, otherwise on the host.
 
         Raises
         ------
@@ -81,13 +81,13 @@ class DenseModel:
             If the model's weights stay on disk.
         """
         if self.anatomy.streamed:
-            raise ModelError("this needs the whole model in memory, but its weights stay on disk; load it whole")
+            raise ModelError("this needs the whole model in memory, but it is streamed from disk; load it whole")
         place = self._place_for_copy()
         return {key: self.anatomy.weight(*key).to(place, copy=True) for key in self.anatomy}
 
     @contextmanager
     def pruned_to(self, variant: Variant) -> Iterator[None]:
-        """Make the whole model a variant inside a ``with`` block; the dense model comes back bit for bit.
+        """Context manager that turns the whole model into a variant, and restores the dense model bit for bit.
 
         Raises
         ------
@@ -117,14 +117,14 @@ class DenseModel:
 
 
 class Block:
-    """One block of a dense model, while its weights are present.
+    """One block of a dense model whose weights are loaded.
 
     Parameters
     ----------
     anatomy, layer
-        Which block.
+        The block.
     changes
-        Whether it may become that of a variant.
+        Whether it may be turned into that of a variant.
     """
 
     def __init__(self, anatomy: Anatomy, layer: int, *, changes: bool) -> None:
@@ -135,7 +135,7 @@ class Block:
         self._dense = {role: anatomy.weight(layer, role).clone() for role in roles}
 
     def become(self, variant: Variant) -> None:
-        """Make the block that of a variant, whatever it was before."""
+        """Turn the block into that of a variant, whatever its current state."""
         pruned = {role for role in self._dense if (self._layer, role) in variant.masks}
         for role in self._changed - pruned:
             self._anatomy.set_weight(self._layer, role, self._dense[role])
@@ -144,7 +144,7 @@ class Block:
         self._changed = pruned
 
     def restore(self) -> None:
-        """Make the block that of the dense model again, bit for bit."""
+        """Restore the dense block bit for bit."""
         for role in self._changed:
             self._anatomy.set_weight(self._layer, role, self._dense[role])
         self._changed = set()
@@ -152,7 +152,7 @@ class Block:
 
 @torch.no_grad()
 def write_weight(anatomy: Anatomy, key: Key, variant: Variant, dense: Tensor) -> None:
-    """Write a variant's weight of one projection into the model, given the dense one; no copy where that can be."""
+    """Write a variant's weight of one projection into the model, given the dense weight, without a copy if possible."""
     present = anatomy.weight(*key)
     if anatomy.is_view(*key):
         variant.write(key, dense.to(present.device), present)

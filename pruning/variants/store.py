@@ -1,6 +1,4 @@
-"""A variant in its folder: ``recipe.json``, ``masks.safetensors`` and, where weights were corrected,
-``weights.safetensors``.
-"""
+"""A variant on disk: ``recipe.json``, ``masks.safetensors`` and, if weights were updated, ``weights.safetensors``."""
 
 from __future__ import annotations
 
@@ -25,27 +23,27 @@ RECIPE_FILE = "recipe.json"
 MASKS_FILE = "masks.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
 _WEIGHTS_FORMAT = "prunescope-weights-1"
-#: Pattern and allocation columns of a model that was pruned elsewhere.
+#: Pattern and allocation in frames of a model pruned elsewhere.
 UNKNOWN = "unknown"
 
 
 class VariantRecord(BaseModel):
-    """What ``recipe.json`` says of a variant.
+    """The content of a variant's ``recipe.json``.
 
     Attributes
     ----------
     id
-        Its name, unique in a study.
+        Name of the variant, unique in a study.
     model, model_fingerprint
-        The dense model.
+        Name and fingerprint of the dense model.
     recipe
-        What was done; ``None`` for a model that was pruned elsewhere.
+        The recipe; ``None`` for a model pruned elsewhere.
     calibration, text_fingerprint
-        With which text.
+        The calibration set, and the fingerprint of its text.
     remarks
-        What happened on the way, such as experts that no token was sent to.
+        Notes, such as experts that no token was routed to.
     key
-        Hash of everything that the variant depends on, the version of prunescope included.
+        Hash of everything that the variant depends on, including the code.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,7 +79,7 @@ class VariantRecord(BaseModel):
         write_json(folder / RECIPE_FILE, self.model_dump(mode="json"))
 
     def columns(self, sparsity: float) -> dict[str, Any]:
-        """Return the columns of a tidy frame; `sparsity`, the share that was removed, is for those without a recipe."""
+        """Return the columns that describe the variant in frames; `sparsity` is used if there is no recipe."""
         recipe, calibration = self.recipe, self.calibration
         columns: dict[str, Any] = {"model": self.model}
         if recipe is None:
@@ -108,7 +106,7 @@ class VariantRecord(BaseModel):
 
 
 def _reason(error: ValueError) -> str:
-    """Return in a few words what is wrong with a file."""
+    """Return a short reason why a file is invalid."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -116,7 +114,7 @@ def _reason(error: ValueError) -> str:
 
 
 def is_variant(folder: Path) -> bool:
-    """Whether a folder is a variant that prunescope wrote, whole or not, and nothing else."""
+    """Whether a folder holds a variant that prunescope wrote, complete or not, and nothing else."""
     names = {path.name for path in folder.iterdir()}
     if not names <= {RECIPE_FILE, MASKS_FILE, WEIGHTS_FILE}:
         return False
@@ -130,7 +128,7 @@ def is_variant(folder: Path) -> bool:
 
 
 class VariantWriter:
-    """The masks and weights of a variant on their way into a folder, a projection at a time; see :meth:`at`."""
+    """Writes the masks and weights of a variant into a folder, one projection at a time; see :meth:`at`."""
 
     def __init__(self, masks: GrowingMasks, values: GrowingTensors) -> None:
         self._masks = masks
@@ -138,7 +136,7 @@ class VariantWriter:
 
     @classmethod
     def at(cls, folder: Path, shapes: Mapping[Key, Shape]) -> VariantWriter:
-        """Begin in a folder, which is there; `shapes` are those of the projections that may be written."""
+        """Start in an existing folder; `shapes` are those of all projections that may be written."""
         sizes = {name_of(key): outputs * inputs for key, (outputs, inputs) in shapes.items()}
         room = room_for(sizes, {_WEIGHTS_FORMAT: "0" * 64})
         return cls(GrowingMasks.at(folder / MASKS_FILE, shapes), GrowingTensors(folder / WEIGHTS_FILE, room))
@@ -151,46 +149,46 @@ class VariantWriter:
         key
             The projection.
         packed, inputs
-            Its mask, eight weights a byte, and how many inputs it has.
+            Its mask, eight weights per byte, and its number of inputs.
         values
-            Of the kept weights, in the order of the mask, if they were corrected.
+            Values of the kept weights, in mask order, if they were updated.
         """
         self._masks.add(key, packed, inputs)
         if values is not None:
             self._values.add(name_of(key), values)
 
     def state(self) -> dict[str, Any]:
-        """Make sure that what was added is on disk, and return what :meth:`resumed` needs."""
+        """Flush to disk, and return the state that :meth:`resumed` needs."""
         return {"masks": self._masks.state(), "values": self._values.state()}
 
     @classmethod
     def resumed(cls, folder: Path, state: Mapping[str, Any]) -> VariantWriter | None:
-        """Return the files as they were when `state` was taken; ``None`` if one is not there or was altered."""
+        """Return the files as of `state`, or ``None`` if one is missing or was modified."""
         masks = GrowingMasks.resumed(folder / MASKS_FILE, state["masks"])
         values = GrowingTensors.resumed(folder / WEIGHTS_FILE, state["values"])
         return None if masks is None or values is None else cls(masks, values)
 
     def finish(self, model_fingerprint: str) -> None:
-        """Write what makes the files whole."""
+        """Complete the files."""
         self._masks.finish(model_fingerprint)
         if len(self._values):
             self._values.finish({_WEIGHTS_FORMAT: model_fingerprint})
 
 
 def open_values(folder: Path, masks: MaskSet, model_fingerprint: str) -> Mapping[Key, Tensor]:
-    """Return the kept weights' values in a variant's folder, each read when it is asked for; none if there is no file.
+    """Return the kept weights' values in a variant's folder, read on access; empty if there is no file.
 
     Raises
     ------
     VariantError
-        If the file is damaged or does not fit the masks.
+        If the file is damaged or does not match the masks.
     """
     path = folder / WEIGHTS_FILE
     return StoredValues(path, masks, model_fingerprint) if path.is_file() else {}
 
 
 class StoredValues(Mapping[Key, Tensor]):
-    """Values of kept weights, read from their file as they are asked for."""
+    """Values of kept weights, read from their file on access."""
 
     def __init__(self, path: Path, masks: MaskSet, model_fingerprint: str) -> None:
         self._file = StoredTensors(path)
@@ -201,29 +199,29 @@ class StoredValues(Mapping[Key, Tensor]):
         shapes = self._file.shapes
         self._names = {key: name_of(key) for key in masks if name_of(key) in shapes}
         if len(self._names) != len(shapes) or any(shapes[n] != (masks.kept(k),) for k, n in self._names.items()):
-            raise VariantError(f"{path} does not fit its masks; delete the variant's folder and run again")
+            raise VariantError(f"{path} does not match the variant's masks; delete the variant's folder and run again")
 
     def __contains__(self, key: object) -> bool:
-        """Whether a projection's weights were corrected."""
-        return key in self._names  # without reading it, which Mapping's own does
+        """Whether a projection's weights were updated."""
+        return key in self._names  # Mapping's default would read the values
 
     def __getitem__(self, key: Key) -> Tensor:
         """Read the values of one projection."""
         return self._file.read(self._names[key])
 
     def stretch(self, key: Key, start: int, stop: int) -> Tensor:
-        """Read some of the values of one projection."""
+        """Read a range of the values of one projection."""
         return self._file.read(self._names[key], start, stop)
 
     def __iter__(self) -> Iterator[Key]:
-        """Iterate over the projections whose weights were corrected."""
+        """Iterate over the projections whose weights were updated."""
         return iter(self._names)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of such projections."""
         return len(self._names)
 
 
 def stretch(values: Mapping[Key, Tensor], key: Key, start: int, stop: int) -> Tensor:
-    """Return some of a projection's values, without reading the others where they are in a file."""
+    """Return a range of a projection's values; from a file, only that range is read."""
     return values.stretch(key, start, stop) if isinstance(values, StoredValues) else values[key][start:stop]

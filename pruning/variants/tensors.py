@@ -1,4 +1,4 @@
-"""Safetensors files a tensor at a time: written without holding them all, and read without mapping them."""
+"""Safetensors files written and read one tensor at a time, without memory-mapping them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import VariantError
 
-#: What safetensors calls dtypes.
+#: Names of dtypes in safetensors.
 _KINDS = {
     torch.uint8: "U8",
     torch.float64: "F64",
@@ -25,23 +25,23 @@ _KINDS = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-#: Offsets in a header are less than this.
+#: Upper bound of the offsets in a header.
 _LARGEST = 10**15
 _CHUNK = 1 << 24
 
 
 class GrowingTensors:
-    """A safetensors file that tensors are added to, one after the other.
+    """A safetensors file that is written one tensor at a time.
 
-    The header comes first in such a file and is known last, so room is left for it; what is too much of that is filled
-    with spaces, as the format allows.
+    The header comes first in the file but is known last, so space is reserved for it; the excess is filled with
+    spaces, as the format allows.
 
     Parameters
     ----------
     path
         The file.
     room
-        Bytes to leave for the header; see :func:`room_for`.
+        Bytes reserved for the header; see :func:`room_for`.
     """
 
     def __init__(self, path: Path, room: int) -> None:
@@ -56,7 +56,7 @@ class GrowingTensors:
         return len(self._entries)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor at the end."""
+        """Append a tensor."""
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         with self.path.open("r+b" if self._entries else "wb") as file:
             file.seek(self._room + self._size)
@@ -66,14 +66,14 @@ class GrowingTensors:
         self._digest.update(data)
 
     def state(self) -> dict[str, Any]:
-        """Make sure that what was added is on disk, and return what :meth:`resumed` needs."""
+        """Flush to disk, and return the state that :meth:`resumed` needs."""
         if self._entries:
             _sync(self.path)
         return {"room": self._room, "tensors": self._entries, "bytes": self._size, "sha256": self._digest.hexdigest()}
 
     @classmethod
     def resumed(cls, path: Path, state: Mapping[str, Any]) -> GrowingTensors | None:
-        """Return the file as it was when `state` was taken; ``None`` if it is not there or was altered."""
+        """Return the file as of `state`, or ``None`` if it is missing or was modified."""
         file = cls(path, int(state["room"]))
         file._entries, file._size = dict(state["tensors"]), int(state["bytes"])
         if file._entries:
@@ -90,9 +90,9 @@ class GrowingTensors:
         return file if file._digest.hexdigest() == state["sha256"] else None
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header; the file is whole then."""
+        """Write the header, which completes the file."""
         header = _header(self._entries, metadata)
-        assert len(header) <= self._room, "more or longer names than were foretold"
+        assert len(header) <= self._room, "the header exceeds the space reserved for it"
         with self.path.open("r+b" if self._entries else "wb") as file:
             file.write((self._room - 8).to_bytes(8, "little"))
             file.write(header[8:].ljust(self._room - 8))
@@ -100,14 +100,14 @@ class GrowingTensors:
 
 
 def room_for(sizes: Mapping[str, int], metadata: Mapping[str, str]) -> int:
-    """Return how many bytes a header may take.
+    """Return the maximum size of a header in bytes.
 
     Parameters
     ----------
     sizes
-        Name of every tensor that may be added to the most values that it may have.
+        Name of every tensor that may be added to its maximum number of values.
     metadata
-        As long as the header's will ever be.
+        Metadata of the maximum length.
     """
     largest = {name: _entry("BF16", [size, size], _LARGEST, _LARGEST) for name, size in sizes.items()}
     return len(_header(largest, metadata))
@@ -129,7 +129,7 @@ def _sync(path: Path) -> None:
 
 
 class StoredTensors:
-    """The tensors of a safetensors file, each read when it is asked for.
+    """The tensors of a safetensors file, read on access.
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ class StoredTensors:
     Attributes
     ----------
     metadata, shapes, kinds
-        What its header says: of the file, and the shape and dtype (in safetensors' terms) of each tensor by name.
+        Metadata of the file, and shape and dtype (as named by safetensors) of each tensor, from its header.
 
     Raises
     ------
@@ -169,28 +169,28 @@ class StoredTensors:
         return iter(self.shapes)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return a tensor, or some of its rows.
+        """Return a tensor, or a range of its rows.
 
         Raises
         ------
         VariantError
-            If the file was removed or damaged meanwhile.
+            If the file has been removed or damaged since.
         """
         try:
             with safe_open(self.path, "pt") as file:
                 whole = start == 0 and (stop is None or stop >= self.shapes[name][0])
                 tensor: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[start:stop]
-                return tensor.clone()  # else the whole file stays mapped
+                return tensor.clone()  # otherwise the whole file stays mapped
         except (SafetensorError, OSError) as error:
             raise damaged(self.path, error) from error
 
     def bytes(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-        """Return a tensor of bytes, or some of its rows."""
+        """Return a uint8 tensor, or a range of its rows."""
         array: NDArray[np.uint8] = self.read(name, start, stop).numpy()
         return array
 
 
 def damaged(path: Path, reason: object = "") -> VariantError:
-    """Return the error of a file that is not as it was written."""
+    """Return the error for a damaged file."""
     said = f" ({reason})" if str(reason) else ""
     return VariantError(f"{path} is damaged{said}; delete the variant's folder and run again")

@@ -1,4 +1,4 @@
-"""Pruned variants: save, open, apply to the dense model, restore, export, and take over from elsewhere."""
+"""Pruned variants: save, open, apply to the dense model, export, and import models pruned elsewhere."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .store import MASKS_FILE, VariantRecord, VariantWriter, is_variant, open_va
 
 @dataclass(frozen=True)
 class Variant:
-    """A pruned variant: what was done, which weights were kept, and their values where these were corrected.
+    """A pruned variant: its recipe, which weights were kept, and their values if they were updated.
 
     Attributes
     ----------
     record
         Recipe, calibration set and the dense model it belongs to.
     masks
-        The kept weights of every projection that was pruned.
+        Masks of every pruned projection.
     values
-        The kept weights' values in the order of the mask, by projection; those of the dense model where there is none.
+        Values of the kept weights in mask order, by projection; projections without an entry keep the dense values.
     """
 
     record: VariantRecord
@@ -46,7 +46,7 @@ class Variant:
         return self.record.id
 
     def columns(self) -> dict[str, Any]:
-        """Return the columns of a tidy frame that say which variant was measured."""
+        """Return the columns that describe this variant in frames."""
         return self.record.columns(self.masks.sparsity())
 
     def weight(self, key: Key, dense: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Variant:
     def write(self, key: Key, dense: Tensor, out: Tensor) -> None:
         """Write this variant's weight of one projection into `out`, given the dense model's.
 
-        Removed weights are positive zeros. A projection that was not pruned is written as it is in the dense model.
+        Removed weights become positive zero. A projection that was not pruned is copied from the dense model.
 
         Parameters
         ----------
@@ -68,7 +68,7 @@ class Variant:
         dense
             Its weight in the dense model, ``[outputs, inputs]``.
         out
-            Of the same shape, dtype and device, of any strides: a live view of a model's parameter, or `dense` itself.
+            Destination of the same shape, dtype and device, with any strides; may be a live view, or `dense` itself.
         """
         if key in self.masks:
             write_pruned(dense, self.masks.packed(key), out, self.values.get(key))
@@ -76,9 +76,9 @@ class Variant:
             out.copy_(dense)
 
     def pieces(self, key: Key, dense: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield mask and weight (float32) of one projection, so many rows at a time, given the dense model's weight.
+        """Yield mask and weight (float32) of one projection, `rows` rows at a time, given the dense model's weight.
 
-        For what looks at several variants at once: all of each would be too much memory.
+        This bounds the memory of code that compares several variants.
         """
         passed = 0
         for start in range(0, len(dense), rows):
@@ -94,12 +94,12 @@ class Variant:
             yield mask, weight
 
     def save(self, folder: Path) -> None:
-        """Write ``recipe.json``, ``masks.safetensors`` and, if weights were corrected, ``weights.safetensors``.
+        """Write ``recipe.json``, ``masks.safetensors`` and, if weights were updated, ``weights.safetensors``.
 
         Raises
         ------
         DiskError
-            If there is something in the folder that is no variant, or the disk refuses.
+            If the folder holds anything but a variant, or cannot be written.
         """
         with whole_folder(folder, is_variant) as partial:
             shapes = {key: self.masks.shape(key) for key in self.masks}
@@ -111,12 +111,12 @@ class Variant:
 
     @classmethod
     def open(cls, folder: Path, model_fingerprint: str | None = None) -> Variant:
-        """Open a variant; masks and values are read from their files when they are asked for.
+        """Open a variant; masks and values are read from their files on access.
 
         Raises
         ------
         VariantError
-            If it is missing or damaged, or belongs to another model than `model_fingerprint`.
+            If it is missing or damaged, or belongs to a model other than `model_fingerprint`.
         """
         record = VariantRecord.open(folder)
         if model_fingerprint is not None and record.model_fingerprint != model_fingerprint:
@@ -128,30 +128,30 @@ class Variant:
 
     @classmethod
     def between(cls, dense: nn.Module, pruned: nn.Module, name: str) -> Variant:
-        """Take over a model that was pruned elsewhere, as a variant of its dense parent.
+        """Import a model that was pruned elsewhere, as a variant of its dense parent.
 
-        A weight that is zero counts as removed. Where other weights differ from the dense ones, their values are taken
-        over too. What was done is not known, unless the model was loaded from a folder that :meth:`export` wrote: then
-        the variant has the recipe, calibration set and remarks that lie beside the checkpoint, so that frames show it
-        as what it is (method ``wanda``, and so on) and not by its new name.
+        A zero weight counts as removed. Where other weights differ from the dense ones, their values are imported too.
+        The recipe is unknown, unless the model was loaded from a folder that :meth:`export` wrote: then the variant
+        gets the recipe, calibration set and remarks stored next to the checkpoint, so that frames show its actual
+        method (``wanda``, and so on) rather than its new name.
 
         Parameters
         ----------
         dense, pruned
-            Of the same architecture and size; either may be streamed from its checkpoint.
+            Models of the same architecture and size; either may be streamed from its checkpoint.
         name
-            What to call it.
+            Name of the variant.
 
         Raises
         ------
         VariantError
-            If they do not fit together, nothing was removed, or the pruned model differs in more than its projections.
+            If the models do not match, nothing was removed, or the pruned model differs in more than its projections.
         """
         return cls(*difference(dense, pruned, name))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Make `model` this variant inside a ``with`` block; the dense model comes back bit for bit.
+        """Context manager that turns `model` into this variant, and restores the dense model bit for bit.
 
         Raises
         ------
@@ -171,7 +171,7 @@ class Variant:
                 anatomy.set_weight(*key, weight)
 
     def apply(self, model: nn.Module) -> None:
-        """Make `model` this variant for good.
+        """Turn `model` into this variant permanently.
 
         Raises
         ------
@@ -185,23 +185,23 @@ class Variant:
             anatomy.set_weight(*key, self.weight(key, anatomy.weight(*key)))
 
     def export(self, model: Any, tokenizer: Any, folder: Path) -> None:
-        """Write an ordinary checkpoint that ``from_pretrained`` loads, with the recipe and a model card beside it.
+        """Write an ordinary checkpoint for ``from_pretrained``, together with the recipe and a model card.
 
-        A model that is streamed from its shards is also written so, a block at a time.
+        If the model is streamed from its shards, the checkpoint is written one block at a time.
 
         Parameters
         ----------
         model, tokenizer
             The dense model that the variant was made from; unchanged afterwards.
         folder
-            New or empty.
+            New or empty folder.
 
         Raises
         ------
         DiskError
-            If the folder has something in it already, or cannot be written.
+            If the folder is not empty, or cannot be written.
         VariantError
-            If the model is another.
+            If the variant was not made from this model.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DiskError(f"{folder} is not empty; export into a new folder")
@@ -215,10 +215,10 @@ class Variant:
         """Raise ``VariantError`` unless the variant was made from the dense model with this fingerprint."""
         if model_fingerprint != self.record.model_fingerprint:
             raise VariantError(
-                f'variant "{self.id}" belongs to another model ({self.record.model}), or this one is pruned already'
+                f'variant "{self.id}" belongs to another model ({self.record.model}), or this model is already pruned'
             )
 
 
 def _check_in_memory(anatomy: Anatomy) -> None:
     if anatomy.streamed:
-        raise ModelError("this model was loaded with stream=True, to be pruned and exported only; load it whole")
+        raise ModelError("a model loaded with stream=True can only be pruned and exported; load it whole")

@@ -235,7 +235,7 @@ def test_a_damaged_record_of_what_was_set_aside_is_not_followed(model, tokenizer
 
 
 def test_a_cap_on_a_device_without_memory_of_its_own_is_refused(model, tokenizer, tmp_path):
-    with pytest.raises(MemoryCapError, match=r"this model is on the cpu, which has no memory of its own to cap"):
+    with pytest.raises(MemoryCapError, match=r"this model runs on the cpu, which has no memory of its own to cap"):
         prune(model, tokenizer, RECIPES[1], CORPUS, SHORT, folder=tmp_path, device_memory=1 << 30)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,12 +1,11 @@
 """Models in EleutherAI's lm-evaluation-harness, as the frame ``items``.
 
-The harness is asked for what it knows best: the tasks, their prompts and their answers. It reads the model that is
-loaded already, turned into one variant after another, and every model answers the same items with the same examples
-before them.
+The harness provides the tasks, their prompts and their scoring. It reads the model that is already loaded, turned into
+one variant after another, and every model answers the same items with the same few-shot examples.
 
 A choice is scored as the harness scores it: the log-likelihood of its tokens after the prompt, where prompt and choice
-are tokenized together, with the special tokens that the tokenizer puts before any text (BOS). Spaces that end a prompt
-count as the choice's; an empty prompt is a BOS token, or an EOS token where there is none.
+are tokenized together, with the special tokens that the tokenizer prepends (BOS). Trailing spaces of a prompt count as
+part of the choice; an empty prompt is replaced by a BOS token, or by an EOS token if there is none.
 """
 
 from __future__ import annotations
@@ -44,36 +43,36 @@ def evaluate(
 ) -> pd.DataFrame:
     """Evaluate a dense model and variants of it on tasks of the harness, and return the frame ``items``.
 
-    Of a multiple-choice task the frame has the log-likelihood of every choice, the margin, and ``correct`` as the
-    harness has it in ``acc``: the likeliest choice is right, and of equally likely ones the first. Of any other task
-    it has ``correct`` only: the task's metric ``exact_match``, ``acc`` or ``em``, and where the task reads an answer
-    in several ways, that of the last one (MGSM: ``flexible-extract``). Tasks without such a metric, whose items are
-    not simply right or wrong, are refused. ``category`` is the benchmark or group, ``item`` the number of the
-    document; for tasks of :func:`bundled_task_folder` they are those of the items.
+    For a multiple-choice task, the frame has the log-likelihood of every choice, the margin, and ``correct`` as in the
+    harness's ``acc``: whether the likeliest choice is right, with ties broken in favour of the first. For any other
+    task, it has only ``correct``: the task's metric ``exact_match``, ``acc`` or ``em``; if the task extracts an answer
+    with several filters, that of the last one (MGSM: ``flexible-extract``). Tasks without such a metric, whose items
+    are not simply right or wrong, are refused. ``category`` is the benchmark or group, ``item`` the number of the
+    document; for tasks of :func:`bundled_task_folder`, they are those of the items.
 
     Parameters
     ----------
     model, tokenizer
-        As :func:`pruning.load_model` gives them; the model is unchanged afterwards, bit for bit.
+        As returned by :func:`pruning.load_model`; the model is unchanged afterwards, bit for bit.
     tasks
         Names of tasks, groups or tags.
     variants
-        Of this model.
+        Variants of this model.
     shots
-        Examples before every item; by default what the task says. Tasks that say 0 stay without.
+        Few-shot examples per item; by default as the task specifies. Tasks that specify 0 stay zero-shot.
     limit
-        The first so many items of every task (of every one of a group); all by default.
+        Use only the first `limit` items of every task (also of every task in a group); all by default.
     folders
-        With YAML files of further tasks, which take precedence over the harness's own; a group in one of them holds
-        tasks of these folders.
+        Folders with YAML files of further tasks, which take precedence over the harness's own; a group defined there
+        contains only tasks of these folders.
     languages
-        Task or group to the BCP-47 tag of its language, for those whose names do not tell.
+        Task or group to the BCP-47 tag of its language, where the name does not show it.
     model_name
-        What frames call the model; its ``name_or_path`` by default.
+        Name of the model in frames; its ``name_or_path`` by default.
     batch_size
-        Sequences that the model reads at a time.
+        Sequences per batch.
     progress
-        Told of the tokens, padding included, as one model after another reads or writes them.
+        Called with the number of tokens, including padding, that a model has just read or generated.
 
     Raises
     ------
@@ -83,7 +82,7 @@ def evaluate(
         If a variant was not made from this model.
     """
     if not tasks or (limit is not None and limit < 1) or (shots is not None and shots < 0):
-        raise StudyError("there is nothing to evaluate; name a task or more, a limit from 1 and shots from 0")
+        raise StudyError("nothing to evaluate; give at least one task, a limit of at least 1 and at least 0 shots")
     loaded = load_tasks(tasks, shots=shots, folders=folders, languages=languages)
     name = model_name or str(model.name_or_path)
     owner = DenseModel(model)
@@ -105,12 +104,12 @@ def ask(
     batch_size: int = 8,
     progress: Progress = lambda tokens: None,
 ) -> pd.DataFrame:
-    """Ask a model, as it is now, tasks from :func:`load_tasks`, and return its rows of the frame ``items``.
+    """Evaluate a model in its current state on tasks from :func:`load_tasks`, and return its rows of ``items``.
 
     Parameters
     ----------
     columns
-        That say what the model is.
+        Columns that describe the model.
     model, tokenizer, tasks, limit, batch_size, progress
         As for :func:`evaluate`.
     """
@@ -118,7 +117,7 @@ def ask(
     with _counted(model, progress), quiet(), seeded(model.device):
         reader = lm_eval.models.huggingface.HFLM(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # it may be given a token to pad with
+            tokenizer=copy.deepcopy(tokenizer),  # the harness may set its padding token
             batch_size=batch_size,
             softmax_dtype="float32",
         )
@@ -136,7 +135,7 @@ def ask(
 
 @contextmanager
 def _counted(model: Any, progress: Progress) -> Iterator[None]:
-    """Tell of the tokens of every call of the model."""
+    """Report the tokens of every call of the model to `progress`."""
 
     def tell(module: Any, positional: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
         progress((positional[0] if positional else inputs["input_ids"]).numel())

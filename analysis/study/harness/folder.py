@@ -1,4 +1,4 @@
-"""Items of prunescope's own format as tasks of the harness."""
+"""Exporting items in prunescope's format as tasks of the harness."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from probes.items import ItemSource
 from pruning.files import disk_errors
 from pruning.text.languages import language_tags
 
-#: What the tasks are called that :func:`bundled_task_folder` writes, before the language.
+#: Prefix of the task names that :func:`bundled_task_folder` writes, followed by the language.
 BUNDLED_TASK = "prunescope_"
 
 
 def bundled_task_folder(folder: Path, languages: Sequence[str], source: ItemSource | None = None) -> list[str]:
     """Write items as tasks of the harness, ``prunescope_LANGUAGE``, into a folder for :func:`evaluate`.
 
-    Items are asked without examples, whatever the `shots`: an example could be the twin of the item.
+    These tasks are always zero-shot, whatever `shots` says: an example could be the twin of the item.
 
     Parameters
     ----------
     folder
-        Made if need be. It holds a YAML and a JSONL file a language and must stay where it is.
+        Created if necessary. It will hold a YAML and a JSONL file per language, and must not be moved.
     languages
         BCP-47 tags.
     source
-        Where the items are; the bundled ones by default.
+        Source of the items; the bundled ones by default.
 
     Returns
     -------
@@ -61,6 +61,6 @@ def bundled_task_folder(folder: Path, languages: Sequence[str], source: ItemSour
                 "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
                 "metadata": {"version": 1.0},
             }
-            text = json.dumps(config, indent=2, ensure_ascii=False)  # which is YAML, too
+            text = json.dumps(config, indent=2, ensure_ascii=False)  # JSON is valid YAML
             data.with_suffix(".yaml").write_text(text + "\n", encoding="utf-8")
     return [BUNDLED_TASK + tag for tag in tags]

@@ -1,4 +1,4 @@
-"""The benchmarks of the study that prunescope follows, by the names that the harness has for their tasks."""
+"""The benchmarks of Kurz et al. (TACL 2026), by the names of their tasks in the harness."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from pruning.errors import StudyError
 from pruning.text.languages import language_tag, named
 
-#: The benchmarks of the study that prunescope follows, and others in many languages: language to the harness's task.
-#: Of the study's, MKQA is not in the harness, and Swahili has neither ARC nor HellaSwag, Chinese no HellaSwag.
+#: The benchmarks of Kurz et al., and further multilingual ones: language to task. The harness lacks MKQA, ARC and
+#: HellaSwag in Swahili, and HellaSwag in Chinese.
 STUDY_BENCHMARKS: dict[str, dict[str, str]] = {
     "belebele": {
         "ar": "belebele_arb_Arab",
@@ -28,7 +28,7 @@ STUDY_BENCHMARKS: dict[str, dict[str, str]] = {
     "xnli": {tag: f"xnli_{tag}" for tag in ("ar", "de", "en", "es", "fr", "ru", "sw", "zh")},
     "mgsm": {tag: f"mgsm_direct_{tag}" for tag in ("de", "en", "es", "fr", "ru", "sw", "zh")},
 }
-#: What stands for all of them.
+#: Name that stands for all of them.
 PRESET = "preset"
 
 
@@ -40,7 +40,7 @@ def preset(language: str, known: Collection[str] | None = None) -> list[str]:
     language
         BCP-47 tag.
     known
-        Leave out tasks that are not among these, such as :func:`known_tasks` of an older harness.
+        Known tasks, such as :func:`known_tasks` of an older harness; others are left out.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def preset(language: str, known: Collection[str] | None = None) -> list[str]:
     if not names:
         languages = sorted({language for tasks in STUDY_BENCHMARKS.values() for language in tasks})
         raise StudyError(
-            f"no preset tasks for {named(tag)}; there are some for {', '.join(languages)}: name the harness's tasks"
+            f"there are no preset tasks for {named(tag)} (only for {', '.join(languages)}); name tasks of the harness"
         )
     return names
 

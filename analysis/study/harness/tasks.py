@@ -1,4 +1,4 @@
-"""Tasks of the harness: found by name, loaded, and what frames say of them."""
+"""Tasks of the harness: finding them by name, loading them, and turning their results into frames."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from pruning.text.languages import language_tag
 from .folder import BUNDLED_TASK
 from .presets import STUDY_BENCHMARKS
 
-#: The language of a task whose language cannot be told.
+#: Language of a task whose language is unknown.
 UNDETERMINED = "und"
-#: Of the examples before an item.
+#: Seed for few-shot examples.
 SEED = 1234
-#: Metrics that say whether an answer is right, the one to prefer first.
+#: Metrics that say whether an answer is right, in order of preference.
 _RIGHT = ("exact_match", "acc", "em")
 #: A language in the name of a dataset's configuration or a task: ``sw``, ``swh_Latn``.
 _LANGUAGE = re.compile(r"[a-z]{2}|[a-z]{3}_[A-Z][a-z]{3}")
 
 
 def check_known(names: Sequence[str], folders: Sequence[Path] = ()) -> None:
-    """Check that the harness is installed and knows these tasks, before anything expensive begins.
+    """Check that the harness is installed and knows these tasks, before anything expensive starts.
 
     Raises
     ------
     StudyError
-        If it is not, or does not know one of them.
+        If it is not installed, or a task is unknown.
     """
     with quiet():
         _indexes(names, folders)
 
 
 def known_tasks() -> list[str]:
-    """Return the names of all tasks, groups and tags of the installed harness; the first call takes some seconds.
+    """Return the names of all tasks, groups and tags of the installed harness; the first call takes several seconds.
 
     Raises
     ------
@@ -59,9 +59,9 @@ def known_tasks() -> list[str]:
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the harness that is ready to be asked, and what frames say of it.
+    """A loaded task of the harness, with its columns in frames.
 
-    `metric` is the one that says whether an answer is right; None for a multiple-choice task that has only others.
+    `metric` says whether an answer is right; it is None for a multiple-choice task without such a metric.
     """
 
     harness: Any
@@ -70,7 +70,7 @@ class Task:
     metric: str | None
 
     def row(self, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return what one model's answers, as the harness logs them, are in the frame ``items``, by column."""
+        """Convert one model's answers, as logged by the harness, to columns of the frame ``items``."""
         way = answers[-1]["filter"]
         observed = [row for answer in answers if answer["filter"] == way for row in self._observations(answer)]
         columns = ("item", "twin", "category", "choice", "metric", "value")
@@ -85,7 +85,7 @@ class Task:
         margin = None
         if _multiple_choice(self.harness):
             right = self._right(answer)
-            # with mutual information, every choice is asked for a second time, without its prompt
+            # with mutual information, every choice is scored a second time, without the prompt
             scores = np.array([response[0][0] for response in answer["resps"][: len(right)]])
             for choice, score in enumerate(scores):
                 yield *place, choice, "log_likelihood", float(score)
@@ -98,7 +98,7 @@ class Task:
         yield *place, None, "correct", float(correct)
 
     def _right(self, answer: Mapping[str, Any]) -> np.ndarray:
-        """Return which choices are right; the harness lets a task say it by number or by text, one or several."""
+        """Return which choices are right; a task may give one or several, by number or by text."""
         choices = self.harness.doc_to_choice(answer["doc"])
         said = self.harness.doc_to_text(answer["doc"]) if self.harness.multiple_input else answer["target"]
         given = said if isinstance(said, list) else [said]
@@ -106,7 +106,7 @@ class Task:
 
 
 def imported_harness() -> Any:
-    """Return the package ``lm_eval``, imported as late as this since it takes seconds."""
+    """Return the package ``lm_eval``, imported lazily since this takes seconds."""
     try:
         import lm_eval.evaluator
         import lm_eval.models.huggingface
@@ -126,18 +126,18 @@ def _installed_tasks() -> Any:
 
 
 def _indexes(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """Return for every task or group the index that knows it: that of the folders, or that of the harness."""
+    """Return the index that contains each task or group: that of the folders, or that of the harness."""
     for folder in folders:
         if not any(folder.rglob("*.yaml")):
-            raise StudyError(f"there are no tasks in {folder}; give a folder with the YAML files of tasks (.yaml)")
+            raise StudyError(f"there are no tasks in {folder}; give a folder with YAML task files (.yaml)")
     tasks = imported_harness().tasks
     given = tasks.TaskManager(include_path=list(folders), include_defaults=False)
     indexes = {name: given if name in given.task_index else _installed_tasks() for name in names}
     for name, index in indexes.items():
         if name not in index.task_index:
             close = get_close_matches(name, {*given.all_tasks, *index.all_tasks}, n=5)
-            hint = did_you_mean(name, close) if close else "list them: lm-eval ls tasks"
-            raise StudyError(f'lm-evaluation-harness knows no task "{shortened(name)}"; {hint}')
+            hint = did_you_mean(name, close) if close else "list all tasks with: lm-eval ls tasks"
+            raise StudyError(f'lm-evaluation-harness has no task "{shortened(name)}"; {hint}')
     return indexes
 
 
@@ -148,9 +148,9 @@ def load_tasks(
     folders: Sequence[Path] = (),
     languages: Mapping[str, str] | None = None,
 ) -> dict[str, Task]:
-    """Load tasks, and all those of groups, and see that each can be asked.
+    """Load tasks, including all tasks of groups, and check that each can be run.
 
-    Parameters are those of :func:`analysis.study.harness.evaluate`.
+    The parameters are those of :func:`analysis.study.harness.evaluate`.
 
     Raises
     ------
@@ -175,13 +175,13 @@ def _loaded(indexes: Mapping[str, Any], shots: int | None, languages: Mapping[st
                 task.build_all_requests(limit=1, rank=0, world_size=1)
         except (OSError, DatasetsError) as error:
             raise StudyError(
-                f'the data of task "{name}" cannot be reached ({_first_line(error)}); check the network and '
-                "HF_HUB_OFFLINE, load the dataset where there is a network first, or leave the task out"
+                f'the data of task "{name}" cannot be loaded ({_first_line(error)}); check the network and '
+                "HF_HUB_OFFLINE, download the dataset beforehand, or leave the task out"
             ) from error
         except (ImportError, LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             raise StudyError(
-                f'task "{name}" cannot be asked{f" with {shots} shots" if shots else ""} ({_first_line(error)}); '
-                "mend its YAML file, lower the shots, or leave the task out"
+                f'task "{name}" cannot be run{f" with {shots} shots" if shots else ""} ({_first_line(error)}); '
+                "fix its YAML file, use fewer shots, or leave the task out"
             ) from error
         for task in tasks:
             loaded.setdefault(task.task_name, _described(task, name, languages))
@@ -189,7 +189,7 @@ def _loaded(indexes: Mapping[str, Any], shots: int | None, languages: Mapping[st
 
 
 def _described(task: Any, asked: str, languages: Mapping[str, str]) -> Task:
-    """Tell language and category of a task that was asked for by its name, or by that of a group that it is in."""
+    """Determine language and category of a task, requested by its own name or that of its group."""
     name: str = task.task_name
     metrics = ("acc",) if _multiple_choice(task) else _RIGHT
     metric = next((metric for metric in metrics if metric in task.aggregation()), None)
@@ -216,14 +216,14 @@ def _multiple_choice(task: Any) -> bool:
 
 def _not_right_or_wrong(task: Any) -> StudyError:
     return StudyError(
-        f'task "{task.task_name}" does not say of every item whether it is right (its metrics: '
-        f"{', '.join(task.aggregation())}), so the frame items cannot hold it; leave it out"
+        f'task "{task.task_name}" has no metric that marks each item as right or wrong (its metrics: '
+        f"{', '.join(task.aggregation())}); leave it out"
     )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the harness's bars and remarks off the terminal."""
+    """Suppress the progress bars and log messages of the harness."""
     from tqdm import tqdm
 
     log, draw = logging.getLogger("lm_eval"), tqdm.__init__
@@ -242,7 +242,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def seeded(device: torch.device | None = None) -> Iterator[None]:
-    """Let tasks draw the same at random whatever was drawn before, and leave the random states as they were."""
+    """Seed all random generators inside a ``with`` block, and restore their states afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
         random.seed(SEED)

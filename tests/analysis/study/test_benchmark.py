@@ -134,5 +134,5 @@ def test_a_task_in_two_groups_counts_once(place):
 
 def test_a_model_larger_than_memory_cannot_be_asked(place):
     result = prunescope("run", place / "study.toml", "--out", place / "out", "--memory", "700MiB")
-    expect_one_line(result, "tasks of the evaluation harness take the whole model", "there are 700.0 MiB of memory")
+    expect_one_line(result, "tasks of the evaluation harness need the whole model", "only 700.0 MiB of memory")
     assert not (place / "out" / "variants").exists()

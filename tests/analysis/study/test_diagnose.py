@@ -316,7 +316,7 @@ def test_a_diagnosis_that_was_damaged_by_hand_does_not_stop_the_study(place, cop
 def test_a_diagnosis_of_a_model_larger_than_memory_is_refused(copied):
     without_diagnosis(copied)
     result = diagnose(copied, "--memory", "700MiB")
-    expect_one_line(result, "a diagnosis takes the whole model and a copy of its weights", "700.0 MiB of memory")
+    expect_one_line(result, "a diagnosis needs the whole model and a copy of its weights", "700.0 MiB of memory")
 
 
 # -- mistakes -------------------------------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ def test_a_diagnosis_of_a_model_larger_than_memory_is_refused(copied):
         ({"variant": "dense"}, ['no variant "dense"', VARIANT]),
         ({"language": "ru"}, ["Russian", "not in this study; it has en, sw"]),
         ({"language": "swahili"}, ["unknown language tag", "did you mean"]),
-        ({"category": "commonsense"}, ['no items of the category "commonsense" in Swahili', "reasoning", "text"]),
-        ({"category": "few"}, ['too few questions of the category "few" in Swahili', "two items"]),
+        ({"category": "commonsense"}, ['no items of category "commonsense" in Swahili', "reasoning", "text"]),
+        ({"category": "few"}, ['too few questions of category "few" in Swahili', "at least two minimal pairs"]),
     ],
 )
 def test_mistakes_are_one_line_and_status_two(finished, change, words):
@@ -341,7 +341,7 @@ def test_mistakes_are_one_line_and_status_two(finished, change, words):
 
 def test_half_of_too_little_is_refused(finished):
     result = diagnose(finished, "--half", "second", category="few")
-    expect_one_line(result, 'too few questions of the category "few"', "in the second half")
+    expect_one_line(result, 'too few questions of category "few"', "in the second half")
 
 
 def test_a_folder_without_a_study_is_refused(place, tmp_path):

@@ -106,7 +106,7 @@ def test_a_streamed_model_makes_the_same_bytes(finished, place, tmp_path, monkey
     monkeypatch.setattr(study_model, "_ROOM", 1 << 40)
     result = prunescope("prune", place / "study.toml", "--out", tmp_path, "--memory", "2GiB")
     assert result.returncode == 0, result.stderr
-    assert "its weights a block at a time" in result.stderr
+    assert ", one block at a time" in result.stderr
     assert variants(tmp_path) == variants(finished)
 
 
@@ -315,16 +315,16 @@ def test_models_pruned_elsewhere_join_the_variants(finished, elsewhere, tmp_path
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (['a = "clash"'], ('"a" says that it is "wanda-0.4-row-pruned-en-s0"', "leave one of them out")),
-        (['a = "ours"', 'b = "ours"'], ("say that they are the same variant",)),
+        (['a = "clash"'], ('"a" has the same recipe as "wanda-0.4-row-pruned-en-s0"', "leave one of them out")),
+        (['a = "ours"', 'b = "ours"'], ("have the same recipe",)),
         (['a = "model"'], ("is not pruned",)),
         (['a = "other"'], ("not a pruned version of this model",)),
         (['a = "nowhere"'], ('cannot load model "nowhere"',)),
-        (['dense = "theirs"'], ('"dense" is the name of a method or of another model',)),
-        (['wanda = "theirs"'], ('"wanda" is the name of a method',)),
-        (['"wanda-0.4-row-pruned-en-s0" = "theirs"'], ("choose another",)),
-        (['".." = "theirs"'], ('".." cannot be used as a name',)),
-        (['"a/b" = "theirs"'], ('"a/b" cannot be used as a name',)),
+        (['dense = "theirs"'], ('"dense" is already the name of a method or another model',)),
+        (['wanda = "theirs"'], ('"wanda" is already the name of a method',)),
+        (['"wanda-0.4-row-pruned-en-s0" = "theirs"'], ("rename it",)),
+        (['".." = "theirs"'], ('".." is not a valid name',)),
+        (['"a/b" = "theirs"'], ('"a/b" is not a valid name',)),
     ],
 )
 def test_models_that_cannot_be_taken_over_are_one_line(finished, elsewhere, tmp_path, lines, words):
@@ -388,7 +388,7 @@ def test_a_diagnosis_is_followed_if_it_is_of_this_model(tmp_path):
 
     remedy.model_copy(update={"model_fingerprint": "4f"}).save(tmp_path / "remedy.json")
     result = prunescope("prune", study(tmp_path, text), "--out", tmp_path / "other")
-    expect_one_line(result, str(tmp_path / "remedy.json"), "a diagnosis of another model")
+    expect_one_line(result, str(tmp_path / "remedy.json"), "a diagnosis of a model other than")
     assert nothing_was_made(tmp_path / "other")
 
     remedy.model_copy(update={"importance": {"0.q": 1.0, "0.k": 2.0}}).save(tmp_path / "remedy.json")

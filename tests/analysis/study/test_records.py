@@ -84,7 +84,7 @@ def test_a_file_that_was_altered_is_one_line(folder, content):
     path = folder / "readings" / "one"
     path.write_text(content)
     os.utime(path, ns=(1, 1))  # whatever the clock says
-    with pytest.raises(StudyError, match="one was altered or cut short after it was written; delete it"):
+    with pytest.raises(StudyError, match="one was modified or truncated after it was written; delete it"):
         finished(folder)
 
 
@@ -96,7 +96,7 @@ def test_a_result_of_another_key_is_made_again_whatever_its_files_are(folder):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', '{"key": "a", "seconds": 1, "files": {"x": "y"}}'])
 def test_a_damaged_record_is_one_line(folder, content):
     (folder / "records" / "readings" / "dense" / "en.json").write_text(content)
-    with pytest.raises(StudyError, match=r"en\.json is damaged; delete it to have that result made again") as raised:
+    with pytest.raises(StudyError, match=r"en\.json is damaged; delete it to recompute that result") as raised:
         finished(folder)
     assert "\n" not in str(raised.value)
 

@@ -70,16 +70,16 @@ def test_a_cap_that_is_too_small_names_both_numbers(anatomy, tokenizer, tmp_path
     with pytest.raises(MemoryCapError) as caught:
         planned(anatomy, tokenizer, [WANDA], memory=200 << 20)
     assert str(caught.value) == (
-        "a memory cap of 0.20 GiB cannot hold one block with what it needs: about 0.69 GiB for this model and these "
-        "recipes; prunescope prune reads a checkpoint on disk a block at a time"
+        "a memory cap of 0.20 GiB cannot hold one block during pruning: this model and these recipes need about "
+        "0.69 GiB; prunescope prune can read the checkpoint one block at a time"
     )
     streamed, _ = load_model(str(checkpoint(tmp_path)), stream=True)
-    with pytest.raises(MemoryCapError, match=r"0.20 GiB cannot .* 0.69 GiB for this model and these recipes$"):
+    with pytest.raises(MemoryCapError, match=r"0.20 GiB cannot .* this model and these recipes need about 0.69 GiB$"):
         planned(Anatomy(streamed), tokenizer, [WANDA], memory=200 << 20)
 
 
 def test_a_cap_that_is_too_small_for_derivatives_says_what_they_need(anatomy, tokenizer):
-    with pytest.raises(MemoryCapError, match=r"recipes; snip needs the whole model in memory$"):
+    with pytest.raises(MemoryCapError, match=r"GiB; snip needs the whole model in memory$"):
         planned(anatomy, tokenizer, [WANDA, SNIP], memory=200 << 20)
 
 
@@ -126,12 +126,12 @@ def test_a_device_has_a_budget_of_its_own(on_a_gpu, tokenizer, make_model):
     free = make_plan(on_a_gpu, jobs, text)
     assert free.states == "device"
     assert free.device_memory > 0
-    assert "on the device about" in str(free)
+    assert "device memory about" in str(free)
     off = make_plan(on_a_gpu, jobs, text, device_memory=free.device_memory - 1)
     assert off.states == "host"
     assert off.device_memory < free.device_memory
     assert off.memory > free.memory  # there they are instead
-    assert "hidden states off the device" in str(off)
+    assert "hidden states in host memory" in str(off)
     spilled = make_plan(on_a_gpu, jobs, text, device_memory=free.device_memory - 1, memory=off.memory - 1)
     assert spilled.states == "disk"
     assert spilled.memory < off.memory
@@ -139,7 +139,7 @@ def test_a_device_has_a_budget_of_its_own(on_a_gpu, tokenizer, make_model):
     cut = make_plan(on_a_gpu, jobs, text, device_memory=spilled.device_memory - 1)
     assert len(cut.waves) > waves
     assert cut.device_memory < spilled.device_memory
-    with pytest.raises(MemoryCapError, match=r"a cap on the memory of the cuda device of 0.10 GiB cannot hold"):
+    with pytest.raises(MemoryCapError, match=r"a cuda memory cap of 0.10 GiB cannot hold"):
         make_plan(on_a_gpu, jobs, text, device_memory=100 << 20)
     with pytest.raises(MemoryCapError, match=r"a memory cap of 0.10 GiB cannot hold"):
         make_plan(on_a_gpu, jobs, text, memory=100 << 20, device_memory=1 << 40)
@@ -185,8 +185,8 @@ def test_without_a_folder_all_variants_are_held_and_counted(anatomy, tokenizer):
         ),
         (
             Plan(((Job(WANDA, SHORT),), (Job(SPARSEGPT, SHORT),)), "disk", 6 << 30, 5 << 30, 3 << 20, 12.34, 30),
-            "pruning plan: 2 variants in 2 waves, memory about 6.0 GiB, hidden states on disk, disk 3.0 MiB and 5.0 GiB "
-            "while it runs, about 12.3 s a block, 6 minutes in all",
+            "pruning plan: 2 variants in 2 waves, memory about 6.0 GiB, hidden states on disk, disk 3.0 MiB plus "
+            "5.0 GiB temporary, about 12.3 s per block, 6 minutes in total",
         ),
     ],
 )

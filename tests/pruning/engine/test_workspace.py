@@ -173,7 +173,7 @@ def test_records_that_are_no_records_are_not_followed(tmp_path, content):
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(DiskError, match="something else than a workspace"):
+    with pytest.raises(DiskError, match="files that are not a workspace"):
         Workspace(tmp_path, "key")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -206,7 +206,7 @@ def test_what_somebody_put_into_a_workspace_stays(model, tokenizer, tmp_path, na
         mine.parent.mkdir(exist_ok=True, parents=True)
         mine.write_text("precious")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DiskError, match="something else than a workspace"):
+    with pytest.raises(DiskError, match="files that are not a workspace"):
         Workspace(tmp_path / "w", "another key")
     assert sorted(tmp_path.rglob("*")) == before
     again = Workspace(tmp_path / "w", "key", states="disk")
@@ -219,7 +219,7 @@ def test_what_somebody_put_into_a_workspace_stays(model, tokenizer, tmp_path, na
 def test_a_folder_of_another_tool_is_left_alone(tmp_path):
     (tmp_path / "work.json").write_text('{"key": "of another tool"}')
     (tmp_path / "chapter-1").mkdir()
-    with pytest.raises(DiskError, match="something else than a workspace"):
+    with pytest.raises(DiskError, match="files that are not a workspace"):
         Workspace(tmp_path, "key")
     assert {path.name for path in tmp_path.iterdir()} == {"work.json", "chapter-1"}
 

@@ -304,7 +304,7 @@ def test_experts_that_see_nothing_are_reported_and_fall_back_on_magnitude():
     pruned = sweep(anatomy, [job(recipe) for recipe in recipes], text())
     for recipe in recipes:
         result = pruned(job(recipe))
-        assert "block 0, gate.3 and up.3: no token came here; chosen by magnitude" in result.remarks
+        assert "block 0, gate.3 and up.3: no calibration token reached them; pruned by magnitude" in result.remarks
         expected = naive.keep_row(naive.magnitude(anatomy.weight(0, "up.3")), 0.5)
         assert torch.equal(result.masks[0, "up.3"], expected)
         assert (0, "up.3") not in (result.values or {})

@@ -159,10 +159,10 @@ def elsewhere(file):
         (lambda f: (f / INDEX).write_text("[" * 99_999), f"{INDEX} is damaged"),
         (lambda f: change_index(f, lambda i: i.update(weight_map=[])), f"{INDEX} is damaged"),
         (lambda f: change_index(f, lambda i: i.update(weight_map={})), f"{INDEX} is damaged"),
-        (elsewhere("../x.safetensors"), 'names "../x.safetensors", which is no file beside it'),
-        (elsewhere("/x.safetensors"), 'names "/x.safetensors", which is no file beside it'),
-        (elsewhere("x/../../x.safetensors"), "which is no file beside it"),
-        (elsewhere("..\\x.safetensors"), "which is no file beside it"),
+        (elsewhere("../x.safetensors"), 'names "../x.safetensors", which is not a file in its folder'),
+        (elsewhere("/x.safetensors"), 'names "/x.safetensors", which is not a file in its folder'),
+        (elsewhere("x/../../x.safetensors"), "which is not a file in its folder"),
+        (elsewhere("..\\x.safetensors"), "which is not a file in its folder"),
         (elsewhere("x" * 5000), "xxx…xxx"),
         (lambda f: (f / INDEX).unlink(), f"no {SINGLE}"),
         (lambda f: change_tensors(f, WEIGHT, lambda t: t.pop(WEIGHT)), f"lacks {WEIGHT}, which {INDEX} says"),
@@ -237,7 +237,7 @@ def test_a_quantized_checkpoint_is_not_streamed(folder):
 
 def test_what_needs_the_whole_model_says_so(folder, tokenizer):
     streamed, whole = both(folder)
-    with pytest.raises(RecipeError, match="snip differentiates the loss of the whole model"):
+    with pytest.raises(RecipeError, match="snip differentiates the loss, so the whole model must be in memory"):
         prune(streamed, tokenizer, Recipe(method="snip", sparsity=0.5), CORPUS, SHORT)
     (variant,) = prune(whole, tokenizer, Recipe(method="magnitude", sparsity=0.5))
     with pytest.raises(ModelError, match="load it whole"):

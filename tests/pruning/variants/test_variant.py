@@ -125,7 +125,7 @@ def test_variant_of_another_model_is_refused(tmp_path, variant, make_model):
 
 def test_variant_cannot_be_applied_twice(model, any_variant):
     any_variant.apply(model)
-    with pytest.raises(VariantError, match="pruned already"):
+    with pytest.raises(VariantError, match="is already pruned"):
         any_variant.apply(model)
 
 
@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_the_masks_are_refused(tmp_path, model, tokenize
     other = prune(model, tokenizer, Recipe(method="sparsegpt", sparsity=0.25), CORPUS, SHORT)[0]
     other.save(tmp_path / "w")
     (tmp_path / "w" / "weights.safetensors").replace(tmp_path / "v" / "weights.safetensors")
-    with pytest.raises(VariantError, match="does not fit its masks"):
+    with pytest.raises(VariantError, match="does not match the variant's masks"):
         Variant.open(tmp_path / "v")
 
 
@@ -253,7 +253,7 @@ def test_an_unpruned_model_is_refused_even_if_the_dense_one_has_zeros(make_model
 )
 def test_another_architecture_or_size_is_refused(make_model, tokenizer, other):
     kind, settings = other
-    with pytest.raises(VariantError, match="its parts or their shapes differ"):
+    with pytest.raises(VariantError, match="its parameters or their shapes differ"):
         Variant.between(make_model(), make_model(kind, **settings), "theirs")
 
 
@@ -300,7 +300,7 @@ def test_a_recipe_of_another_dense_model_or_tool_is_left_aside(tmp_path, make_mo
         ("no JSON", ()),
         (
             json.dumps(variant.record.model_dump(mode="json") | {"model": "other/model", "model_fingerprint": "0"}),
-            ("its recipe.json is left aside, since it speaks of another dense model (other/model)",),
+            ("its recipe.json is ignored, since it belongs to another dense model (other/model)",),
         ),
     ):
         (tmp_path / "recipe.json").write_text(content)
