@@ -38,7 +38,7 @@ imports: $(READY)
 KILLS ?= 5
 SEED ?= 0
 soak: $(READY)
-	PYTHONPATH=tests $(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED)
+	PYTHONPATH=.:tests $(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from pruning.engine.streams import Arguments, StackStarter
 from pruning.errors import ModelError
 from pruning.models.anatomy import Anatomy
+from pruning.models.arithmetic import fast_float32
 from pruning.text.sources import Segment
 from pruning.variants.owner import DenseModel
 
@@ -153,6 +154,7 @@ class Session:
         skipped = [self._envoy(self.anatomy.path(layer, "residual")) for layer in range(start)]
         with (
             torch.set_grad_enabled(self._differentiating),
+            fast_float32(self.anatomy.device),
             self._traced.trace(**self.inputs(batch), **self._spared) as trace,
         ):
             for block in skipped:
@@ -194,7 +196,8 @@ class Session:
             for parameter in projections.values():
                 parameter.requires_grad_(True)
             self._differentiating = True
-            yield projections
+            with fast_float32(self.anatomy.device):  # for the backward passes
+                yield projections
         finally:
             self._differentiating = False
             for parameter, required in before.items():

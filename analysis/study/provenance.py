@@ -7,6 +7,7 @@ import platform
 import torch
 
 from pruning.files import write_json
+from pruning.models.arithmetic import multiplies_with_onednn
 
 from .context import Context
 from .figures import versions
@@ -47,6 +48,9 @@ def write_provenance(context: Context, seconds: float, *, only_variants: bool = 
             "threads": torch.get_num_threads(),
             "device": facts.device,
             "dtype": facts.dtype,
+            "float32_products_of_reading": "oneDNN"
+            if multiplies_with_onednn(torch.device(facts.device))
+            else "default",
         },
         "model": {"name": context.study.model, "fingerprint": facts.fingerprint},
         "text": text,

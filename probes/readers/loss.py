@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pruning.models.anatomy import Anatomy
+from pruning.models.arithmetic import fast_float32
 
 from ..batches import Batch
 from .base import Reader
@@ -102,7 +103,8 @@ def _tile(anatomy: Anatomy, hidden: Tensor, tile: slice, index: Tensor, tokens: 
 
     For tokens that are not, it gives those of others: to look for them would make a GPU wait.
     """
-    logits = anatomy.precise_logits(hidden, tile)
+    with fast_float32(hidden.device):
+        logits = anatomy.precise_logits(hidden, tile)
     found = logits[index, (tokens - tile.start).clamp(0, logits.shape[1] - 1)]
     if logits.requires_grad:
         return logits.logsumexp(dim=1), found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..errors import ModelError
+from .arithmetic import bfloat16_allowed
 
 
 def head_of(model: nn.Module) -> Any:
@@ -71,23 +70,8 @@ def _wide_product(states: Tensor, weight: Tensor) -> Tensor:
     if states.device.type == "cuda" and states.dtype == weight.dtype and not differentiated:
         rows = torch.mm(states.reshape(-1, states.shape[-1]), weight.T, out_dtype=torch.float32)
         return rows.unflatten(0, states.shape[:-1])
-    with _bfloat16_inside(states.dtype == weight.dtype == torch.bfloat16):
+    with bfloat16_allowed(states.dtype == weight.dtype == torch.bfloat16):  # in which their products are exact
         return linear(states.float(), weight.float())
-
-
-@contextmanager
-def _bfloat16_inside(allowed: bool) -> Iterator[None]:
-    """Let float32 products on a CPU convert their inputs to bfloat16; the caller ensures that this is exact."""
-    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = products.fp32_precision
-    if not allowed or before == "bf16" or not torch.backends.mkldnn.is_available():
-        yield
-        return
-    products.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 def _scale_of_states(model: nn.Module) -> float:

@@ -10,6 +10,7 @@ from benchmarks.harness import number, paired_ratios, report
 
 from probes import DENSE, FittingStream, HeldoutStream, Session, plan_reading, read_streams
 from pruning import Corpus, Recipe, load_model, prune, text_source
+from pruning.models.arithmetic import fast_float32
 
 
 def test_lockstep_reading_over_plain_forward_passes(capsys):
@@ -24,12 +25,12 @@ def test_lockstep_reading_over_plain_forward_passes(capsys):
     def plain() -> None:
         for _ in range(1 + len(variants)):
             for batch in batches:
-                with torch.no_grad():
+                with torch.no_grad(), fast_float32(model.device):
                     model(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
 
     def body() -> None:
         for batch in batches:
-            with torch.no_grad():
+            with torch.no_grad(), fast_float32(model.device):
                 without_head(input_ids=batch.ids, attention_mask=batch.real, use_cache=False)
 
     def everything() -> None:

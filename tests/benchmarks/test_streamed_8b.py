@@ -136,7 +136,7 @@ def test_whole_study_from_shards(shape, tmp_path, tmp_path_factory, capsys):
     dtype = os.environ.get("PRUNESCOPE_BENCH_DTYPE") or "bfloat16"
     place = Path(big or "") if shape == "llama" else tmp_path_factory.getbasetemp()
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0, dtype="bfloat16")
-    memory = os.environ.get("PRUNESCOPE_BENCH_MEMORY") or {"small": "2GiB", "llama": "8GiB"}[shape]
+    memory = os.environ.get("PRUNESCOPE_BENCH_MEMORY") or {"small": "3GiB", "llama": "8GiB"}[shape]
     with capsys.disabled():
         checkpoint = written(place / f"checkpoint-{shape}", config)
         study = tmp_path / "study.toml"

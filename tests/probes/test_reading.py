@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import checkpoint
@@ -225,7 +226,8 @@ def test_text_and_questions_of_all_kinds_go_through_together(model, tokenizer, s
     for variant in variants:
         with variant.applied(model):
             assert (asked.scores[variant.id].values == score(session, questions).values).all()
-    assert (others.scores[variants[1].id].values == asked.scores[variants[1].id].values[:1]).all()
+    alone = others.scores[variants[1].id].values  # a batch of another size may be summed in another order
+    np.testing.assert_allclose(alone, asked.scores[variants[1].id].values[:1], rtol=1e-6)
 
 
 def test_a_variant_of_some_projections_leaves_the_others_dense(model, tokenizer, segments):

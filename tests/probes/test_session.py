@@ -13,6 +13,7 @@ from probes.readers.firing import FOLDS
 from pruning import Segment
 from pruning.errors import ModelError, TextError
 from pruning.models.anatomy import ROLES
+from pruning.models.arithmetic import fast_float32
 
 
 class Recorder(Reader):
@@ -49,7 +50,7 @@ def hooked(model, anatomy, batch):
     for key, path in places.items():
         handles.append(attrgetter(path)(model).register_forward_hook(hook(key)))
     positions = {} if anatomy.kind == "bloom" else {"position_ids": batch.positions}  # it has none
-    with torch.no_grad():
+    with torch.no_grad(), fast_float32(anatomy.device):
         model(input_ids=batch.ids, attention_mask=batch.real, **positions, use_cache=False)
     for handle in handles:
         handle.remove()
@@ -69,9 +70,10 @@ def read_by_block(session, batch):
     """What a reader sees if the model runs a block at a time."""
     recorder = Recorder()
     hidden, arguments = session.starter().begin(**session.stack_inputs(batch))
-    for layer in range(3):
-        hidden = session.read_block(layer, hidden, arguments[layer], batch, [recorder])
-    session.read_final(hidden, batch, [recorder])
+    with fast_float32(session.anatomy.device):
+        for layer in range(3):
+            hidden = session.read_block(layer, hidden, arguments[layer], batch, [recorder])
+        session.read_final(hidden, batch, [recorder])
     return recorder.seen
 
 
