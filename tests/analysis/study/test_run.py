@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from checkpoints import CORPUS, checkpoint, saved
-from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
+from command_line import COMMAND, expect_one_line, prunescope
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from studies import STUDY
 
 from analysis import lape, open_readings, plots, read_frame
 from analysis.frames import FRAMES, STUDY_FRAMES, VARIANT_COLUMNS, recipes_of
-from pruning import CalibrationSet, Recipe, load_model, prune
 from pruning.files import PARTIAL
 
 BROWSER = next(
@@ -46,29 +45,6 @@ document.title = "found" + JSON.stringify({
 });
 """
 
-STUDY = """
-model = "model"
-languages = ["en", "sw", "zh"]
-[calibration]
-sets = ["en", "sw", "all"]
-samples = 6
-length = 32
-extra = [["sw", 1]]
-[[recipes]]
-method = "wanda"
-sparsity = 0.5
-[[recipes]]
-method = "magnitude"
-sparsity = 0.3
-[evaluation]
-segments = 6
-fit_segments = 6
-max_length = 40
-[tasks]
-per_category = 2
-"""
-
-
 #: Blocks would give between less than nothing and a few per cent.
 UNREACHABLE = """
 [[recipes]]
@@ -76,18 +52,6 @@ method = "wanda"
 sparsity = 0.01
 allocation = "owl"
 """
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    from conftest import tiny_model, tiny_tokenizer
-
-    folder = tmp_path_factory.mktemp("study")
-    # the longest bundled items take more than 128 bytes, which are this tokenizer's tokens
-    tiny_model(max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "study.toml").write_text(STUDY)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +73,9 @@ def contents(folder: Path, *parts: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-RESULTS = ("variants", "readings", "frames", "figures")
+#: Results other than figures, which take long to draw.
+DATA = ("variants", "readings", "frames")
+RESULTS = (*DATA, "figures")
 
 
 def test_study_folder_holds_what_the_readme_lists(finished):
@@ -265,7 +231,7 @@ def test_second_run_repeats_nothing(finished):
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 5], ids=["pruning", "reading", "frames", "figures"])
-def test_killed_run_goes_on_and_ends_with_the_same_bytes(place, finished, stages, tmp_path):
+def test_killed_run_goes_on_and_ends_with_the_same_bytes(place, finished, stages, tmp_path, request):
     out = tmp_path / "killed"
     command = [*COMMAND, "run", str(place / "study.toml"), "--out", str(out)]
     seen = 0
@@ -279,132 +245,18 @@ def test_killed_run_goes_on_and_ends_with_the_same_bytes(place, finished, stages
         os.kill(running.pid, signal.SIGKILL)
     kept = {path: path.stat().st_mtime_ns for path in finished_files(out)}
     assert len(kept) < len(finished_files(finished))
+    if stages < 5:  # killed while it draws, it must end with the same figures, too
+        request.getfixturevalue("sketched")
     result = prunescope("run", place / "study.toml", "--out", out)
     assert result.returncode == 0, result.stderr
-    assert contents(out, *RESULTS) == contents(finished, *RESULTS)
+    compared = DATA if stages < 5 else RESULTS
+    assert contents(out, *compared) == contents(finished, *compared)
+    assert contents(out, "figures").keys() == contents(finished, "figures").keys()
     assert not list(out.rglob("*" + PARTIAL))
     assert all(path.stat().st_mtime_ns == t for path, t in kept.items())
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {'sets = ["en", "sw", "all"]': 'sets = ["sw"]'},
-        {'sets = ["en", "sw", "all"]': 'sets = ["en"]', 'extra = [["sw", 1]]': ""},
-        {'method = "wanda"': 'method = "magnitude"\npattern = "row"'},
-        {'method = "wanda"': 'method = "wanda"\npropagation = ["pruned", "dense"]'},
-    ],
-    ids=["one language, two seeds", "one calibration set", "no calibration", "grid of propagations"],
-)
-def test_studies_of_other_shapes_run_too(place, tmp_path, change):
-    text = STUDY
-    for old, new in change.items():
-        text = text.replace(old, new)
-    (place / "other.toml").write_text(text)
-    result = prunescope("run", place / "other.toml", "--out", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert not re.search(r"\bnan\b", (tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
-
-
-def small(place, tmp_path, model, *lines):
-    """Run a small study of another model; return its folder."""
-    text = STUDY.replace('"en", "sw", "zh"]', '"en", "sw"]').replace(
-        'sets = ["en", "sw", "all"]', 'sets = ["en", "sw"]'
-    )
-    text = text.replace('extra = [["sw", 1]]\n', "").replace('model = "model"', f'model = "{model}"')
-    (tmp_path / "study.toml").write_text(text + "\n".join(lines))
-    result = prunescope("run", tmp_path / "study.toml", "--out", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"\b(nan|None)\b", page)
-    return tmp_path / "out"
-
-
-@pytest.mark.parametrize(
-    ("kind", "roles"),
-    [
-        ("gpt2", {"q", "k", "v", "o", "up", "down"}),
-        ("mixtral", {"q", "k", "v", "o"}),
-        ("qwen2_moe", {"q", "k", "v", "o", "gate", "up", "down"}),  # its first block has no experts
-    ],
-)
-def test_models_without_gates_or_with_experts_are_read_as_far_as_they_can_be(place, tmp_path, kind, roles):
-    out = small(place, tmp_path, checkpoint(tmp_path / "model", kind))
-    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
-    assert set(frames["signal"]["role"]) == roles | {"residual"}
-    assert (len(frames["language_neurons"]) > 0) == (kind == "gpt2")
-    kinds = {role.partition(".")[0] for role in frames["mask_overlap"]["role"]}
-    assert kinds >= roles
-    assert ("gate.3" in set(frames["sparsity"]["role"])) == (kind != "gpt2")
-
-
-def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_path):
-    model, tokenizer = load_model(str(place / "model"), device="cpu")
-    text = CalibrationSet.named("sw", samples=4, length=32)
-    ours, theirs = prune(model, tokenizer, [Recipe(method=m, sparsity=0.25) for m in ("ria", "wanda")], CORPUS, text)
-    ours.export(model, tokenizer, tmp_path / "ours")
-    theirs.apply(model)
-    saved(model, tmp_path / "theirs")
-    lines = ["[imported]", 'mine = "ours"', '"llm-toolbox" = "theirs"']
-    out = small(place, tmp_path, place / "model", *lines)
-    frame = read_frame(out / "frames" / "perplexity.parquet")
-    by_method = frame.drop_duplicates("method").set_index("method")
-    assert by_method.loc["ria", ["sparsity", "pattern", "calibration"]].tolist() == [0.25, "matrix", "sw"]
-    assert by_method.loc["llm-toolbox", ["sparsity", "pattern", "calibration"]].tolist() == [0.25, "unknown", "none"]
-    assert (by_method["model"] == str(place / "model")).all()
-    assert {"llm-toolbox", "mine"} <= {path.name for path in (out / "variants").iterdir()}
-    html = (out / "report.html").read_text(encoding="utf-8")
-    assert "Llm-toolbox, sparsity 0.25, pruned elsewhere" in html
-
-
-@pytest.fixture(scope="module")
-def pruned_by_somebody(place):
-    model, tokenizer = load_model(str(place / "model"), dtype="float32", device="cpu")
-    (variant,) = prune(model, tokenizer, [Recipe(method="magnitude", sparsity=0.3)])
-    variant.apply(model)
-    return saved(model, place / "pruned by somebody")
-
-
-def test_two_checkpoints_are_compared_without_a_study_file(place, pruned_by_somebody, tmp_path):
-    out = tmp_path / "out"
-    words = ["--out", out, "--languages", "en, sw, zh", "--segments", 6]
-    result = prunescope("compare", place / "model", pruned_by_somebody, *words)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == f"report: {out / 'report.html'}"
-    frame = read_frame(out / "frames" / "perplexity.parquet")
-    assert set(frame["method"]) == {"dense", "pruned_by_somebody"}
-    assert set(frame["language"]) == {"en", "sw", "zh"}
-    assert len(read_frame(out / "frames" / "contrasts.parquet")) == 0
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"\b(nan|None)\b", page)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["model", "nowhere"], ["nowhere"]),
-        (["model", "model"], ["zero nowhere"]),
-        (["model", "nowhere", "--languages", "en"], ["languages"]),
-        (["model", "nowhere", "--languages", "en,klingonish"], ["klingonish"]),
-        (["model", "nowhere", "--text", "file:none/{lang}.jsonl"], ["none"]),
-        (["model", "pruned by somebody", "--segments", "1000"], ["1000 heldout segments", "there are 160"]),
-        (["pruned by somebody", "model", "--segments", "6"], ["were the dense and the pruned model swapped?"]),
-    ],
-)
-def test_mistakes_in_a_comparison_are_one_line(place, pruned_by_somebody, tmp_path, arguments, words):
-    places = [str(place / word) if word in ("model", pruned_by_somebody.name) else word for word in arguments]
-    expect_one_line(prunescope("compare", *places, "--out", tmp_path / "out"), *words)
-    assert nothing_was_made(tmp_path / "out")
-
-
-def test_a_comparison_does_not_write_over_a_file(place, pruned_by_somebody, tmp_path):
-    (tmp_path / "mine").write_text("precious")
-    result = prunescope("compare", place / "model", pruned_by_somebody, "--out", tmp_path / "mine")
-    expect_one_line(result, "mine is a file", "--out")
-    assert (tmp_path / "mine").read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
+@pytest.mark.usefixtures("sketched")
 def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
     out = tmp_path / "changed"
     shutil.copytree(finished, out)
@@ -419,6 +271,7 @@ def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
     assert "zh" in set(frame["calibration"])
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_variant_that_cannot_be_made_keeps_no_other_from_being_read(place, tmp_path):
     text = STUDY.replace('"model"', f'"{place / "model"}"', 1).replace('["en", "sw", "all"]', '["en"]', 1)
     text = text.replace('extra = [["sw", 1]]\n', "", 1).replace("[evaluation]", UNREACHABLE + "[evaluation]", 1)
@@ -571,6 +424,7 @@ def test_unknown_architecture_is_one_line(place, tmp_path):
     expect_one_line(prunescope("run", tmp_path / "study.toml", "--out", tmp_path / "o"), '"mamba"')
 
 
+@pytest.mark.usefixtures("sketched")
 def test_full_disk_is_one_line_and_the_run_goes_on_afterwards(place, finished, tmp_path):
     """A file size limit stands in for a full disk: the kernel refuses the write in the same way."""
     import resource
@@ -585,7 +439,8 @@ def test_full_disk_is_one_line_and_the_run_goes_on_afterwards(place, finished, t
     expect_one_line(result, "no space left")
     assert not list(out.rglob("*" + PARTIAL))
     assert prunescope("run", place / "study.toml", "--out", out).returncode == 0
-    assert contents(out, *RESULTS) == contents(finished, *RESULTS)
+    assert contents(out, *DATA) == contents(finished, *DATA)
+    assert contents(out, "figures").keys() == contents(finished, "figures").keys()
 
 
 def test_export_writes_a_checkpoint_and_refuses_what_it_must(finished, tmp_path):

@@ -1,0 +1,87 @@
+"""Studies of other shapes, of other architectures, and with models that were pruned elsewhere."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from checkpoints import CORPUS, checkpoint, saved
+from command_line import prunescope
+from studies import STUDY
+
+from analysis import read_frame
+from analysis.frames import STUDY_FRAMES
+from pruning import CalibrationSet, Recipe, load_model, prune
+
+pytestmark = pytest.mark.usefixtures("sketched")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {'sets = ["en", "sw", "all"]': 'sets = ["sw"]'},
+        {'sets = ["en", "sw", "all"]': 'sets = ["en"]', 'extra = [["sw", 1]]': ""},
+        {'method = "wanda"': 'method = "magnitude"\npattern = "row"'},
+        {'method = "wanda"': 'method = "wanda"\npropagation = ["pruned", "dense"]'},
+    ],
+    ids=["one language, two seeds", "one calibration set", "no calibration", "grid of propagations"],
+)
+def test_studies_of_other_shapes_run_too(place, tmp_path, change):
+    text = STUDY
+    for old, new in change.items():
+        text = text.replace(old, new)
+    (place / "other.toml").write_text(text)
+    result = prunescope("run", place / "other.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert not re.search(r"\bnan\b", (tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+
+
+def small(place, tmp_path, model, *lines):
+    """Run a small study of another model; return its folder."""
+    text = STUDY.replace('"en", "sw", "zh"]', '"en", "sw"]').replace(
+        'sets = ["en", "sw", "all"]', 'sets = ["en", "sw"]'
+    )
+    text = text.replace('extra = [["sw", 1]]\n', "").replace('model = "model"', f'model = "{model}"')
+    (tmp_path / "study.toml").write_text(text + "\n".join(lines))
+    result = prunescope("run", tmp_path / "study.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"\b(nan|None)\b", page)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles"),
+    [
+        ("gpt2", {"q", "k", "v", "o", "up", "down"}),
+        ("mixtral", {"q", "k", "v", "o"}),
+        ("qwen2_moe", {"q", "k", "v", "o", "gate", "up", "down"}),  # its first block has no experts
+    ],
+)
+def test_models_without_gates_or_with_experts_are_read_as_far_as_they_can_be(place, tmp_path, kind, roles):
+    out = small(place, tmp_path, checkpoint(tmp_path / "model", kind))
+    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
+    assert set(frames["signal"]["role"]) == roles | {"residual"}
+    assert (len(frames["language_neurons"]) > 0) == (kind == "gpt2")
+    kinds = {role.partition(".")[0] for role in frames["mask_overlap"]["role"]}
+    assert kinds >= roles
+    assert ("gate.3" in set(frames["sparsity"]["role"])) == (kind != "gpt2")
+
+
+def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_path):
+    model, tokenizer = load_model(str(place / "model"), device="cpu")
+    text = CalibrationSet.named("sw", samples=4, length=32)
+    ours, theirs = prune(model, tokenizer, [Recipe(method=m, sparsity=0.25) for m in ("ria", "wanda")], CORPUS, text)
+    ours.export(model, tokenizer, tmp_path / "ours")
+    theirs.apply(model)
+    saved(model, tmp_path / "theirs")
+    lines = ["[imported]", 'mine = "ours"', '"llm-toolbox" = "theirs"']
+    out = small(place, tmp_path, place / "model", *lines)
+    frame = read_frame(out / "frames" / "perplexity.parquet")
+    by_method = frame.drop_duplicates("method").set_index("method")
+    assert by_method.loc["ria", ["sparsity", "pattern", "calibration"]].tolist() == [0.25, "matrix", "sw"]
+    assert by_method.loc["llm-toolbox", ["sparsity", "pattern", "calibration"]].tolist() == [0.25, "unknown", "none"]
+    assert (by_method["model"] == str(place / "model")).all()
+    assert {"llm-toolbox", "mine"} <= {path.name for path in (out / "variants").iterdir()}
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "Llm-toolbox, sparsity 0.25, pruned elsewhere" in html
