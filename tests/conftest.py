@@ -25,7 +25,17 @@ if PARALLEL:
     torch.set_num_threads(1)
 
 #: The files that take longest, longest first: started last, one of them would keep a single process busy at the end.
-_LONGEST = ("test_notebooks", "test_run")
+LONGEST = (
+    "test_notebooks",
+    "test_run",
+    "test_embedded_model",
+    "test_other_studies",
+    "test_sweep",
+    "test_diagnose",
+    "test_methods",
+    "test_plan",
+    "test_prune",
+)
 _SMALL = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -162,7 +172,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; several processes take files in this order (see the Makefile)."""
-    place = {name: number for number, name in enumerate(_LONGEST)}
+    place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(Path(item.path).stem, len(place)))
 
 
