@@ -56,7 +56,7 @@ def test_published_over_ours(layer, pattern, capsys):
         hessian = gram.clone()
         pruned = weight.clone()
         upper: list[Tensor] = []
-        parts["factorization"].append(seconds(lambda: upper.append(inverse_factor(hessian))))
+        parts["factorization"].append(seconds(lambda: upper.append(inverse_factor(hessian))))  # noqa: F821, it is deleted later
         del hessian
         parts["column sweep"].append(seconds(lambda: column_sweep(pruned, upper[0], 0.5, group)))
         found["plain"] = pruned

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from command_line import COMMAND, expect_one_line, prunescope
+from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from studies import STUDY
 
