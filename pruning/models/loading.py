@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from humanize import naturalsize
 
 from ..errors import ModelError, shortened
 from ..files import is_folder
+from ..memory import free_memory
 from .anatomy import Anatomy
 from .checkpoint import AGAIN, Plan, Shards, checked_plan, foreign
 from .download import downloaded
@@ -52,7 +54,7 @@ def load_model(
     ------
     ModelError
         If the model or device does not exist, the weights are not safetensors, a file is damaged, the model needs
-        remote code, or its architecture is unknown.
+        remote code, its architecture is unknown, or its weights do not fit into what is free of the memory.
     """
     check_model_name(name)
     place = open_device(device)
@@ -63,6 +65,8 @@ def load_model(
     with no_progress_bars():
         shards = Shards(folder)
         plan = checked_plan(shards)
+        if not stream:
+            _check_room(name, shards, wanted, place)
         tokenizer = _open_tokenizer(folder)
         model = open_streamed(shards, plan, wanted, place) if stream else _open_whole(folder, plan, wanted).to(place)
     model.name_or_path = str(folder) if name == DEMO else name
@@ -124,6 +128,23 @@ def _devices() -> dict[str, int]:
     """Return the number of devices of each type."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
+
+
+def _check_room(name: str, shards: Shards, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Check that the weights fit into the memory of the device, and of the machine, before any of them is loaded."""
+    needed = shards.bytes
+    if dtype is not None:
+        needed = dtype.itemsize * sum(torch.Size(shape).numel() for shape in shards.shapes.values())
+    places = {"memory": free_memory()}
+    if device.type == "cuda":
+        places[f"memory of {device}"] = free_memory(device)
+    for what, room in places.items():
+        if needed > room:
+            raise ModelError(
+                f'the weights of "{shortened(name)}" take {naturalsize(needed, binary=True)}, but only '
+                f"{naturalsize(room, binary=True)} of {what} is available; load one block at a time with stream=True"
+                + (', or in 16 bits with dtype="bfloat16"' if dtype == torch.float32 else "")
+            )
 
 
 def _open_tokenizer(folder: Path) -> Any:

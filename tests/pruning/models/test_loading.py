@@ -280,3 +280,33 @@ def test_a_damaged_demo_package_leaves_no_half_converted_model(tmp_path, monkeyp
     with pytest.raises(ModelError, match="sha256 did not match"):
         demo_checkpoint()
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+
+
+def free(memory, device_memory):
+    return lambda device=None: memory if device is None else device_memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "device_memory", "device", "words"),
+    [(1000, 10**9, "cpu", "of memory is available"), (10**9, 1000, "cuda", "of memory of cuda is available")],
+)
+def test_weights_that_do_not_fit_are_refused_before_any_is_loaded(
+    tmp_path, model, tokenizer, monkeypatch, memory, device_memory, device, words
+):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "_open_whole", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "open_device", lambda _: torch.device(device))
+    monkeypatch.setattr(loading, "free_memory", free(memory, device_memory))
+    with pytest.raises(ModelError, match=words) as raised:
+        load_model(str(tmp_path), dtype="float32", device=device)
+    assert "stream=True" in str(raised.value)
+    assert "bfloat16" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_of_which_one_block_fits_can_be_streamed(tmp_path, model, tokenizer, monkeypatch):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "free_memory", free(1000, 0))
+    assert Anatomy(load_model(str(tmp_path), stream=True)[0]).streamed
