@@ -98,7 +98,7 @@ def compare(
     memory: _Memory = None,
     device_memory: _DeviceMemory = None,
 ) -> None:
-    """Compare a model pruned elsewhere with its dense parent, in all that needs no calibration sets."""
+    """Compare a model pruned elsewhere with its dense parent, in every analysis that needs no calibration sets."""
     from .study.comparison import comparison_study
     from .study.run import run_study
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pruning.engine.streams import Arguments
-from pruning.models.arithmetic import fast_float32
 from pruning.variants.owner import Block
 from pruning.variants.variant import Variant
 
@@ -87,7 +86,7 @@ def read_streams(
         session.owner.check(variant)
     passages = [_Passage(stream, number) for stream in streams for number in range(len(stream.batches))]
     sizes = [plan.held(passage.batch, len(passage.stream.models)) for passage in passages]
-    with ExitStack() as places, fast_float32(session.anatomy.device):
+    with ExitStack() as places:
         for stream in streams:
             places.enter_context(stream.opened())
         for wave in within_memory(passages, sizes, plan.wave_bytes):

@@ -12,7 +12,6 @@ from humanize import naturaldelta, naturalsize
 from pruning.engine.plan import MemoryCapError
 from pruning.memory import free_memory
 from pruning.models.anatomy import Anatomy
-from pruning.models.arithmetic import fast_float32
 
 from .batches import Batch
 from .readers.loss import log_likelihood, tile_rows
@@ -266,7 +265,7 @@ class _Needs:
         session, anatomy = self.session, self.anatomy
         with anatomy.loaded(0, to_read=True), anatomy.loaded_for_start():
             hidden, arguments = session.starter().begin(**session.stack_inputs(batch))
-        with session.owner.block(0, changes=False), fast_float32(anatomy.device):
+        with session.owner.block(0, changes=False):
             a_block = _timed(lambda: session.read_block(0, hidden, arguments[0], batch), anatomy)
         states = hidden.flatten(0, 1)[:_TRIED]
         index = torch.arange(len(states), device=states.device)

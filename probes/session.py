@@ -147,7 +147,7 @@ class Session:
             If the model is streamed from its checkpoint.
         """
         if self.anatomy.streamed:
-            raise ModelError("this needs the whole model in memory, but its weights stay on disk; load it whole")
+            raise ModelError("this needs the whole model in memory, but it is streamed from disk; load it whole")
         keep = outputs if outputs is not None and not outputs else None
         goes_on_from = outputs[start - 1] if outputs is not None and start else None
         wanted = self._wanted(readers, edits, every_block=keep is not None)
@@ -248,7 +248,11 @@ class Session:
         after = Keep({"residual"})
         wanted = self._visits([layer], [*readers, after], (), dense or {})
         block = self._envoy(self.anatomy.path(layer, "residual"))
-        with torch.no_grad(), block.trace(hidden, *arguments.positional, **arguments.named):
+        with (
+            torch.no_grad(),
+            fast_float32(self.anatomy.device),
+            block.trace(hidden, *arguments.positional, **arguments.named),
+        ):
             for module, visits in wanted:
                 output = module.output
                 for visit in visits:
@@ -259,7 +263,7 @@ class Session:
         """Apply the final norm to states after the last block, for readers of ``final``, which are not flushed."""
         norm = self._envoy(self.anatomy.final_norm_path)
         interested = [reader for reader in readers if "final" in reader.sites]
-        with torch.no_grad(), norm.trace(hidden):
+        with torch.no_grad(), fast_float32(self.anatomy.device), norm.trace(hidden):
             value = norm.output
             for reader in interested:
                 reader.read(len(self.anatomy.blocks), "final", value, batch)

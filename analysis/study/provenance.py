@@ -48,9 +48,7 @@ def write_provenance(context: Context, seconds: float, *, only_variants: bool = 
             "threads": torch.get_num_threads(),
             "device": facts.device,
             "dtype": facts.dtype,
-            "float32_products_of_reading": "oneDNN"
-            if multiplies_with_onednn(torch.device(facts.device))
-            else "default",
+            "reading_uses_onednn": multiplies_with_onednn(torch.device(facts.device)),
         },
         "model": {"name": context.study.model, "fingerprint": facts.fingerprint},
         "text": text,

@@ -140,10 +140,11 @@ def _check_room(name: str, shards: Shards, dtype: torch.dtype | None, device: to
         places[f"memory of {device}"] = free_memory(device)
     for what, room in places.items():
         if needed > room:
+            hint = ', or in 16 bits (dtype = "bfloat16")' if dtype == torch.float32 else ""
             raise ModelError(
                 f'the weights of "{shortened(name)}" take {naturalsize(needed, binary=True)}, but only '
-                f"{naturalsize(room, binary=True)} of {what} is available; load one block at a time with stream=True"
-                + (', or in 16 bits with dtype="bfloat16"' if dtype == torch.float32 else "")
+                f"{naturalsize(room, binary=True)} of {what} is available; load it one block at a time "
+                f"(stream=True; on the command line --stream, or a lower --memory){hint}"
             )
 
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,7 +149,11 @@ def test_whole_study_from_shards(shape, tmp_path, tmp_path_factory, capsys):
         print("  " + run.said.strip().replace("\n", "\n  "))
         print(f"  peak resident memory {run.peak / 2**30:.2f} GiB, of which private {run.private / 2**30:.2f} GiB")
         print(f"  {run.seconds:.0f} s, of which {run.processor:.0f} s of processor time")
-    assert run.status == 0
+        assert run.status == 0
+        stages: Counter[str] = Counter()
+        for name, result in json.loads((out / "provenance.json").read_text(encoding="utf-8"))["results"].items():
+            stages[name.partition("/")[0]] += result["seconds"]
+        print("  " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in stages.items()))
     assert (out / "report.html").is_file()
     assert run.peak < int(TypeAdapter(ByteSize).validate_python(memory))
     subprocess.run(["rm", "-r", str(out)], check=True)

@@ -70,10 +70,9 @@ def read_by_block(session, batch):
     """What a reader sees if the model runs a block at a time."""
     recorder = Recorder()
     hidden, arguments = session.starter().begin(**session.stack_inputs(batch))
-    with fast_float32(session.anatomy.device):
-        for layer in range(3):
-            hidden = session.read_block(layer, hidden, arguments[layer], batch, [recorder])
-        session.read_final(hidden, batch, [recorder])
+    for layer in range(3):
+        hidden = session.read_block(layer, hidden, arguments[layer], batch, [recorder])
+    session.read_final(hidden, batch, [recorder])
     return recorder.seen
 
 

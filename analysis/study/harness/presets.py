@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from pruning.errors import StudyError
 from pruning.text.languages import language_tag, named
 
-#: The benchmarks of Kurz et al., and further multilingual ones: language to task. The harness lacks MKQA, ARC and
-#: HellaSwag in Swahili, and HellaSwag in Chinese.
+#: The benchmarks of Kurz et al., and further multilingual ones: language to task. The harness has no MKQA, no ARC
+#: and HellaSwag in Swahili, and no HellaSwag in Chinese.
 STUDY_BENCHMARKS: dict[str, dict[str, str]] = {
     "belebele": {
         "ar": "belebele_arb_Arab",

@@ -21,6 +21,7 @@ from analysis.study.prune import Prune
 from pruning import Anatomy, CalibrationSet, Recipe, Remedy, Variant, load_model, prune, runner
 from pruning.engine import Workspace
 from pruning.files import PARTIAL, file_sha256
+from pruning.models.arithmetic import multiplies_with_onednn
 
 STUDY = """
 model = "model"
@@ -85,6 +86,7 @@ def test_how_the_variants_were_made_is_on_record(finished, place):
     assert set(record["text"]["calibration"]) == {"en", "sw"}
     assert record["seeds"] == [0]
     assert record["versions"]["prunescope"]
+    assert record["machine"]["reading_uses_onednn"] == multiplies_with_onednn(torch.device("cpu"))
     made = {f"variants/{path.name}" for path in (finished / "variants").iterdir()}
     assert set(record["results"]) == {"model"} | made
     for name in made:
