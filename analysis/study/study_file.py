@@ -90,6 +90,8 @@ def _explained(error: Any) -> str:
         return f'the key "{place}" is missing'
     if place == "recipes" and error["type"] == "tuple_type":
         return "recipes: start each recipe with the line [[recipes]]"
+    if error["type"] == "too_short":
+        return f"{place}: needs at least {error['ctx']['min_length']} values, not {error['ctx']['actual_length']}"
     message = _IN_TOML.get(error["type"], error["msg"].removeprefix("Value error, "))
     return f"{place}: {message}" if place else message
 

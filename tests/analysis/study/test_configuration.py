@@ -203,7 +203,7 @@ def test_the_demo_asks_for_what_the_readme_says():
         (MINIMAL + '[[recipes]]\nmethod = "wanda"\nsparsty = 0.5', 'unknown key "sparsty"'),
         ('model = "demo"\nlanguages = ["en", "xx-nope"]', 'unknown language tag "xx-nope"'),
         ('model = "demo"\nlanguages = ["en", "en"]', 'language "en" is listed twice'),
-        ('model = "demo"\nlanguages = ["en"]', "languages"),
+        ('model = "demo"\nlanguages = ["en"]', "languages: needs at least 2 values, not 1"),
         (MINIMAL + '[[recipes]]\nmethod = "wnada"', 'unknown method "wnada"; did you mean "wanda"'),
         (MINIMAL + '[[recipes]]\nmethod = "wanda"\nsparsity = 1.5', "sparsity 1.5 is not between 0 and 1"),
         (
