@@ -10,12 +10,14 @@ import torch
 from humanize import naturaldelta, naturalsize
 
 from ..errors import RecipeError
+from ..methods import magnitude
 from ..models.anatomy import Anatomy
 from ..models.head import head_of
-from ..patterns import MODEL, Shape
+from ..patterns import MODEL, Shape, pattern_named
 from ..projections import Key
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
+from ..variants.masks import pack_bits
 from .jobs import Job, Schedule, covered_shapes
 from .shelves import Place
 from .streams import StackStarter, Stream, run_block
@@ -52,7 +54,7 @@ class Plan:
     scratch, kept
         Bytes on disk: temporary, and of the finished variants.
     seconds_a_block
-        Time per block with all its jobs, from a short trial; 0 if no text is needed or nothing is written.
+        Time per block with all its jobs, from a short trial; 0 if nothing is written.
     blocks
         Number of blocks of the model.
     """
@@ -136,9 +138,12 @@ def make_plan(
             break
     else:
         raise _cap_error(anatomy, jobs, peak, caps)
-    timed = in_folder and text is not None and any(job.recipe.scoring.needs for job in jobs)
-    rate = needed.seconds_a_token() if timed else 0.0
-    seconds = sum(rate * needed.tokens_a_block(wave) for wave in waves)
+    seconds = 0.0
+    if in_folder and jobs:
+        loading, a_weight = needed.seconds_to_load_and_choose()
+        seconds = loading * len(waves) + a_weight * sum(map(needed.removable, jobs)) / len(anatomy.blocks)
+        if text is not None and any(job.recipe.scoring.needs for job in jobs):
+            seconds += needed.seconds_a_token() * sum(map(needed.tokens_a_block, waves))
     scratch = max(needed.states(wave) + sum(map(needed.kept, wave)) for wave in waves) if in_folder else 0
     return Plan(
         tuple(waves),
@@ -343,6 +348,22 @@ class _Needs:
             if some:
                 total += Schedule(self.anatomy, some, self.text).work / len(self.anatomy.blocks) * _OVERHEAD[solves]
         return total
+
+    @torch.no_grad()
+    def seconds_to_load_and_choose(self) -> tuple[float, float]:
+        """Time loading the first block, and choosing its weights by magnitude: in all, and per weight."""
+        anatomy, pattern = self.anatomy, pattern_named("row")
+        began = time.perf_counter()
+        with anatomy.loaded(0):
+            loaded = time.perf_counter()
+            weights = 0
+            for group in anatomy.groups(0):
+                for role in group.roles:
+                    scores = magnitude.score(anatomy.weight(0, role))
+                    pack_bits(pattern.keep(scores, pattern.uniform(anatomy.shape(0, role), 0.5)))
+                    weights += scores.numel()
+            chosen = time.perf_counter()
+        return loaded - began, (chosen - loaded) / weights
 
     @torch.no_grad()
     def seconds_a_token(self) -> float:

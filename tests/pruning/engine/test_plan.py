@@ -13,6 +13,7 @@ from checkpoints import CORPUS, SHORT, checkpoint, saved
 
 from pruning import Anatomy, CalibrationSet, Recipe, load_model
 from pruning.engine import Job, planned_jobs
+from pruning.engine.jobs import covered_shapes
 from pruning.engine.plan import MemoryCapError, Plan, _Needs, make_plan
 from pruning.text.calibration import CalibrationText
 
@@ -93,10 +94,19 @@ def test_what_needs_no_text_or_derivatives_goes_in_waves_of_its_own(anatomy, tok
     ]
 
 
-def test_without_text_there_is_nothing_to_time(anatomy):
+def test_choosing_weights_takes_time_without_text_too(anatomy, monkeypatch):
+    monkeypatch.setattr(_Needs, "seconds_to_load_and_choose", lambda self: (0.5, 1e-3))
     plan = make_plan(anatomy, [Job(MAGNITUDE)], None)
-    assert plan.seconds_a_block == 0
+    weights = sum(outputs * inputs for outputs, inputs in covered_shapes(anatomy, MAGNITUDE).values())
+    assert plan.seconds_a_block == pytest.approx(0.5 + 1e-3 * weights / len(anatomy.blocks))
     assert len(plan.waves) == 1
+    assert make_plan(anatomy, [Job(MAGNITUDE)], None, in_folder=False).seconds_a_block == 0
+
+
+def test_loading_and_choosing_are_timed(anatomy):
+    loading, a_weight = _Needs(anatomy, None, 64, in_folder=True).seconds_to_load_and_choose()
+    assert loading >= 0
+    assert a_weight > 0
 
 
 def test_a_wave_that_was_begun_stays_as_it_was_if_it_fits(anatomy, tokenizer):
@@ -117,6 +127,7 @@ def on_a_gpu(anatomy, monkeypatch):
     """The anatomy of a model that says it is on a GPU; nothing is run."""
     monkeypatch.setattr(Anatomy, "device", property(lambda self: torch.device("cuda")))
     monkeypatch.setattr(_Needs, "seconds_a_token", lambda self: 1e-3)
+    monkeypatch.setattr(_Needs, "seconds_to_load_and_choose", lambda self: (1e-3, 1e-9))
     return anatomy
 
 
