@@ -91,7 +91,7 @@ def _agreement_in_words(frame: pd.DataFrame) -> str:
     rho, top, number = agreement(frame)
     return (
         f"Over the {number} components that were patched exactly, attribution and exact recovery correlate with "
-        f"Spearman's ρ = {rho:.2f}; {top} of the ten that attribution ranks highest are in the exact top ten."
+        f"Spearman's ρ = {rho:.2f}; {top} of the 10 that attribution ranks highest are in the exact top 10."
     )
 
 

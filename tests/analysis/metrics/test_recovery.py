@@ -451,7 +451,7 @@ def test_agreement_is_over_components_with_both_numbers():
     assert agreement(frame) == (pytest.approx(rho), 4, 4)
     assert diagnosis_findings(frame)[-1] == (
         "Over the 4 components that were patched exactly, attribution and exact recovery correlate with Spearman's "
-        f"ρ = {rho:.2f}; 4 of the ten that attribution ranks highest are in the exact top ten."
+        f"ρ = {rho:.2f}; 4 of the 10 that attribution ranks highest are in the exact top 10."
     )
 
 
