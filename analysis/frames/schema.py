@@ -3,7 +3,7 @@
 Long format, one observation a row. The first columns say which model was measured, the next ones where, the last ones
 what: ``metric, value`` and, where the value is an estimate, ``low, high`` (95 % interval) and ``n``; where two
 calibration sets are compared also
-``seed_margin``, ``p_value`` and ``p_adjusted`` (see :mod:`analysis.metrics.contrasts`).
+``draws``, ``df``, ``p_value`` and ``p_adjusted`` (see :mod:`analysis.metrics.contrasts`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _TYPES: dict[str, pa.DataType] = {
     "low": pa.float64(),
     "high": pa.float64(),
     "n": pa.int64(),
-    "seed_margin": pa.float64(),
+    "draws": pa.int32(),
+    "df": pa.float64(),
     "p_value": pa.float64(),
     "p_adjusted": pa.float64(),
 }
@@ -57,7 +58,7 @@ VARIANT_COLUMNS = (*RECIPE_COLUMNS, "calibration", "seed")
 #: Category of a diagnosis of text, which has no items, and of one of all items together.
 TEXT, ALL = "text", "all"
 _ESTIMATE = ("low", "high", "n")
-_TEST = ("seed_margin", "p_value", "p_adjusted")
+_TEST = ("draws", "df", "p_value", "p_adjusted")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ _RETRIEVAL = (
     "share of segments whose nearest neighbour in another language, by cosine similarity of {what}, is their "
     f"translation; mean over the other languages; chance: 1/n; {_OVER}"
 )
-_PAIRED = "mean over segments (paired) and over the seeds that both sets have; "
+_PAIRED = "mean over segments (paired) and draws; interval over both"
 FRAMES: dict[str, FrameSpec] = {
     "perplexity": FrameSpec(
         ("language",),
@@ -266,18 +267,17 @@ FRAMES: dict[str, FrameSpec] = {
         ("language", "other_calibration"),
         {
             "log_perplexity": Metric(
-                "nat", f"log perplexity with this calibration set minus that with the other; {_PAIRED}{_OVER}"
+                "nat", f"log perplexity with this calibration set minus that with the other; {_PAIRED}"
             ),
             "snr_db": Metric(
                 "dB",
-                f"the same difference in SNR of the residual stream after the last block; {_PAIRED}{_OVER}",
+                f"the same difference in SNR of the residual stream after the last block; {_PAIRED}",
             ),
             "specific_error_db": Metric(
                 "dB",
-                "the same difference in 10·log10 of the language-specific part's error, mean over layers; "
-                f"{_PAIRED}{_OVER}",
+                f"the same difference in 10·log10 of the language-specific part's error, mean over layers; {_PAIRED}",
             ),
-            "agnostic_error_db": Metric("dB", f"the same for the language-agnostic part; {_PAIRED}{_OVER}"),
+            "agnostic_error_db": Metric("dB", f"the same for the language-agnostic part; {_PAIRED}"),
         },
         tests=True,
     ),

@@ -1,7 +1,7 @@
 """Contrasts: does the choice of calibration text matter?
 
-Two calibration sets are compared by segment and over the seeds that both have. A second draw of the same text changes
-the model too: that is measured on all sets with several seeds, and a difference has to exceed it.
+A second draw of the same calibration text changes a model too. So two sets differ only if they differ by more than
+draws of one set do, and with one draw of each nothing is called a difference.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from probes import DENSE, Readings
 from probes.readers.signal import SIGNAL_SITES
 
 from ..frames import RECIPE_COLUMNS, alike, labels, tidy
-from ..stats.bootstrap import mean_interval
-from ..stats.permutation import exchanged_models, pairings, sign_flips
-from ..stats.seeds import seed_margin, spread_between_draws
+from ..stats.crossed import crossed_contrast
+from ..stats.permutation import interactions, pairings
 from .lsar import LSAR, norms_by_layer
 
 #: The other set of a comparison with all other single languages at once.
@@ -30,7 +29,7 @@ OTHERS = "others"
 OWN = "own"
 #: Corrected p-value below which a difference is significant.
 SIGNIFICANT = 0.05
-#: Models that must be there for an exact test to say anything.
+#: Sets that must be there for a permutation of them to say anything.
 _FEWEST = 4
 
 #: Score of every segment, so made that differences of means are differences of the metric: ``{metric: [segments]}``.
@@ -42,21 +41,20 @@ def analyze(
 ) -> pd.DataFrame:
     """Return the frame ``contrasts``: every pair of calibration sets of a recipe, in every language.
 
-    A row compares ``calibration`` with ``other_calibration``: ``value`` is the mean paired difference over segments
-    (and over the seeds that both sets have), ``low`` and ``high`` its bootstrap interval over segments.
-
-    ``seed_margin`` is what 95 % of the differences between two draws of one and the same set stay below: 1.96 times
-    their root mean square over all sets with several seeds and all languages, over the root of the number of seeds
-    that were averaged. ``p_value`` is that of a two-sided permutation test (sign flips of segments) of the part of the
-    difference that goes beyond this margin. Without a second seed there is no margin (nan), and the test is one of
-    these two models, not of two languages. ``p_adjusted`` corrects for all comparisons of a recipe and metric
-    (Benjamini & Hochberg).
+    A row compares ``calibration`` with ``other_calibration``: ``value`` is the difference of their means over segments
+    and draws, and ``low``, ``high`` and ``p_value`` hold over both: another draw of the same calibration text changes a
+    model too (:func:`analysis.stats.crossed.crossed_contrast`; t-test with ``df`` degrees of freedom). ``draws`` is the
+    smaller number of seeds. Where no set of a recipe has a second seed there is nothing to tell sets from draws by:
+    interval and p-value are empty (nan). ``p_adjusted`` corrects for all comparisons of a recipe and metric (Benjamini
+    & Hochberg).
 
     Rows with ``other_calibration`` = ``"others"`` compare the set of the evaluated language itself with all other
-    single-language sets at once. Here whole models are permuted, seeds and all, so no margin is needed; the test is
-    exact, but few models leave it little to choose from: with one seed of each of K sets no p is below 1/K. The row
-    ``calibration`` = ``"own"`` without a language takes all languages together: there it is permuted which set belongs
-    to which language, in K! ways, and ``value`` is the mean over languages.
+    single-language sets at once. A set that is better in every language is not better in its own, so they are
+    interactions: ``value`` is what the own set gains in its language over the other sets, minus what it gains over them
+    in the other languages. The p-value permutes whole sets, draws and all, so with K sets none is below 1/K. The row
+    ``calibration`` = ``"own"`` without a language takes all languages together; ``value`` is the mean over languages of
+    own minus others, in which what sets gain everywhere cancels, and it is permuted which set belongs to which
+    language, in K! ways.
 
     Readings are opened one variant and language at a time, beside the dense model's in that language; what is kept of
     them is four numbers a segment.
@@ -89,8 +87,7 @@ def analyze(
             values = {place: of[metric] for place, of in scores.items()}
             compared = [
                 *_corrected(_pairs(values, languages, ordered, sets)),
-                *_all_languages(values, languages, sets),
-                *_corrected(_own_against_others(values, languages, sets)),
+                *_own_against_others(values, languages, sets),
             ]
             rows += [{**shared, **row, "metric": metric} for row in compared]
     return tidy("contrasts", rows)
@@ -101,7 +98,10 @@ def _corrected(family: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     family = list(family)
     if not family:
         return []
-    adjusted = false_discovery_control([row["p_value"] for row in family])
+    p_values = np.array([row["p_value"] for row in family])
+    adjusted, tested = np.full(len(family), np.nan), np.isfinite(p_values)
+    if tested.any():
+        adjusted[tested] = false_discovery_control(p_values[tested])
     return [{**row, "p_adjusted": float(p)} for row, p in zip(family, adjusted, strict=True)]
 
 
@@ -127,88 +127,65 @@ def _pairs(
     ordered: Sequence[str],
     sets: Mapping[str, Mapping[int, str]],
 ) -> Iterator[dict[str, Any]]:
-    spread = spread_between_draws(
-        [values[variant, language] for variant in members.values()]
-        for members in sets.values()
-        for language in languages
-    )
-    chosen = [(a, b, sorted(set(sets[a]) & set(sets[b]))) for a, b in combinations(ordered, 2)]
-    chosen = [(a, b, seeds) for a, b, seeds in chosen if seeds]
     for language in languages:
-        if not chosen:
-            return
-        differences = np.stack(
-            [
-                np.mean([values[sets[a][s], language] - values[sets[b][s], language] for s in seeds], axis=0)
-                for a, b, seeds in chosen
-            ],
-            axis=1,
-        )
-        margins = np.array([seed_margin(spread, len(seeds)) for _, _, seeds in chosen])
-        value, low, high = mean_interval(differences)
-        p_values = sign_flips(differences, np.nan_to_num(margins))
-        for i, (a, b, seeds) in enumerate(chosen):
+        scores = [[_drawn(values, sets[name], language)] for name in ordered]
+        for (i, one), (k, other) in combinations(enumerate(ordered), 2):
+            weights = np.zeros(len(ordered))
+            weights[[i, k]] = 1, -1
             yield {
-                "calibration": a,
-                "seed": seeds[0] if len(seeds) == 1 else None,
+                "calibration": one,
+                "seed": _only(sets[one]) if _only(sets[one]) == _only(sets[other]) else None,
                 "language": language,
-                "other_calibration": b,
-                "value": value[i],
-                "low": low[i],
-                "high": high[i],
-                "n": len(differences),
-                "seed_margin": margins[i],
-                "p_value": p_values[i],
+                "other_calibration": other,
+                "draws": min(len(sets[one]), len(sets[other])),
+                "n": scores[i][0].shape[1],
+                **crossed_contrast(scores, weights, np.ones(1))._asdict(),
             }
 
 
 def _own_against_others(
     values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
 ) -> Iterator[dict[str, Any]]:
-    for language in languages:
-        others = [
-            v for name, members in sets.items() if name in languages and name != language for v in members.values()
-        ]
-        own = list(sets.get(language, {}).values())
-        if not own or len(own) + len(others) < _FEWEST:
-            continue
-        mine, theirs = (np.stack([values[v, language] for v in group], axis=1) for group in (own, others))
-        difference = mine.mean(axis=1) - theirs.mean(axis=1)
-        value, low, high = mean_interval(difference[:, None])
-        yield {
-            "calibration": language,
-            "language": language,
-            "other_calibration": OTHERS,
-            "value": value[0],
-            "low": low[0],
-            "high": high[0],
-            "n": len(difference),
-            "p_value": exchanged_models(mine.mean(axis=0), theirs.mean(axis=0)),
-        }
-
-
-def _all_languages(
-    values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
-) -> Iterator[dict[str, Any]]:
-    """Yield the row on all languages that have a set of their own: own against others."""
+    """Yield a row for every language that has a set of its own, and one for all of them."""
     chosen = [language for language in languages if language in sets]
     if len(chosen) < _FEWEST:
         return
-    scores = {
-        (name, language): np.mean([values[variant, language] for variant in sets[name].values()], axis=0)
-        for name in chosen
-        for language in chosen
-    }
-    means = np.array([[scores[name, language].mean() for language in chosen] for name in chosen])
-    shortest = min(len(scores[language, language]) for language in chosen)
-    differences = np.mean(
-        [
-            (scores[lang, lang] - np.mean([scores[name, lang] for name in chosen if name != lang], axis=0))[:shortest]
-            for lang in chosen
-        ],
-        axis=0,
+    scores = [[_drawn(values, sets[name], language) for language in chosen] for name in chosen]
+    means = np.array([[score.mean() for score in own] for own in scores])
+    draws = min(len(sets[name]) for name in chosen)
+    alone = np.eye(len(chosen))
+    against = alone - (1 - alone) / (len(chosen) - 1)  # in row i: 1 for i, and -1 shared out among the others
+    p_values = interactions(means)
+    yield from _corrected(
+        {
+            "calibration": language,
+            "language": language,
+            "other_calibration": OTHERS,
+            "draws": draws,
+            "n": scores[i][i].shape[1],
+            **crossed_contrast(scores, against[i], against[i])._asdict(),
+            "p_value": p_values[i],
+        }
+        for i, language in enumerate(chosen)
     )
-    value, low, high = mean_interval(differences[:, None])
     p_value = pairings(means)
-    estimate = {"value": value[0], "low": low[0], "high": high[0], "n": shortest}
-    yield {"calibration": OWN, "other_calibration": OTHERS, **estimate, "p_value": p_value, "p_adjusted": p_value}
+    yield {
+        "calibration": OWN,
+        "other_calibration": OTHERS,
+        "draws": draws,
+        "n": min(scores[i][i].shape[1] for i in range(len(chosen))),
+        **crossed_contrast(scores, np.full(len(chosen), 1 / len(chosen)), against)._asdict(),
+        "p_value": p_value,
+        "p_adjusted": p_value,
+    }
+
+
+def _drawn(
+    values: Mapping[tuple[str, str], np.ndarray], members: Mapping[int, str], language: str
+) -> Float[np.ndarray, "draws segments"]:
+    return np.stack([values[variant, language] for variant in members.values()])
+
+
+def _only(members: Mapping[int, str]) -> int | None:
+    """Return the seed of a set that was drawn once."""
+    return next(iter(members)) if len(members) == 1 else None

@@ -228,7 +228,7 @@ def line_panels(
 
 @dataclass(frozen=True)
 class Effect:
-    """One difference with its interval; `margin` is what it has to exceed."""
+    """One difference with its interval, which is left out where it is nan."""
 
     label: str
     value: float
@@ -236,7 +236,6 @@ class Effect:
     high: float
     colour: str
     significant: bool
-    margin: float = 0.0
 
 
 def effect_panels(
@@ -244,7 +243,7 @@ def effect_panels(
     *,
     title: str,
     x_label: str,
-    legend: tuple[str, str] = ("significant beyond the margin (p < 0.05, corrected)", "not significant"),
+    legend: tuple[str, str] = ("significant (p < 0.05, corrected)", "not significant, or not tested"),
     x_range: tuple[float, float] | None = None,
     width: float = PAGE_WIDTH,
 ) -> Figure:
@@ -271,7 +270,6 @@ def effect_panels(
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for axes, (name, effects) in zip(grid.flat, panels.items(), strict=False):
             for y, effect in enumerate(reversed(effects)):
-                axes.barh(y, 2 * effect.margin, left=-effect.margin, height=0.9, color="#e8e8e8", linewidth=0)
                 axes.plot([effect.low, effect.high], [y, y], color=effect.colour)
                 face = effect.colour if effect.significant else "white"
                 axes.plot([effect.value], [y], "o", color=effect.colour, markerfacecolor=face, markersize=3.5)
@@ -288,12 +286,10 @@ def effect_panels(
             lowest = max(row for row in range(rows) if row * columns + i < len(panels))
             grid[lowest][i].set_xlabel(x_label if columns <= 2 or i == (columns - 1) // 2 else "")
         figure.suptitle(wrapped(title, width))
-        line, patch = mpl.lines.Line2D, mpl.patches.Patch
+        line = mpl.lines.Line2D
         keys: list[tuple[Any, str]] = [
             (line([], [], color=GREY, marker="o", markersize=3.5), legend[0]),
             (line([], [], color=GREY, marker="o", markersize=3.5, markerfacecolor="white"), legend[1]),
         ]
-        if any(effect.margin for effects in panels.values() for effect in effects):
-            keys.append((patch(color="#e8e8e8"), "margin: 95 % of differences between draws of one set"))
         figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=3 if width >= PAGE_WIDTH else 1)
     return figure

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -53,6 +52,4 @@ def _effect(row: Mapping[Any, Any], reference: str) -> charts.Effect:
     turned = row["calibration"] == reference
     name = str(row["other_calibration" if turned else "calibration"])
     value, low, high = (-row["value"], -row["high"], -row["low"]) if turned else (row["value"], row["low"], row["high"])
-    margin = 0.0 if np.isnan(row["seed_margin"]) else row["seed_margin"]
-    significant = row["p_adjusted"] < SIGNIFICANT
-    return charts.Effect(name, value, low, high, style.colour(name), significant, margin)
+    return charts.Effect(name, value, low, high, style.colour(name), row["p_adjusted"] < SIGNIFICANT)

@@ -134,11 +134,10 @@ def _of_recipe(
     if (compared["other_calibration"] != OTHERS).any():
         yield (
             "contrasts",
-            "Difference in log perplexity between each calibration set and the evaluated language's own, paired by "
-            "segment, with 95 % bootstrap intervals; right of zero is worse. Grey: the margin below which 95 % of the "
-            "differences between two draws of the same set lie (only where some set has two seeds). Filled markers: "
-            "significantly beyond that margin (permutation test, p < 0.05 after Benjamini-Hochberg correction). The "
-            "frame contrasts holds the same comparisons for SNR and for the errors of both LSAR parts.",
+            "Difference in log perplexity between each calibration set and the evaluated language's own; right of zero "
+            "is worse. Intervals (95 %) hold over segments and draws of the calibration text together; with a single "
+            "draw there are none, and nothing is tested. Filled markers: p < 0.05 (t-test, Benjamini-Hochberg "
+            "correction). The frame contrasts holds the same for SNR and for the errors of both LSAR parts.",
             drawing(plots.contrasts.effects, "contrasts"),
         )
     asked = of_recipe(frames["accuracy"], recipe)

@@ -78,24 +78,28 @@ def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     for row in against[against["calibration"] == OWN].to_dict("records"):
         yield (
             f"Calibrating on the evaluated language multiplies its perplexity by {np.exp(row['value']):.2f} "
-            f"[{np.exp(row['low']):.2f}, {np.exp(row['high']):.2f}] relative to the other single languages (geometric "
+            f"{_interval(np.exp(row['low']), np.exp(row['high']))}relative to the other single languages (geometric "
             f"mean over languages; p = {row['p_value']:.2g}, permuting which set belongs to which language)."
         )
     pairs = tests[tests["other_calibration"] != OTHERS]
     if len(pairs):
+        tested = int(pairs["p_adjusted"].notna().sum())
         found = int((pairs["p_adjusted"] < SIGNIFICANT).sum())
-        margin = pairs["seed_margin"].max()
-        if np.isnan(margin):
+        if tested:
             yield (
-                f"{found} of {len(pairs)} differences in perplexity between two calibration sets are significant over "
-                "held-out segments. No set was drawn with a second seed, so it is unknown whether another draw of the "
-                "same text would change as much: give calibration.seeds two values to find out."
+                f"{found} of {tested} differences in perplexity between two calibration sets are significant: larger "
+                "than draws of the same text and the choice of segments explain."
             )
         else:
             yield (
-                f"{found} of {len(pairs)} differences in perplexity between two calibration sets are significantly "
-                f"larger than differences between draws of the same text (a factor of {np.exp(margin):.2f})."
+                "Whether two calibration sets differ in perplexity cannot be tested: no set was drawn with a second "
+                "seed, so it is unknown what another draw of the same text would change. Give calibration.seeds two "
+                "values to find out."
             )
+
+
+def _interval(low: float, high: float) -> str:
+    return f"[{low:.2f}, {high:.2f}] " if np.isfinite(low) else ""
 
 
 def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Permutation tests, each exact for what it exchanges: signs of segments, models, or the pairing of sets and languages.
+"""Permutation tests, each exact for what it exchanges: signs of segments, sets, or the pairing of sets and languages.
 
 All of them draw with one fixed seed, so equal data give equal p-values.
 """
@@ -11,60 +11,26 @@ from scipy.stats import permutation_test
 
 #: Permutations that are drawn where there are too many to try all.
 PERMUTATIONS = 4999
-#: Permutations held in memory at a time.
-_BATCH = 500
 
 
-def sign_flips(
-    differences: Float[np.ndarray, "segments pairs"], margins: Float[np.ndarray, " pairs"]
-) -> Float[np.ndarray, " pairs"]:
-    """Test whether mean paired differences exceed a margin, by flipping signs of segments.
+def interactions(scores: Float[np.ndarray, "sets languages"]) -> Float[np.ndarray, " languages"]:
+    """Test in each language whether its own set suits it, by letting every other set take its place.
+
+    What a set gains in all languages, and what a language costs with all sets, is taken out first.
 
     Parameters
     ----------
-    differences
-        Of every segment, a column for each comparison.
-    margins
-        What each mean difference has to exceed, in the same unit; 0 for a plain test.
+    scores
+        Of every set in every language, the sets in the order of the languages they belong to.
 
     Returns
     -------
     array
-        Two-sided p-values.
+        Two-sided p-values, at least one over the number of sets.
     """
-    turned = differences * np.sign(differences.mean(axis=0)) - margins
-    test = permutation_test(
-        (turned,),
-        lambda sample, axis: sample.mean(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=PERMUTATIONS,
-        batch=_BATCH,
-        alternative="greater",
-        axis=0,
-        rng=np.random.default_rng(0),
-    )
-    return np.asarray(np.minimum(2 * test.pvalue, 1.0))
-
-
-def exchanged_models(own: Float[np.ndarray, " own"], others: Float[np.ndarray, " others"]) -> float:
-    """Test whether the mean score of some models differs from that of the others, by exchanging whole models.
-
-    Returns
-    -------
-    float
-        Two-sided p-value; with one model in the first group it is at least one over the number of all models.
-    """
-    pool = np.concatenate([own, others])
-
-    def distance(chosen: np.ndarray, rest: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(chosen.mean(axis=axis) - rest.mean(axis=axis))
-
-    if len(own) == 1:  # scipy wants two of each; with one model every other can take its place
-        leave = [distance(pool[[i]], np.delete(pool, i)) for i in range(len(pool))]
-        return float(np.mean(np.abs(leave) >= abs(leave[0]) * (1 - 1e-12)))
-    test = permutation_test((own, others), distance, n_resamples=PERMUTATIONS, rng=np.random.default_rng(0))
-    return float(test.pvalue)
+    centred = scores - scores.mean(axis=0) - scores.mean(axis=1, keepdims=True) + scores.mean()
+    as_large = np.abs(centred) >= np.abs(np.diag(centred)) * (1 - 1e-12)
+    return np.asarray(as_large.mean(axis=0))
 
 
 def pairings(scores: Float[np.ndarray, "sets languages"]) -> float:

@@ -5,21 +5,20 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from analysis.stats.permutation import exchanged_models, pairings, sign_flips
+from analysis.stats.permutation import interactions, pairings
 
 
-def test_sign_flips_find_a_difference_and_not_one_below_the_margin():
-    rng = np.random.default_rng(0)
-    differences = np.stack([rng.normal(1, 0.5, 40), rng.normal(0, 0.5, 40)], axis=1)
-    plain = sign_flips(differences, np.zeros(2))
-    assert plain[0] < 0.001
-    assert plain[1] > 0.05
-    assert sign_flips(differences, np.array([2.0, 0.0]))[0] == 1
+def test_a_set_that_suits_its_own_language_comes_first_of_all_sets():
+    scores = np.random.default_rng(1).normal(size=(6, 6)) + 9 * np.eye(6)
+    assert interactions(scores) == pytest.approx(np.full(6, 1 / 6))
 
 
-def test_one_model_among_others_has_a_p_value_of_its_rank():
-    assert exchanged_models(np.array([9.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(1 / 4)
-    assert exchanged_models(np.array([2.0]), np.array([1.0, 1.9, 3.0])) > 0.5
+def test_a_set_that_is_better_everywhere_does_not_suit_its_language():
+    rng = np.random.default_rng(2)
+    better = np.array([9.0, 0, 0, 0, 0, 0])[:, None]
+    harder = np.array([0, 5.0, 0, 0, 0, 0])
+    scores = rng.normal(size=(6, 6))
+    assert interactions(scores + better + harder) == pytest.approx(interactions(scores))
 
 
 def test_pairings_are_counted_over_all_assignments():

@@ -1,0 +1,96 @@
+"""Contrasts over draws and segments: what they estimate, and how often their intervals hold what they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_ind, ttest_rel
+
+from analysis.stats.crossed import crossed_contrast
+
+SEGMENTS = 60
+
+
+def sets(rng, draws, spread, *, languages=1, by_segment=0.3, residual=0.3):
+    """Sets whose means are equal; `spread` is that of the draws of each set, `by_segment` what suits a segment."""
+    shared = [rng.normal(size=SEGMENTS) for _ in range(languages)]
+    return [
+        [
+            shared[k]
+            + by_segment * rng.normal(size=SEGMENTS)
+            + sd * rng.normal(size=(draws, 1))
+            + residual * rng.normal(size=(draws, SEGMENTS))
+            for k in range(languages)
+        ]
+        for sd in spread
+    ]
+
+
+def pair(scores):
+    weights = np.zeros(len(scores))
+    weights[:2] = 1, -1
+    return crossed_contrast(scores, weights, np.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("draws", "spread", "by_segment"),
+    [
+        pytest.param(2, [0.1] * 8, 0.3, id="two draws of eight sets"),
+        pytest.param(3, [0.1] * 2, 0.3, id="three draws of two sets"),
+        pytest.param(5, [0.3, 0.1], 0.3, id="sets that vary differently"),
+        pytest.param(3, [0.1] * 2, 1.0, id="segments that vary most"),
+        pytest.param(3, [0.5] * 2, 0.0, id="draws that vary most"),
+    ],
+)
+def test_intervals_hold_over_draws_and_segments(draws, spread, by_segment):
+    rng = np.random.default_rng(0)
+    found = [pair(sets(rng, draws, spread, by_segment=by_segment)) for _ in range(400)]
+    assert np.mean([one.low <= 0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.035)
+    assert np.mean([one.p_value < 0.05 for one in found]) == pytest.approx(0.05, abs=0.035)
+
+
+def test_a_test_over_segments_alone_would_not():
+    """It takes every draw for a difference between sets."""
+    rng = np.random.default_rng(0)
+    studies = [sets(rng, 2, [0.2] * 8, by_segment=0.1, residual=0.1) for _ in range(200)]
+    over_segments = [ttest_rel(one[0][0].mean(axis=0), one[1][0].mean(axis=0)).pvalue for one in studies]
+    assert np.mean(np.less(over_segments, 0.05)) > 0.5
+    assert np.mean([pair(one).p_value < 0.05 for one in studies]) < 0.1
+
+
+def test_the_estimate_is_the_weighted_mean():
+    rng = np.random.default_rng(1)
+    scores = sets(rng, 2, [0.1] * 3, languages=2)
+    u, v = np.array([1.0, -0.5, -0.5]), np.array([1.0, -1.0])
+    by_hand = sum(u[i] * v[k] * scores[i][k].mean() for i in range(3) for k in range(2))
+    assert crossed_contrast(scores, u, v).value == pytest.approx(by_hand)
+    assert crossed_contrast(scores, u, np.stack([v] * 3)) == pytest.approx(crossed_contrast(scores, u, v))
+
+
+def test_without_residual_it_is_welchs_test_on_draws():
+    rng = np.random.default_rng(2)
+    scores = sets(rng, 4, [0.3, 0.1], by_segment=0.0, residual=0.0)
+    welch = ttest_ind(*(one[0].mean(axis=1) for one in scores), equal_var=False)
+    found = pair(scores)
+    assert found.p_value == pytest.approx(welch.pvalue)
+    assert found.df == pytest.approx(welch.df)
+    low, high = welch.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_one_draw_of_each_set_has_neither_interval_nor_p_value():
+    found = pair(sets(np.random.default_rng(3), 1, [0.1] * 3))
+    assert np.isfinite(found.value)
+    assert np.isnan([found.low, found.high, found.p_value, found.df]).all()
+
+
+def test_sets_drawn_once_borrow_the_variance_of_those_drawn_twice():
+    rng = np.random.default_rng(4)
+    once, twice = sets(rng, 1, [0.1] * 2), sets(rng, 2, [0.1] * 2)
+    found = pair([*once, *twice])
+    assert found.low < found.value < found.high
+
+
+def test_equal_models_do_not_differ():
+    same = np.ones((2, SEGMENTS))
+    assert pair([[same], [same]]) == (0, 0, 0, 1, np.inf)
