@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .batches import Batch
-from .items import Item, ItemSource, first_twins
+from .items import Item, ItemSource, some_twins
 from .lockstep import read_streams
 from .patching import Component, DamagedModel, attribute, patch
 from .readers.base import Reader
@@ -42,7 +42,6 @@ __all__ = [
     "StoredReadings",
     "TokenLoss",
     "attribute",
-    "first_twins",
     "item_questions",
     "patch",
     "plan_reading",
@@ -50,5 +49,6 @@ __all__ = [
     "read_against_dense",
     "read_streams",
     "score",
+    "some_twins",
     "text_questions",
 ]

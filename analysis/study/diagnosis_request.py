@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from probes import Item, first_twins
+from probes import Item, some_twins
 from pruning.errors import StudyError, did_you_mean, shortened
 from pruning.text.languages import language_tag, named
 
@@ -79,7 +79,7 @@ def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
                 f'this study has no items in {named(language)}; add them with items = "file:FOLDER/{{lang}}.jsonl" '
                 "under [tasks], or diagnose held-out text with --category text"
             )
-        items = first_twins(source.items(language), study.tasks.per_category)
+        items = some_twins(source.items(language), study.tasks.per_category)
         categories = [*dict.fromkeys(item.category for item in items), ALL, TEXT]
         if request.category not in categories:
             raise StudyError(

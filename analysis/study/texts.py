@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from probes import Item, first_twins
+from probes import Item, some_twins
 from probes.items import items_fingerprint
 from pruning import CalibrationSet, Corpus, Segment
 from pruning.files import content_sha256
@@ -44,7 +44,7 @@ class StudyTexts:
         if source is None:
             return {}
         count = self._study.tasks.per_category
-        return {language: first_twins(source.items(language), count) for language in self._study.languages}
+        return {language: some_twins(source.items(language), count) for language in self._study.languages}
 
     @property
     def task(self) -> str:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .sources import BUNDLED_ITEMS, CATEGORIES, Item, ItemSource, first_twins, items_fingerprint
+from .sources import BUNDLED_ITEMS, CATEGORIES, Item, ItemSource, items_fingerprint, some_twins
 
-__all__ = ["BUNDLED_ITEMS", "CATEGORIES", "Item", "ItemSource", "first_twins", "items_fingerprint"]
+__all__ = ["BUNDLED_ITEMS", "CATEGORIES", "Item", "ItemSource", "items_fingerprint", "some_twins"]

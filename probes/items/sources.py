@@ -13,9 +13,10 @@ Items with the same id in different languages are translations, except where the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from pruning.text.sources import BUNDLED_LANGUAGES
 BUNDLED_ITEMS = "bundled"
 #: Categories of the bundled items, from the least to the most demanding.
 CATEGORIES = ("fluency", "knowledge", "commonsense", "reasoning")
+#: What a sample of a category is spread over.
+_VARIED = ("kind", "grade", "domain", "template")
 
 
 class Item(BaseModel):
@@ -50,6 +53,14 @@ class Item(BaseModel):
     twin
         Shared by the two items of a minimal pair, which have the same choices but different answers: a model that
         ignores the prompt gets at most one of them right. The item's own id if it is in no pair.
+    kind
+        Of the question within its category, such as ``comparison``.
+    template
+        Shared by all items that were made after one pattern: such items are not independent. Its twin by default.
+    grade
+        Number of steps that the answer takes, if that is known.
+    domain
+        Field of knowledge, such as ``science``.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -60,6 +71,10 @@ class Item(BaseModel):
     choices: tuple[str, ...] = Field(min_length=2)
     answer: int = Field(ge=0)
     twin: str = ""
+    kind: str = ""
+    template: str = ""
+    grade: int | None = Field(default=None, ge=1)
+    domain: str = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -79,6 +94,8 @@ class Item(BaseModel):
             raise ValueError("two choices are the same, or one is empty")
         if not self.twin:
             object.__setattr__(self, "twin", self.id)
+        if not self.template:
+            object.__setattr__(self, "template", self.twin)
         return self
 
 
@@ -139,22 +156,40 @@ class ItemSource:
         return items
 
 
-def first_twins(items: Sequence[Item], count: int | None) -> list[Item]:
-    """Return about the first `count` items of every category, never splitting a minimal pair; all if it is None."""
+def some_twins(items: Sequence[Item], count: int | None) -> list[Item]:
+    """Return about `count` items of every category, never splitting a minimal pair; all if it is None.
+
+    They are spread over kinds, and within a kind over grades, domains and templates.
+    """
     if count is None:
         return list(items)
-    twins: dict[str, dict[str, list[Item]]] = {}
-    for item in items:
-        twins.setdefault(item.category, {}).setdefault(item.twin, []).append(item)
     chosen: set[str] = set()
-    for groups in twins.values():
+    for category in dict.fromkeys(item.category for item in items):
+        twins: dict[str, list[Item]] = {}
+        for item in items:
+            if item.category == category:
+                twins.setdefault(item.twin, []).append(item)
         taken = 0
-        for group in groups.values():
+        for twin in _spread({twin: members[0] for twin, members in twins.items()}):
             if taken >= count:
                 break
-            chosen.update(item.id for item in group)
-            taken += len(group)
-    return [item for item in items if item.id in chosen]
+            chosen.add(twin)
+            taken += len(twins[twin])
+    return [item for item in items if item.twin in chosen]
+
+
+def _spread(twins: Mapping[str, Item], by: Sequence[str] = _VARIED, first: int = 0) -> list[str]:
+    """Order twins so that the values of a field take turns, beginning with the one in place `first`."""
+    if not by:
+        return list(twins)
+    groups: dict[object, dict[str, Item]] = {}
+    for twin, item in twins.items():
+        groups.setdefault(getattr(item, by[0]), {})[twin] = item
+    # each group begins with another value of the next field, so that a few twins have different ones
+    ordered = [_spread(group, by[1:], number) for number, group in enumerate(groups.values())]
+    first %= len(ordered)
+    turns = zip_longest(*ordered[first:], *ordered[:first])
+    return [twin for turn in turns for twin in turn if twin is not None]
 
 
 def items_fingerprint(items: Sequence[Item]) -> str:

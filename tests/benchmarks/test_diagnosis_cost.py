@@ -13,7 +13,7 @@ from benchmarks.harness import number, paired_ratios, report, seconds
 from analysis.metrics.lsar import LSAR
 from analysis.metrics.recovery import components_of
 from probes import DamagedModel, ItemSource, Session, attribute, item_questions, patch, score
-from probes.items import first_twins
+from probes.items import some_twins
 from pruning import Recipe, load_model, prune
 from pruning.variants.owner import DenseModel
 
@@ -22,7 +22,7 @@ def test_the_map_and_its_confirmation(capsys):
     model, tokenizer = load_model("demo")
     (variant,) = prune(model, tokenizer, Recipe(method="magnitude", sparsity=0.3))
     session = Session(model, tokenizer)
-    items = first_twins(ItemSource().items("en"), 26)[:100]
+    items = some_twins(ItemSource().items("en"), 26)[:100]
     questions = item_questions(session, items)
     damage = DamagedModel(DenseModel(model), variant)
     anatomy = session.anatomy

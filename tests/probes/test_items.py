@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probes import ItemSource
-from probes.items import CATEGORIES, Item, first_twins, items_fingerprint
+from probes.items import CATEGORIES, Item, items_fingerprint, some_twins
 from pruning.errors import TextError
 from pruning.text.sources import BUNDLED_LANGUAGES
 
@@ -195,12 +195,12 @@ def test_a_source_says_what_its_task_is_called(spec, task):
     st.lists(st.tuples(st.sampled_from(["knowledge", "reasoning"]), st.integers(0, 5)), max_size=30),
     st.one_of(st.none(), st.integers(1, 12)),
 )
-def test_first_twins_never_parts_twins_and_takes_about_as_many_as_asked(places, count):
+def test_some_twins_never_parts_twins_and_takes_about_as_many_as_asked(places, count):
     items = [
         Item(id=str(i), category=category, prompt="p", choices=("a", "b"), answer=0, twin=f"{category}{twin}")
         for i, (category, twin) in enumerate(places)
     ]
-    chosen = first_twins(items, count)
+    chosen = some_twins(items, count)
     assert chosen == [item for item in items if item in chosen]
     taken = {item.twin for item in chosen}
     assert [item for item in items if item.twin in taken] == chosen
@@ -214,8 +214,8 @@ def test_first_twins_never_parts_twins_and_takes_about_as_many_as_asked(places, 
             assert count <= len(kept) < count + largest
 
 
-def test_first_twins_takes_the_first(tmp_path):
-    chosen = first_twins(BUNDLED["en"], 4)
+def test_some_twins_takes_the_first(tmp_path):
+    chosen = some_twins(BUNDLED["en"], 4)
     assert [item.id for item in chosen] == [
         f"{category}-0{i}{ab}" for category in CATEGORIES for i in (1, 2) for ab in "ab"
     ]
