@@ -214,11 +214,13 @@ def test_some_twins_never_parts_twins_and_takes_about_as_many_as_asked(places, c
             assert count <= len(kept) < count + largest
 
 
-def test_some_twins_takes_the_first(tmp_path):
-    chosen = some_twins(BUNDLED["en"], 4)
-    assert [item.id for item in chosen] == [
-        f"{category}-0{i}{ab}" for category in CATEGORIES for i in (1, 2) for ab in "ab"
-    ]
+@pytest.mark.parametrize("language", BUNDLED)
+def test_a_sample_is_spread_over_kinds(language):
+    for category in CATEGORIES:
+        there = [item for item in BUNDLED[language] if item.category == category]
+        chosen = some_twins(there, 6)
+        assert len(chosen) == 6
+        assert len({item.kind for item in chosen}) == min(3, len({item.kind for item in there}))
 
 
 def test_a_fingerprint_changes_with_everything_that_is_scored():
