@@ -30,14 +30,18 @@ class Batch:
     real
         1 where a token is real, 0 where it is padding, int64 ``[batch, tokens]``.
     counted
-        1.0 where a token counts in means and frequencies: real, and not a special one such as BOS unless these were
-        asked for, float32 ``[batch, tokens]``.
+        1.0 where a token counts (:meth:`Batcher.counts`), 0.0 elsewhere and at padding, float32 ``[batch, tokens]``.
     """
 
     segments: tuple[int, ...]
     ids: Tensor
     real: Tensor
     counted: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """Whether a token counts and has one before it to be predicted from, bool ``[batch, tokens - 1]``."""
+        return (self.counted[:, 1:] * self.real[:, :-1]).bool()
 
     @property
     def positions(self) -> Tensor:
@@ -65,8 +69,8 @@ class Batcher:
         Tokens of a batch at most, padding included; bounds the memory.
     padding
         Side on which short segments are padded.
-    special_tokens
-        Whether special tokens count in means, frequencies and signal.
+    skip_first
+        Whether to leave out what :meth:`counts` says.
     """
 
     def __init__(
@@ -77,15 +81,39 @@ class Batcher:
         max_length: int,
         batch_tokens: int,
         padding: Side,
-        special_tokens: bool,
+        skip_first: bool,
     ) -> None:
         self.tokenizer = tokenizer
         self.device = device
         self.max_length = max_length
         self.batch_tokens = batch_tokens
         self.padding = padding
-        self.special_tokens = special_tokens
-        self._special = set(tokenizer.all_special_ids)
+        self.skip_first = skip_first
+        self._special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+
+    def counts(self, ids: Sequence[int]) -> Tensor:
+        """Return which tokens of a text count, in means, frequencies, signal and loss, and in patches.
+
+        This is the one place that decides. The first token of a text is an attention sink, with by far the largest
+        states, the same in every text, and it is never predicted: with `skip_first` it does not count, be it BOS or,
+        from a tokenizer that adds none, the first token of the text itself. Nor do other special tokens, which are not
+        text.
+
+        Parameters
+        ----------
+        ids
+            All tokens of one text, as the tokenizer returns them.
+
+        Returns
+        -------
+        Tensor
+            bool ``[tokens]``.
+        """
+        if not self.skip_first:
+            return torch.ones(len(ids), dtype=torch.bool)
+        counted = ~torch.isin(torch.tensor(ids, dtype=torch.int64), self._special)
+        counted[:1] = False
+        return counted
 
     def batches(self, segments: Sequence[Segment]) -> list[Batch]:
         """Cut segments into batches of similar length.
@@ -93,11 +121,11 @@ class Batcher:
         Raises
         ------
         TextError
-            If a segment has no tokens but special ones.
+            If a segment has no token that counts.
         """
         encoded = [self.tokenizer(s.text, truncation=True, max_length=self.max_length)["input_ids"] for s in segments]
         for segment, ids in zip(segments, encoded, strict=True):
-            if self._special.issuperset(ids) and not self.special_tokens:
+            if not self.counts(ids).any():
                 raise TextError(f'segment "{segment.id}" has no token to count: {segment.text!r}; leave it out')
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
         return [self.batch(rows, [encoded[i] for i in rows]) for rows in _by_length(order, encoded, self.batch_tokens)]
@@ -108,20 +136,28 @@ class Batcher:
         filler = self.tokenizer.pad_token_id or 0
         ids = torch.full((len(encoded), width), filler)
         real = torch.zeros_like(ids)
+        counted = torch.zeros(ids.shape)
         for row, tokens in enumerate(encoded):
             place = slice(0, len(tokens)) if self.padding == "right" else slice(width - len(tokens), width)
             ids[row, place] = torch.tensor(tokens)
             real[row, place] = 1
-        counted = real.bool()
-        if not self.special_tokens:
-            counted &= ~torch.isin(ids, torch.tensor(sorted(self._special)))
-        return Batch(tuple(segments), ids.to(self.device), real.to(self.device), counted.float().to(self.device))
+            counted[row, place] = self.counts(tokens).float()
+        return Batch(tuple(segments), ids.to(self.device), real.to(self.device), counted.to(self.device))
 
-    def bytes_read(self, segment: Segment) -> int:
-        """Return the bytes of UTF-8 of the part of a segment that `max_length` leaves."""
+    def bytes_predicted(self, segment: Segment) -> int:
+        """Return the bytes of UTF-8 of the part of a segment that is predicted (:attr:`Batch.predicted`).
+
+        That is what `max_length` leaves, from the end of the first token on: all of it after BOS. A character that the
+        first token is only a part of does not count.
+        """
         encoded = self.tokenizer(segment.text, truncation=True, max_length=self.max_length, return_offsets_mapping=True)
-        end = max(stop for _, stop in encoded["offset_mapping"])
-        return len(segment.text[:end].encode("utf-8"))
+        first, *others = encoded["offset_mapping"]
+        spans = [(first[1], max(stop for _, stop in (first, *others)))]
+        special = [
+            span for span, counts in zip(others, self.counts(encoded["input_ids"])[1:], strict=True) if not counts
+        ]
+        whole, left_out = (sum(len(segment.text[a:b].encode("utf-8")) for a, b in part) for part in (spans, special))
+        return whole - left_out
 
 
 def _by_length(order: list[int], encoded: list[list[int]], batch_tokens: int) -> Iterator[list[int]]:

@@ -3,7 +3,8 @@
 A *component* is what is patched: the residual stream after a block, a subspace of it, the output of a role, some
 neurons, or the weights of a projection. *Restoring* patches the dense model's values into the pruned model;
 *damaging* patches the pruned model's values into the dense one. Both runs read the same tokens, so values correspond
-position by position.
+position by position. Activations are patched where tokens count (:meth:`probes.batches.Batcher.counts`), so not at the
+first one unless the session was told to count it; weights act on every token.
 
 Exact patching needs one run per component. Attribution patching (Nanda, 2023; Syed et al., 2024, 2310.10348) estimates
 all effects at once from gradients of the patched run. It is a first-order approximation; the exact runs tell how good.
@@ -313,7 +314,7 @@ def attribute(
                 gradients = _differentiate(session, batch, second, sites, bool(wanted))
                 progress(3 * int(batch.batch.real.sum()))
                 for i, sums in effects.items():
-                    rows = sum(_effect(place, gradients, values) for place in components[i].places)
+                    rows = sum(_effect(place, gradients, values, batch.batch) for place in components[i].places)
                     assert isinstance(rows, Tensor)
                     np.add.at(sums, np.array(batch.batch.segments), rows.double().cpu().numpy())
                 for key, gradient in gradients.weights.items():
@@ -358,7 +359,7 @@ class _Put:
         return self.place.site
 
     def change(self, value: Tensor, batch: Batch) -> Tensor:
-        return self.place.put(value, self.other)
+        return torch.where(batch.counted.bool()[..., None], self.place.put(value, self.other), value)
 
 
 def _run(
@@ -423,13 +424,13 @@ class _Touch:
         return value * 1.0
 
 
-def _effect(place: Place, run: _Gradients, others: Mapping[Site, Tensor]) -> Tensor:
+def _effect(place: Place, run: _Gradients, others: Mapping[Site, Tensor], batch: Batch) -> Tensor:
     """Return the estimated effect of patching a place on the objective, per row."""
     site = place.layer, place.site
     if site not in run.gradients:
         return torch.zeros(len(run.values[site]))
     change = place.part(others[site] - run.values[site])
-    return (change * place.part(run.gradients[site])).flatten(1).sum(dim=1)
+    return ((change * place.part(run.gradients[site])).sum(dim=-1) * batch.counted).sum(dim=1)
 
 
 def _groups(

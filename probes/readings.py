@@ -44,7 +44,7 @@ class Readings:
     predicted
         Number of tokens predicted in each segment, int64 ``[segments]``.
     utf8_bytes
-        Length in UTF-8 bytes of the part of each segment that was read, int64 ``[segments]``.
+        Length in UTF-8 bytes of the part of each segment that was predicted, int64 ``[segments]``.
     power
         The dense model's ``Σ‖x‖²`` over a segment's counted tokens, float64 ``[segments, layers, sites]``, with the
         sites of :data:`probes.readers.signal.SIGNAL_SITES`; NaN where a block lacks a site.

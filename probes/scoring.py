@@ -197,19 +197,20 @@ def _item_question(session: Session, item: Item) -> Question:
 
 
 def text_questions(session: Session, segments: Sequence[Segment]) -> list[Question]:
-    """Return segments of text as questions with one choice each: all tokens but the first, each given its prefix.
+    """Return segments of text as questions with one choice each: all tokens that count, each given its prefix.
 
     Raises
     ------
     TextError
-        If a segment has fewer than two tokens.
+        If a segment has no token to predict.
     """
     questions = []
     for segment in segments:
         ids = session.tokenizer(segment.text, truncation=True, max_length=session.batcher.max_length)["input_ids"]
-        if len(ids) < 2:
+        counted = session.batcher.counts(ids)
+        targets = tuple((0, position - 1, ids[position], 0) for position in range(1, len(ids)) if counted[position])
+        if not targets:
             raise TextError(f'segment "{segment.id}" has no token to predict: {segment.text!r}; leave it out')
-        targets = tuple((0, position - 1, ids[position], 0) for position in range(1, len(ids)))
         questions.append(Question((tuple(ids[:-1]),), targets, 1, 0))
     return questions
 

@@ -61,9 +61,10 @@ class Session:
         Maximum number of tokens per batch, padding included; bounds the memory.
     padding
         Side on which short segments are padded. Makes no difference beyond rounding.
-    special_tokens
-        Whether special tokens count in means, frequencies and signal. The first token (BOS) has by far the largest
-        hidden states, the same in every text, and would swamp the rest.
+    skip_first
+        Whether the first token of a text (BOS or, from a tokenizer that adds none, the first of the text) does not
+        count, nor any special token: in means, frequencies, signal and loss, and where activations are patched. It has
+        by far the largest hidden states, the same in every text, and would swamp the rest.
 
     Attributes
     ----------
@@ -84,7 +85,7 @@ class Session:
         max_length: int = 256,
         batch_tokens: int = 1024,
         padding: Side = "right",
-        special_tokens: bool = False,
+        skip_first: bool = True,
     ) -> None:
         from nnsight import NNsight
 
@@ -100,7 +101,7 @@ class Session:
             max_length=max_length,
             batch_tokens=batch_tokens,
             padding=padding,
-            special_tokens=special_tokens,
+            skip_first=skip_first,
         )
         self._accepted = inspect.signature(type(model).forward).parameters.keys()
         self._differentiating = False

@@ -94,7 +94,7 @@ class HeldoutStream:
         self.readings: dict[str, Readings] = {}
         self._anatomy = session.anatomy
         self.files = dict(files or {})
-        self._utf8 = torch.tensor([session.batcher.bytes_read(segment) for segment in segments])
+        self._utf8 = torch.tensor([session.batcher.bytes_predicted(segment) for segment in segments])
         self._readers: dict[str, list[Reader]] = {}
 
     def opened(self) -> AbstractContextManager[object]:

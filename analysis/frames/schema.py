@@ -104,6 +104,7 @@ class FrameSpec:
 
 
 _OVER = "95 % bootstrap interval over held-out segments"
+_COUNTED = "tokens that count: all but the first (BOS, if the tokenizer adds one) and special ones, by default"
 _OVER_ITEMS = "95 % bootstrap interval over items, minimal pairs resampled together"
 _PROBE = (
     "accuracy of a logistic regression that predicts a segment's language from the {part} of its mean state, fitted on "
@@ -121,13 +122,15 @@ FRAMES: dict[str, FrameSpec] = {
             "perplexity": Metric(
                 "", f"exp of the mean negative log-likelihood per token, given the preceding tokens; {_OVER}"
             ),
-            "bits_per_byte": Metric("bit/byte", f"negative log-likelihood in bits per byte of UTF-8 text; {_OVER}"),
+            "bits_per_byte": Metric(
+                "bit/byte", f"negative log-likelihood in bits per byte of the UTF-8 text predicted; {_OVER}"
+            ),
         },
     ),
     "signal": FrameSpec(
         ("language", "layer", "role"),
         {
-            "error": Metric("", f"mean of ‖x − x̂‖² over tokens, special tokens excluded; x: dense, x̂: pruned; {_OVER}"),
+            "error": Metric("", f"mean of ‖x − x̂‖² over {_COUNTED}; x: dense, x̂: pruned; {_OVER}"),
             "snr_db": Metric("dB", f"10·log10(Σ‖x‖² / Σ‖x − x̂‖²) over the same tokens; {_OVER}"),
         },
     ),
@@ -136,8 +139,8 @@ FRAMES: dict[str, FrameSpec] = {
         {
             "specific_error": Metric(
                 "",
-                "Σ‖P(h − ĥ)‖² / Σ‖Ph‖²; h, ĥ: mean state of a segment in the dense and in the pruned model, special "
-                f"tokens excluded; P: projection onto the language-specific subspace; {_OVER}",
+                "Σ‖P(h − ĥ)‖² / Σ‖Ph‖²; h, ĥ: mean state of a segment in the dense and in the pruned model, over "
+                f"{_COUNTED}; P: projection onto the language-specific subspace; {_OVER}",
             ),
             "agnostic_error": Metric("", f"the same for I − P, the language-agnostic part, mean included; {_OVER}"),
             "specific_error_centred": Metric(
@@ -190,9 +193,7 @@ FRAMES: dict[str, FrameSpec] = {
     "neurons": FrameSpec(
         ("language", "layer", "neuron"),
         {
-            "firing_probability": Metric(
-                "", "share of tokens with a positive gate activation, special tokens excluded"
-            ),
+            "firing_probability": Metric("", f"share with a positive gate activation of the {_COUNTED}"),
             "lape": Metric(
                 "nat",
                 "entropy over languages of the normalised firing probabilities (no language); +inf if it never fires",

@@ -41,8 +41,10 @@ class ReportFacts:
         Held-out segments, and segments that subspaces were fitted on, of each language.
     rank
         Dimensions of the language-specific subspaces.
+    skip_first
+        Whether the first token of each segment does not count.
     heldout_tokens
-        Tokens read of each language, special ones left out.
+        Tokens of each language that count.
     blocks, neurons
         Of the model: blocks, and MLP neurons that were read in all.
     versions
@@ -58,6 +60,7 @@ class ReportFacts:
     segments: int
     fit_segments: int
     rank: int
+    skip_first: bool
     heldout_tokens: Mapping[str, int]
     blocks: int
     neurons: int
@@ -165,7 +168,7 @@ def _of_recipe(
     yield (
         "signal",
         f"Signal-to-noise ratio of the pruned model's residual stream after each block, relative to the dense model, "
-        f"on {text}; special tokens excluded. Higher is better; at 0 dB the error is as large as the signal. Bands: "
+        f"on {text}; {_counted(facts)}. Higher is better; at 0 dB the error is as large as the signal. Bands: "
         "95 % bootstrap intervals over segments. Dotted: another seed of the same calibration set.",
         drawing(plots.signal.layers, "signal"),
     )
@@ -266,6 +269,10 @@ def _text(facts: ReportFacts) -> str:
         f"{facts.segments} held-out segments per language ({min(tokens)} to {max(tokens)} tokens), disjoint from the "
         "calibration and fitting text"
     )
+
+
+def _counted(facts: ReportFacts) -> str:
+    return f"first tokens (BOS, if there is one) {'left out' if facts.skip_first else 'included'}"
 
 
 def diagnosis_figures(

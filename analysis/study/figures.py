@@ -98,6 +98,7 @@ def report_facts(context: Context) -> ReportFacts:
         segments=study.evaluation.segments,
         fit_segments=study.evaluation.fit_segments,
         rank=study.evaluation.rank or len(study.languages) - 1,
+        skip_first=study.evaluation.skip_first,
         heldout_tokens={lang: int(own.tokens.sum()) for lang, own in read.items()},
         blocks=context.model.facts.blocks,
         neurons=int(next(iter(read.values())).fired[0].numel()),

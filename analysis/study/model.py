@@ -113,7 +113,7 @@ class StudyModel:
             *self._loaded,
             max_length=config.max_length,
             batch_tokens=config.batch_tokens,
-            special_tokens=config.special_tokens,
+            skip_first=config.skip_first,
         )
 
     @cached_property

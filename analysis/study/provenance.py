@@ -52,6 +52,7 @@ def write_provenance(context: Context, seconds: float, *, only_variants: bool = 
         },
         "model": {"name": context.study.model, "fingerprint": facts.fingerprint},
         "text": text,
+        "skip_first": context.study.evaluation.skip_first,
         "seeds": sorted({calibration.seed for calibration in sets}),
         "set_aside": context.variants.set_aside,
         "results": results,

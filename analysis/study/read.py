@@ -127,7 +127,7 @@ def subspaces(context: Context) -> list[LSAR]:
 
 
 def _reading_key(context: Context) -> str:
-    config = context.study.evaluation.model_dump(include={"max_length", "batch_tokens", "special_tokens"})
+    config = context.study.evaluation.model_dump(include={"max_length", "batch_tokens", "skip_first"})
     facts = context.model.facts
     return content_sha256([code_version("pruning", "probes"), facts.fingerprint, facts.dtype, config])
 

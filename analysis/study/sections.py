@@ -147,7 +147,7 @@ class EvaluationConfig(Section):
     fit_segments: int = Field(default=128, ge=2, description="parallel segments per language to fit the subspaces")
     max_length: int = Field(default=256, ge=8, description="maximum tokens read per segment")
     batch_tokens: int = Field(default=1024, ge=8, description="tokens per batch; limits memory")
-    special_tokens: bool = Field(default=False, description="include BOS and the like in means, firing and signal")
+    skip_first: bool = Field(default=True, description="leave out the first token of a segment (BOS, if there is one)")
     rank: int | None = Field(default=None, ge=1, description="rank of the LSAR subspaces (languages - 1)")
 
 

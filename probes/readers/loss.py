@@ -22,7 +22,9 @@ def tile_rows(device: torch.device) -> int:
 
 
 class TokenLoss(Reader):
-    """Negative log-likelihood of each segment's tokens, every one but the first predicted from those before it.
+    """Negative log-likelihood of each segment's counted tokens, each predicted from those before it.
+
+    The first token of a segment is never predicted.
 
     Logits are made here from the final state, a slice of the vocabulary at a time, so that they never exist whole:
     a vocabulary of 262 k would take 1 MiB a token. They are float32 in a 16-bit model, too.
@@ -47,14 +49,14 @@ class TokenLoss(Reader):
 
     def read(self, layer: int, site: str, value: Tensor, batch: Batch, dense: Tensor | None = None) -> None:
         """Score one batch."""
-        predicts = (batch.real[:, :-1] * batch.real[:, 1:]).bool()
-        hidden = value[:, :-1][predicts]
-        targets = batch.ids[:, 1:][predicts]
+        predicted = batch.predicted
+        hidden = value[:, :-1][predicted]
+        targets = batch.ids[:, 1:][predicted]
         losses = -log_likelihood(self._anatomy, hidden, torch.arange(len(targets), device=value.device), targets)
-        rows = predicts.nonzero()[:, 0]
+        rows = predicted.nonzero()[:, 0]
         sums = torch.zeros(len(batch.segments), dtype=torch.float64, device=value.device)
         sums.index_add_(0, rows, losses.double())
-        self._waiting.append((batch.segments, sums, predicts.sum(dim=1)))
+        self._waiting.append((batch.segments, sums, predicted.sum(dim=1)))
 
     def flush(self) -> None:
         """Write the sums of the batches that were read."""

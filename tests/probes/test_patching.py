@@ -92,10 +92,14 @@ def hooked(model, anatomy, edits, run):
     return logits
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "phi3", "opt"])
-def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, kind, tokenizer):
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [("llama", 1), ("gemma3_text", 1), ("gpt_neox", 1), ("phi3", 1), ("opt", 1), ("llama", 0), ("gemma3_text", 0)],
+)
+def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, kind, first, tokenizer):
+    """Of all tokens from the second on, or from the first."""
     model = make_model(kind)
-    session = Session(model, tokenizer)
+    session = Session(model, tokenizer, skip_first=first == 1)
     anatomy = session.anatomy
     variant = half_pruned(model, tokenizer)
     basis = torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(1)))[0]
@@ -126,7 +130,7 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
                 keep = [(p.layer, p.site, partial(seen.__setitem__, p)) for p in component.places]
                 with nullcontext() if direction == RESTORE else variant.applied(model):
                     hooked(model, anatomy, keep, run)
-                change = [(p.layer, p.site, partial(by_hand, p, other=seen[p])) for p in component.places]
+                change = [(p.layer, p.site, partial(by_hand, p, other=seen[p], first=first)) for p in component.places]
                 with variant.applied(model) if direction == RESTORE else nullcontext():
                     logits = hooked(model, anatomy, change, run)
                 logs = logits[0].log_softmax(dim=-1)
@@ -134,7 +138,12 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
                 assert patched.exact[number].values[0, choice] == pytest.approx(expected, abs=2e-4), component.label
 
 
-def by_hand(place, value, other):
+def by_hand(place, value, other, first):
+    """A part of one value taken from another, from a token on."""
+    return torch.cat([value[:, :first], mixed(place, value[:, first:], other[:, first:])], dim=1)
+
+
+def mixed(place, value, other):
     """A part of one value taken from another, with whole projection matrices."""
     if place.columns is not None:
         result = value.clone()
@@ -176,11 +185,14 @@ def test_the_whole_stream_after_the_last_block_is_the_other_model(make_model, de
     np.testing.assert_allclose(damaged.exact[0].values, damaged.pruned.values, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "phi3"])
-def test_attribution_is_the_derivative_of_exact_patching(make_model, kind, tokenizer, segments):
+@pytest.mark.parametrize(
+    ("kind", "skip_first"),
+    [("llama", True), ("gemma3_text", True), ("gpt_neox", True), ("phi3", True), ("llama", False)],
+)
+def test_attribution_is_the_derivative_of_exact_patching(make_model, kind, skip_first, tokenizer, segments):
     """For a small enough difference the two are the same; here weights differ by one part in a thousand."""
     model = make_model(kind).double()
-    session = Session(model, tokenizer)
+    session = Session(model, tokenizer, skip_first=skip_first)
     damage = Disturbed(model, 1e-3)
     anatomy = session.anatomy
     basis = torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(1)))[0]

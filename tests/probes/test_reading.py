@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import checkpoint
+from tokenizers import processors
 
 from probes import (
     DENSE,
@@ -299,9 +300,26 @@ def test_pruning_still_works_on_a_model_that_a_session_reads(make_model, decoder
     assert torch.equal(read_against_dense(session, segments)[DENSE].pooled, first.pooled)
 
 
-def test_bytes_are_those_of_the_text_that_was_read(model, tokenizer, segments):
-    whole = read(model, tokenizer, segments)[DENSE].utf8_bytes.tolist()
-    assert whole == [len(s.text.encode()) for s in segments]
-    cut = read(model, tokenizer, segments, max_length=9)[DENSE]
-    assert (cut.utf8_bytes <= 9).all()
-    assert (cut.predicted <= 8).all()
+def test_bytes_are_those_of_the_text_that_is_predicted(model, tokenizer, segments):
+    after_bos = read(model, tokenizer, segments)[DENSE]
+    assert after_bos.utf8_bytes.tolist() == after_bos.predicted.tolist() == [len(s.text.encode()) for s in segments]
+    cut = read(model, tokenizer, segments[:3], max_length=9)[DENSE]  # of one byte a character
+    assert cut.utf8_bytes.tolist() == cut.predicted.tolist() == [8, 8, 8]
+    eos = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    tokenizer.backend_tokenizer.post_processor = eos
+    before_eos = read(model, tokenizer, segments)[DENSE]
+    assert before_eos.utf8_bytes.tolist() == before_eos.predicted.tolist() == after_bos.predicted.tolist()
+    torch.testing.assert_close(before_eos.nll, after_bos.nll)
+
+
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_without_bos_the_first_character_is_not_predicted(model, tokenizer, segments, skip_first):
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    dense = read(model, tokenizer, segments, skip_first=skip_first)[DENSE]
+    assert dense.predicted.tolist() == [len(s.text.encode()) - 1 for s in segments]
+    assert dense.utf8_bytes.tolist() == [len(s.text[1:].encode()) for s in segments]  # 我 is three tokens
+
+
+def test_special_tokens_that_a_text_spells_out_have_no_bytes(model, tokenizer):
+    (read_whole,) = (read(model, tokenizer, [Segment("1", "one<eos>two")])[DENSE],)
+    assert read_whole.utf8_bytes.tolist() == read_whole.predicted.tolist() == [6]

@@ -4,7 +4,7 @@ from operator import attrgetter
 
 import pytest
 import torch
-from tokenizers.processors import ByteLevel
+from tokenizers.processors import ByteLevel, TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
@@ -156,13 +156,22 @@ def test_token_loss_is_the_cross_entropy_of_the_models_own_logits(make_model, de
         assert loss.predicted[index] == ids.shape[1] - 1
 
 
-def test_special_tokens_and_padding_are_not_counted(model, tokenizer, segments):
-    (batch,) = Session(model, tokenizer).batches(segments)
-    (with_special,) = Session(model, tokenizer, special_tokens=True).batches(segments)
-    lengths = [len(tokenizer(segments[i].text)["input_ids"]) for i in batch.segments]
-    assert batch.counted.sum(dim=1).tolist() == [length - 1 for length in lengths]
-    assert with_special.counted.sum(dim=1).tolist() == lengths
-    assert not (batch.counted.bool() & (batch.ids == tokenizer.bos_token_id)).any()
+BOS_AND_EOS = TemplateProcessing(single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("added", [None, ByteLevel(), BOS_AND_EOS], ids=["BOS", "nothing", "BOS and EOS"])
+def test_neither_the_first_token_nor_special_ones_nor_padding_count(model, tokenizer, segments, added, padding):
+    if added is not None:
+        tokenizer.backend_tokenizer.post_processor = added
+    (batch,) = Session(model, tokenizer, padding=padding).batches(segments)
+    first = (batch.positions == 0) & batch.real.bool()
+    special = torch.isin(batch.ids, torch.tensor([1, 2]))
+    assert torch.equal(batch.counted.bool(), batch.real.bool() & ~first & ~special)
+    assert torch.equal(batch.predicted, batch.counted[:, 1:].bool())  # what counts has a token before it
+    (whole,) = Session(model, tokenizer, padding=padding, skip_first=False).batches(segments)
+    assert torch.equal(whole.counted, whole.real.float())
+    assert torch.equal(whole.predicted, (whole.real.bool() & ~first)[:, 1:])
 
 
 def test_long_segments_are_cut(model, tokenizer, segments):
@@ -179,11 +188,14 @@ def test_batches_respect_their_size_and_miss_nothing(model, tokenizer, segments)
 def test_a_segment_without_text_is_refused(model, tokenizer):
     with pytest.raises(TextError, match='segment "7" has no token to count'):
         Session(model, tokenizer).batches([Segment("7", "")])
+    tokenizer.backend_tokenizer.post_processor = ByteLevel()  # no BOS
+    with pytest.raises(TextError, match='segment "7" has no token to count'):
+        Session(model, tokenizer).batches([Segment("7", "a")])
 
 
 def test_a_segment_of_one_token_is_read_but_predicts_nothing(model, tokenizer):
     tokenizer.backend_tokenizer.post_processor = ByteLevel()  # no BOS
-    session = Session(model, tokenizer)
+    session = Session(model, tokenizer, skip_first=False)
     (batch,) = session.batches([Segment("1", "a"), Segment("2", "ab")])
     loss, pooled = token_loss(2, session), PooledStates(torch.zeros(3, 2, 32))
     session.read(batch, [loss, pooled])

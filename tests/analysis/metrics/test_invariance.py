@@ -1,4 +1,7 @@
-"""No number in any frame depends on how the text was cut into batches; bfloat16 changes them by its rounding only."""
+"""What no number in any frame depends on: how the text was cut into batches, and the state of the first token.
+
+bfloat16 changes numbers by its rounding only.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from tokenizers.processors import ByteLevel
 
 from analysis.frames import dense_columns
 from analysis.metrics import contrasts, lape, lsar, perplexity, signal
 from probes import DENSE, Readings, Session, pooled_states, read_against_dense
+from probes.batches import Batcher
 from pruning import CalibrationSet, Corpus, Recipe, prune, text_source
 
 LANGUAGES = ("en", "sw", "zh")
@@ -85,6 +90,65 @@ def test_bfloat16_changes_values_by_its_rounding(study, reference):
     ):
         before, after = (f[name][f[name]["metric"] == metric]["value"].to_numpy() for f in (reference, frames))
         assert np.abs(after - before).mean() <= rounding * np.abs(before).mean(), metric
+
+
+class Sink(torch.nn.Module):
+    """An activation function whose first token is an attention sink: all neurons fire, and its states are huge."""
+
+    def __init__(self, plain: torch.nn.Module) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        first = torch.full_like(value[:, :1], 1e3)
+        return torch.cat([first, self.plain(value[:, 1:])], dim=1)
+
+
+#: Frames that are not about the loss: the second token is predicted from the first one's state.
+OF_STATES = ("signal", "subspaces", "neurons", "language_neurons", "neuron_selection")
+
+
+@pytest.fixture(params=[True, False], ids=["BOS", "no BOS"])
+def tokenizer(request):
+    found = tiny_tokenizer()
+    if not request.param:
+        found.backend_tokenizer.post_processor = ByteLevel()
+    return found
+
+
+def test_no_frame_sees_the_state_of_the_first_token(study, tokenizer):
+    variants, _, _, corpus = study
+    frames = {}
+    for skip_first in (True, False):
+        for planted in (True, False):
+            torch.manual_seed(0)
+            model = tiny_model()
+            if planted:  # in the last block, where no other token attends to it
+                model.model.layers[-1].mlp.act_fn = Sink(model.model.layers[-1].mlp.act_fn)
+            frames[skip_first, planted] = all_frames(variants, model, tokenizer, corpus, skip_first=skip_first)
+    for name in OF_STATES:
+        pd.testing.assert_frame_equal(frames[True, True][name], frames[True, False][name], rtol=1e-5)
+    for name in ("signal", "subspaces", "neurons"):  # a sink that counts is seen
+        with pytest.raises(AssertionError):
+            pd.testing.assert_frame_equal(frames[False, True][name], frames[False, False][name], rtol=1e-2)
+
+
+def test_after_bos_numbers_are_those_of_all_tokens_but_special_ones(study, reference, monkeypatch):
+    """So that nothing that was measured with Gemma's or Llama's tokenizer has changed."""
+
+    def counts(self, ids):
+        return torch.tensor([token not in self.tokenizer.all_special_ids for token in ids])
+
+    monkeypatch.setattr(Batcher, "counts", counts)
+    monkeypatch.setattr(Batcher, "bytes_predicted", lambda self, segment: len(read_part(segment.text).encode()))
+    for name, frame in all_frames(*study, batch_tokens=1).items():
+        pd.testing.assert_frame_equal(frame, reference[name], check_exact=True)
+
+
+def read_part(text: str) -> str:
+    """Return what 47 tokens of the tiny tokenizer, one a byte, and BOS reach into."""
+    ends = np.cumsum([len(letter.encode()) for letter in text])
+    return text[: int(np.searchsorted(ends, 47)) + 1]
 
 
 class OneAtATime(Mapping[tuple[str, str], Readings]):

@@ -64,8 +64,8 @@ def questions_that_suffer(session, damage, number=16):
     return Asked("mine", "reasoning", "sw", item_questions(session, items), [item.twin for item in items])
 
 
-def diagnosed(model, tokenizer, damage, asked=None, components=None, **settings):
-    session = Session(model, tokenizer)
+def diagnosed(model, tokenizer, damage, asked=None, components=None, skip_first=True, **settings):
+    session = Session(model, tokenizer, skip_first=skip_first)
     asked = asked or questions_that_suffer(session, damage)
     components = components or components_of(session.anatomy, damage.projections, subspaces_of(model))
     return diagnose(session, damage, asked, components, COLUMNS, **settings)
@@ -85,7 +85,7 @@ def first_cause(frame):
     return place
 
 
-# -- planted damage -------------------------------------------------------------------------------------------------
+# -- planted damage: at all tokens, so all tokens are patched, the first one too --------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def first_cause(frame):
 def test_a_removed_projection_is_the_first_cause_and_brings_back_everything(make_model, kind, layer, role, tokenizer):
     model = make_model(kind)
     damage = DamagedModel(DenseModel(model), planted_variant(model, lambda masks: masks[layer, role].fill_(False)))
-    frame = diagnosed(model, tokenizer, damage, confirm=EVERYTHING)
+    frame = diagnosed(model, tokenizer, damage, skip_first=False, confirm=EVERYTHING)
     assert first_cause(frame) == ("weights", layer, role)
     masks, outputs, stream = (exactly(frame, kind) for kind in ("weights", "output", "residual"))
     assert set(masks) == set(Anatomy(model))
@@ -147,7 +147,7 @@ class Noisy(DamagedModel):
 def test_damage_in_the_language_specific_subspace_comes_back_with_it_alone(model, tokenizer, layer):
     subspaces = subspaces_of(model)
     damage = Noisy(model, layer, subspaces[layer].basis_ @ np.array([0.8, -0.6]))
-    frame = diagnosed(model, tokenizer, damage, confirm=EVERYTHING)
+    frame = diagnosed(model, tokenizer, damage, skip_first=False, confirm=EVERYTHING)
     assert first_cause(frame)[:2] == ("specific", layer)
     parts = {kind: exactly(frame, kind)[layer, None] for kind in ("specific", "agnostic", "random", "residual")}
     assert parts == pytest.approx({"specific": 1, "agnostic": 0, "random": 0, "residual": 1}, abs=1e-4)
@@ -161,7 +161,7 @@ def test_damage_outside_of_that_subspace_is_not_laid_to_it(model, tokenizer):
     basis = subspaces_of(model)[1].basis_
     direction = np.random.default_rng(0).normal(size=32)
     direction -= basis @ (basis.T @ direction)
-    frame = diagnosed(model, tokenizer, Noisy(model, 1, 0.3 * direction), confirm=EVERYTHING)
+    frame = diagnosed(model, tokenizer, Noisy(model, 1, 0.3 * direction), skip_first=False, confirm=EVERYTHING)
     assert exactly(frame, "agnostic")[1, None] == pytest.approx(1, abs=1e-4)
     assert exactly(frame, "specific")[1, None] == pytest.approx(0, abs=1e-4)
     assert first_cause(frame)[0] != "agnostic"  # nearly the whole stream is no cause
@@ -178,7 +178,7 @@ def test_damaged_neurons_come_back_with_the_neurons_of_the_language_and_not_with
     damage = DamagedModel(DenseModel(model), planted_variant(model, change))
     session = Session(model, tokenizer)
     components = components_of(session.anatomy, damage.projections, subspaces_of(model), chosen)
-    frame = diagnosed(model, tokenizer, damage, components=components, confirm=4)
+    frame = diagnosed(model, tokenizer, damage, components=components, skip_first=False, confirm=4)
     rows = frame[(frame["metric"] == "margin_recovery") & (frame["direction"] == RESTORE)].set_index("component")
     assert rows.loc["neurons", "value"] == pytest.approx(1, abs=1e-4)
     assert rows.loc["random_neurons", "value"] == pytest.approx(0, abs=1e-4)
@@ -363,7 +363,7 @@ def test_text_is_diagnosed_by_its_loss_alone(model, tokenizer, segments):
     texts = [texts[i] for i in change.argsort()[-10:]]  # of random weights any half may predict better
     questions = text_questions(session, texts)
     asked = Asked("text", "text", "de", questions, [segment.id for segment in texts])
-    frame = diagnosed(model, tokenizer, damage, asked, confirm=4)
+    frame = diagnosed(model, tokenizer, damage, asked, skip_first=False, confirm=4)
     lost = frame[frame["component"] == "everything"].set_index("metric")
     assert lost.index.tolist() == ["loss_added"]
     assert lost.loc["loss_added", "value"] == pytest.approx(np.sort(change)[-10:].mean(), rel=1e-5)
