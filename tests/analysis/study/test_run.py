@@ -272,6 +272,22 @@ def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
 
 
 @pytest.mark.usefixtures("sketched")
+def test_counting_the_first_token_reads_again_and_is_on_record(place, finished, tmp_path):
+    out = tmp_path / "counted"
+    shutil.copytree(finished, out)
+    (place / "counted.toml").write_text(STUDY.replace("[evaluation]", "[evaluation]\nskip_first = false"))
+    result = prunescope("run", place / "counted.toml", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "] reading en" in result.stderr
+    assert "] pruning" not in result.stderr
+    records = [json.loads((folder / "provenance.json").read_text())["skip_first"] for folder in (finished, out)]
+    assert records == [True, False]
+    assert "(BOS, if there is one) included" in (out / "report.html").read_text(encoding="utf-8")
+    before, after = (read_frame(folder / "frames" / "signal.parquet")["value"] for folder in (finished, out))
+    assert (before != after).mean() > 0.9
+
+
+@pytest.mark.usefixtures("sketched")
 def test_a_variant_that_cannot_be_made_keeps_no_other_from_being_read(place, tmp_path):
     text = STUDY.replace('"model"', f'"{place / "model"}"', 1).replace('["en", "sw", "all"]', '["en"]', 1)
     text = text.replace('extra = [["sw", 1]]\n', "", 1).replace("[evaluation]", UNREACHABLE + "[evaluation]", 1)
