@@ -27,6 +27,11 @@ _TYPES: dict[str, pa.DataType] = {
     "language": _WORD,
     "task": _WORD,
     "category": _WORD,
+    "part": _WORD,
+    "kind": _WORD,
+    "template": _WORD,
+    "grade": pa.int32(),
+    "domain": _WORD,
     "item": _WORD,
     "twin": _WORD,
     "choice": pa.int32(),
@@ -41,6 +46,9 @@ _TYPES: dict[str, pa.DataType] = {
     "neuron": pa.int32(),
     "other_calibration": _WORD,
     "other_seed": pa.int32(),
+    "contrast": _WORD,
+    "other_category": _WORD,
+    "at_chance": pa.bool_(),
     "metric": _WORD,
     "value": pa.float64(),
     "low": pa.float64(),
@@ -106,6 +114,9 @@ class FrameSpec:
 _OVER = "95 % bootstrap interval over held-out segments"
 _COUNTED = "tokens that count: all but the first (BOS, if the tokenizer adds one) and special ones, by default"
 _OVER_ITEMS = "95 % bootstrap interval over items, minimal pairs resampled together"
+_OVER_SHARE = "95 % Wilson interval at the effective number of items, templates as clusters"
+_OVER_CHANGE = "95 % interval of Agresti and Min at the effective number of items, templates as clusters"
+_OVER_TEMPLATES = "95 % BCa bootstrap interval over templates (fewer than 20: jackknife, t quantiles)"
 _PROBE = (
     "accuracy of a logistic regression that predicts a segment's language from the {part} of its mean state, fitted on "
     f"the other half of the held-out segments; chance: one over the number of languages; {_OVER}"
@@ -283,7 +294,7 @@ FRAMES: dict[str, FrameSpec] = {
         tests=True,
     ),
     "items": FrameSpec(
-        ("language", "task", "category", "item", "twin", "choice"),
+        ("language", "task", "category", "kind", "template", "grade", "domain", "item", "twin", "choice"),
         {
             "log_likelihood": Metric(
                 "nat", "log-likelihood of a choice (numbered from 0) as the continuation of the prompt"
@@ -296,18 +307,18 @@ FRAMES: dict[str, FrameSpec] = {
         estimates=False,
     ),
     "accuracy": FrameSpec(
-        ("language", "task", "category"),
+        ("language", "task", "category", "part", "at_chance"),
         {
-            "accuracy": Metric("", f"share of items answered correctly; {_OVER_ITEMS}"),
-            "accuracy_change": Metric("", f"accuracy minus the dense model's, paired by item; {_OVER_ITEMS}"),
+            "accuracy": Metric("", f"share of items answered correctly; {_OVER_SHARE}"),
+            "accuracy_change": Metric("", f"accuracy minus the dense model's, paired by item; {_OVER_CHANGE}"),
             "twin_accuracy": Metric(
                 "",
                 "share of minimal pairs (two items with the same choices and opposite answers) whose two margins have "
-                f"a positive sum, so that a preference for one of the choices cancels; {_OVER_ITEMS}",
+                f"a positive sum, so that a preference for one of the choices cancels; {_OVER_SHARE}",
             ),
-            "twin_accuracy_change": Metric("", f"the same minus the dense model's, paired; {_OVER_ITEMS}"),
-            "margin": Metric("nat", f"mean margin of the right choice; {_OVER_ITEMS}"),
-            "margin_change": Metric("nat", f"the same minus the dense model's, paired by item; {_OVER_ITEMS}"),
+            "twin_accuracy_change": Metric("", f"the same minus the dense model's, paired; {_OVER_CHANGE}"),
+            "margin": Metric("nat", f"mean margin of the right choice; {_OVER_TEMPLATES}"),
+            "margin_change": Metric("nat", f"the same minus the dense model's, paired by item; {_OVER_TEMPLATES}"),
         },
     ),
     "recovery": FrameSpec(

@@ -98,10 +98,10 @@ def _broadcast(row: Mapping[str, Any], spec: FrameSpec) -> list[pa.Array]:
     for field in spec.schema:
         value = row.get(field.name)
         if hasattr(value, "__len__") and not isinstance(value, str):
-            array = pa.array(value, from_pandas=False)
+            array = pa.array(value, from_pandas=False).cast(_plain(field.type))
         else:
             array = pa.repeat(pa.scalar(value, type=_plain(field.type)), length)
-        arrays.append(array.dictionary_encode() if pa.types.is_dictionary(field.type) else array.cast(field.type))
+        arrays.append(array.dictionary_encode() if pa.types.is_dictionary(field.type) else array)
     return arrays
 
 

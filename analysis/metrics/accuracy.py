@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -13,8 +13,12 @@ from probes import DENSE
 from probes.items import Item
 from probes.scoring import ChoiceScores
 
-from ..frames import VARIANT_COLUMNS, tidy
-from ..stats.bootstrap import segment_interval
+from ..frames import ALL, VARIANT_COLUMNS, tidy
+from ..stats.intervals import share_difference_interval, share_interval, unit_interval
+
+#: What items are told apart by within a category; a part is called ``grade 2``, say.
+PARTS = ("kind", "grade", "domain")
+_PLACE = ("language", "task", "category")
 
 
 def item_frame(
@@ -40,8 +44,9 @@ def item_frame(
     for (variant, language), found in scores.items():
         asked = items[language]
         place = {**columns[variant], "language": language, "task": task}
-        names = {"item": [item.id for item in asked], "twin": [item.twin for item in asked]}
-        names["category"] = [item.category for item in asked]
+        names: dict[str, list[Any]] = {"item": [item.id for item in asked]}
+        names |= {name: [getattr(item, name) for item in asked] for name in ("twin", "category", "template", "grade")}
+        names |= {name: [getattr(item, name) or None for item in asked] for name in ("kind", "domain")}
         for metric, values in (("margin", found.margin), ("correct", found.correct)):
             rows.append({**place, **names, "metric": [metric] * len(asked), "value": values})
         for choice in range(found.values.shape[1]):
@@ -62,8 +67,10 @@ def item_frame(
 def analyze(items: pd.DataFrame) -> pd.DataFrame:
     """Return the frame ``accuracy``: by task, category and language, and over all languages together (no language).
 
-    Models are compared with the dense one on the same items. Intervals resample minimal pairs together, and over all
-    languages an item together with its translations.
+    Models are compared with the dense one on the same items. Items made after one template are not independent, so
+    intervals are over templates; over all languages a template goes together with its translations. The rows with
+    ``part`` = ``"all"`` are of the whole category; others of one kind, grade or domain, where a category has several.
+    ``at_chance`` marks cells in which the dense model does not do better than guessing: nothing can be lost there.
 
     Parameters
     ----------
@@ -72,73 +79,131 @@ def analyze(items: pd.DataFrame) -> pd.DataFrame:
     """
     if not len(items):
         return tidy("accuracy", [])
-    twins = _by_twin(items)
-    kind = [*VARIANT_COLUMNS, "task", "category"]
-    several = twins[twins.groupby(["task", "category"])["language"].transform("nunique") > 1]
-    # a sum of nothing stays empty: items without margins have none over all languages either
-    over_languages = several.groupby([*kind, "twin"], sort=False)[list(_SUMS)].sum(min_count=1).reset_index()
-    rows = [
-        _estimates(dict(zip([*kind, "language"], place, strict=True)), group)
-        for place, group in twins.groupby([*kind, "language"], sort=False)
-    ]
-    rows += [
-        _estimates(dict(zip(kind, place, strict=True)), group)
-        for place, group in over_languages.groupby(kind, sort=False)
-    ]
+    twins = by_twin(items)
+    several = twins.groupby(["task", "category"])["language"].transform("nunique") > 1
+    rows = []
+    for over, shown in (((*_PLACE,), twins), (("task", "category"), twins[several])):
+        for part, own in parts_of(shown):
+            for place, group in own.groupby([*VARIANT_COLUMNS, *over], sort=False):
+                described = dict(zip([*VARIANT_COLUMNS, *over], place, strict=True))
+                rows.append({**described, "part": part, **_estimates(described["method"] != DENSE, group)})
     return tidy("accuracy", rows)
 
 
-#: What is summed over the items of a minimal pair, in a model and in the dense one.
-_SUMS = tuple(
-    f"{model}{what}" for model in ("", "dense_") for what in ("accuracy", "margin", "twin_accuracy", "items", "pairs")
-)
+def parts_of(twins: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield all rows of :func:`by_twin`, then those of every part of the categories that have several of its sort."""
+    yield ALL, twins
+    for name in PARTS:
+        several = twins.groupby(["task", "category"])[name].transform("nunique") > 1
+        for value, own in twins[several].groupby(name):
+            yield f"{name} {value:.0f}" if name == "grade" else f"{name} {value}", own
+
+
+def at_chance(dense: pd.DataFrame) -> bool:
+    """Whether the dense model does no better than guessing: the interval of its accuracy includes chance.
+
+    On minimal pairs where there are any, else on items.
+
+    Parameters
+    ----------
+    dense
+        Rows of :func:`by_twin` of one cell and one model; only their columns of the dense model are used.
+    """
+    right, asked = ("dense_twin_accuracy", "pairs") if dense["pairs"].sum() else ("dense_accuracy", "items")
+    sums = dense.groupby("template", sort=False)[[right, asked, "guessed"]].sum()
+    sums = sums[sums[asked] > 0]
+    chance = 0.5 if asked == "pairs" else sums["guessed"].sum() / sums[asked].sum()
+    _, low, _ = share_interval(*(sums[name].to_numpy(dtype=np.float64) for name in (right, asked)))
+    return bool(not low > chance)
+
+
 #: Each metric's sum, and the number that it is divided by.
 _MEASURED = {"accuracy": "items", "twin_accuracy": "pairs", "margin": "items"}
 
 
-def _by_twin(items: pd.DataFrame) -> pd.DataFrame:
-    """Return the sums of :data:`_SUMS` for every model, language and minimal pair (or single item)."""
-    place = ["language", "task", "category", "twin"]
-    shown = items[items["metric"].isin(["correct", "margin"])]
-    shown = shown.astype(dict.fromkeys([*VARIANT_COLUMNS, *place, "metric"], object))
+def by_twin(items: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for every model, language and minimal pair (or single item), beside the dense model's.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``items`` and ``pairs`` (1 if there are two items with margins); sums over the items ``accuracy`` and
+        ``margin``, and ``twin_accuracy``, each also with ``dense_`` in front; how many items became right and wrong,
+        ``gained`` and ``lost``; and how many a guess gets right, ``guessed``.
+    """
+    place = [*_PLACE, "twin"]
+    words = [*VARIANT_COLUMNS, *place, "item", "metric", "template", "kind", "domain"]
+    shown = items[items["metric"].isin(["correct", "margin"])].astype(dict.fromkeys(words, object))
     values = shown.pivot_table(index=[*VARIANT_COLUMNS, *place, "item"], columns="metric", values="value", sort=False)
     if "margin" not in values:
         values["margin"] = np.nan
-    by_twin = values.groupby(level=[*VARIANT_COLUMNS, *place], sort=False)
-    sums = by_twin.sum().rename(columns={"correct": "accuracy"})
+    values = values.reset_index().rename(columns={"correct": "accuracy"})
+    is_dense = values["method"] == DENSE
+    dense = values[is_dense].set_index([*place, "item"])[["accuracy", "margin"]].add_prefix("dense_")
+    values = values.join(dense, on=[*place, "item"])
+    change = values["accuracy"] - values["dense_accuracy"]
+    values["gained"], values["lost"] = change.clip(lower=0), (-change).clip(lower=0)
+    choices = items[(items["metric"] == "log_likelihood") & (items["method"] == DENSE)].astype({"item": object})
+    number = choices.groupby([*_PLACE, "item"], observed=True).size()
+    values["guessed"] = (1 / number).reindex(pd.MultiIndex.from_frame(values[[*_PLACE, "item"]])).fillna(0).to_numpy()
+    by_twin = values.groupby([*VARIANT_COLUMNS, *place], sort=False)
+    sums = by_twin[["accuracy", "dense_accuracy", "gained", "lost", "guessed"]].sum()
+    # a sum of nothing stays empty: items without margins have none over all languages either
+    sums[["margin", "dense_margin"]] = by_twin[["margin", "dense_margin"]].sum(min_count=1)
     sums["items"] = by_twin.size()
     sums["pairs"] = ((sums["items"] > 1) & by_twin["margin"].count().gt(1)).astype(int)
-    sums["twin_accuracy"] = ((sums["margin"] > 0) & (sums["pairs"] > 0)).astype(int)
-    sums.loc[by_twin["margin"].count() == 0, "margin"] = np.nan
-    sums = sums.reset_index()
-    dense = sums[sums["method"] == DENSE].set_index(place).drop(columns=list(VARIANT_COLUMNS)).add_prefix("dense_")
-    return sums.join(dense, on=place)
+    for model in ("", "dense_"):
+        sums[f"{model}twin_accuracy"] = ((sums[f"{model}margin"] > 0) & (sums["pairs"] > 0)).astype(int)
+    about = shown.drop_duplicates(place).set_index(place)[["template", *PARTS]]
+    sums = sums.reset_index().join(about, on=place)
+    return sums.assign(template=sums["template"].where(sums["template"].notna(), sums["twin"]))
 
 
-def _estimates(place: dict[str, Any], twins: pd.DataFrame) -> dict[str, Any]:
-    # Metrics over the same pairs share their draws; single items are no part of the interval of minimal pairs.
-    measured: dict[tuple[bool, ...], list[str]] = {}
+def _estimates(pruned: bool, twins: pd.DataFrame) -> dict[str, Any]:
+    """Return the metrics of one model and cell, beside the dense model's where it is pruned."""
+    change = twins["twin_accuracy"] - twins["dense_twin_accuracy"]
+    twins = twins.assign(twin_gained=change.clip(lower=0), twin_lost=(-change).clip(lower=0))
+    found: dict[str, tuple[float, float, float]] = {}
     for name, counted in _MEASURED.items():
-        if twins[counted].sum() and not twins[name].isna().any():
-            measured.setdefault(tuple(twins[counted] > 0), []).append(name)
-    metrics: list[str] = []
-    estimates = []
-    for there, names in measured.items():
-        own = twins[list(there)]
-        changes = {}
-        for name in names:
-            changes[name] = own[name], own[_MEASURED[name]]
-            if place["method"] != DENSE:
-                changes[f"{name}_change"] = own[name] - own[f"dense_{name}"], own[_MEASURED[name]]
-        total, number = (
-            np.stack([sums.to_numpy(dtype=np.float64) for sums in column], axis=1)
-            for column in zip(*changes.values(), strict=True)
-        )
-        estimates.append(_intervals(total, number))
-        metrics += changes
-    value, low, high = (np.concatenate(part) for part in zip(*estimates, strict=True))
-    return {**place, "metric": metrics, "value": value, "low": low, "high": high, "n": int(twins["items"].sum())}
+        own = twins[twins[counted] > 0]
+        if not len(own) or own[name].isna().any():
+            continue
+        sums = own.groupby("template", sort=False)[
+            [name, f"dense_{name}", counted, "gained", "lost", "twin_gained", "twin_lost"]
+        ].sum()
+        asked = sums[counted].to_numpy(dtype=np.float64)
+
+        def column(name: str, sums: pd.DataFrame = sums) -> np.ndarray:
+            return sums[name].to_numpy(dtype=np.float64)
+
+        if name == "margin":
+            found[name] = _mean(column(name), asked)
+            if pruned:
+                found["margin_change"] = _mean(column(name) - column(f"dense_{name}"), asked)
+            continue
+        found[name] = share_interval(column(name), asked)
+        if pruned:
+            of = "twin_" if name == "twin_accuracy" else ""
+            found[f"{name}_change"] = share_difference_interval(column(f"{of}gained"), column(f"{of}lost"), asked)
+    value, low, high = zip(*found.values(), strict=True)
+    estimates = {"value": value, "low": low, "high": high}
+    return {
+        "metric": list(found),
+        **{name: np.array(values) for name, values in estimates.items()},
+        "n": int(twins["items"].sum()),
+        "at_chance": at_chance(twins),
+    }
 
 
-def _intervals(total: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return segment_interval(lambda weights: (weights @ total) / (weights @ number), len(total))
+def _mean(total: np.ndarray, number: np.ndarray) -> tuple[float, float, float]:
+    """Return a mean over items with its interval over templates; without width if no template differs."""
+    data = np.stack([total, number], axis=1)
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        sums = weights @ data
+        return sums[..., :1] / sums[..., 1:]
+
+    value, low, high = (float(part[0]) for part in unit_interval(mean, len(data)))
+    if len(data) > 1 and np.ptp(total / number) <= 1e-12:
+        return value, value, value
+    return value, low, high

@@ -10,8 +10,11 @@ from matplotlib.figure import Figure
 
 from probes.items import BUNDLED_ITEMS
 
-from ..frames import labels, of_recipe
+from ..frames import ALL, labels, of_recipe
 from . import charts, style
+
+#: What is written where the dense model only guesses.
+AT_CHANCE = "chance"
 
 
 def matrix(
@@ -22,20 +25,25 @@ def matrix(
     metric: str = "twin_accuracy_change",
     width: float = style.PAGE_WIDTH,
 ) -> Figure:
-    """Draw the change by calibration set and evaluation language, a table a category."""
-    shown = of_recipe(frame, {**recipe, "task": task, "metric": metric})
+    """Draw the change by calibration set and evaluation language, a table a category.
+
+    Cells in which the dense model only guesses have no colour: nothing can be lost there.
+    """
+    shown = of_recipe(frame, {**recipe, "task": task, "metric": metric, "part": ALL})
     shown = shown[shown["language"].notna()]
-    points = 1 if metric.startswith("margin") else 100
-    tables = {
-        category: points * charts.by_calibration(shown[shown["category"] == category])
-        for category in labels.categories_of(shown)
-    }
+    points, digits = (1, "{:.1f}") if metric.startswith("margin") else (100, "{:.0f}")
+    tables, written = {}, {}
+    for category in labels.categories_of(shown):
+        rows = shown[shown["category"] == category]
+        guessed = charts.by_calibration(rows.assign(value=rows["at_chance"].astype(float))) > 0
+        tables[category] = (points * charts.by_calibration(rows)).mask(guessed)
+        written[category] = tables[category].map(lambda v: AT_CHANCE if pd.isna(v) else digits.format(v))
     return charts.heatmaps(
         tables,
         title=f"{_TITLES[metric]} ({labels.recipe_label(recipe)})",
         colour_label=_LABELS[metric] + (" (points)" if points > 1 else ""),
         diverging=True,
-        digits="{:.1f}" if points == 1 else "{:.0f}",
+        labels=written,
         width=width,
     )
 
@@ -49,12 +57,12 @@ def categories(
     width: float = style.PAGE_WIDTH,
 ) -> Figure:
     """Draw the change of each category over all languages with its interval, a panel a category."""
-    shown = of_recipe(frame, {**recipe, "task": task, "metric": metric})
+    shown = of_recipe(frame, {**recipe, "task": task, "metric": metric, "part": ALL})
     shown = shown[shown["language"].isna()] if shown["language"].isna().any() else shown
     panels = {}
     for category in labels.categories_of(shown):
         rows = shown[shown["category"] == category]
-        panels[category] = [
+        panels[category + (" (at chance)" if rows["at_chance"].all() else "")] = effects = [
             charts.Effect(
                 labels.set_label(row["calibration"], row["seed"]),
                 row["value"],
@@ -65,7 +73,7 @@ def categories(
             )
             for row in rows.to_dict("records")
         ]
-        panels[category].sort(key=lambda effect: labels.calibration_rank(effect.label))
+        effects.sort(key=lambda effect: labels.calibration_rank(effect.label))
     return charts.effect_panels(
         panels,
         title=f"{_TITLES[metric]}, all languages ({labels.recipe_label(recipe)})",

@@ -75,7 +75,8 @@ def heatmaps(
     ends = [table.min().min() for table in tables.values()], [table.max().max() for table in tables.values()]
     colours = "cividis_r" if dark_is_high else "cividis"
     if diverging:
-        colours, high = "RdBu", max(abs(end) for side in ends for end in side) or 1.0
+        colours = "RdBu"
+        high = max((abs(end) for side in ends for end in side if not pd.isna(end)), default=0.0) or 1.0
         low = -high
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, max(0.95 + height * rows, 1.9)), layout="constrained")

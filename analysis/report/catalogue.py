@@ -156,13 +156,15 @@ def _of_recipe(
         yield (
             f"questions-{labels.slug(str(task))}",
             f"Task {task}: change in {what} from the dense to the pruned model, all languages together. Bars: 95 % "
-            "bootstrap intervals over items, each resampled together with its minimal pair and its translations.",
+            "intervals at the effective number of items: items made after one template, and translations, are not "
+            "independent.",
             drawing(plots.accuracy.categories, "accuracy", task=str(task), metric=metric),
         )
         if several:
             yield (
                 f"questions-matrix-{labels.slug(str(task))}",
-                f"The same change on {task} by calibration set and evaluation language; red: worse than dense.",
+                f"The same change on {task} by calibration set and evaluation language; red: worse than dense. "
+                "Where the dense model does no better than chance nothing can be lost, and no change is given.",
                 drawing(plots.accuracy.matrix, "accuracy", task=str(task), metric=metric),
             )
     yield (

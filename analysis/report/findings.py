@@ -12,7 +12,7 @@ import pandas as pd
 from probes import DENSE
 from pruning.text.languages import language_name
 
-from ..frames import labels, of_recipe, recipes_of
+from ..frames import ALL, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from .catalogue import ALL_MODELS, Frames, section_of
@@ -196,7 +196,7 @@ def _neurons(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _questions(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
-    changes = of_recipe(frames["accuracy"], recipe)
+    changes = of_recipe(frames["accuracy"], {**recipe, "part": ALL})
     metric = "twin_accuracy" if (changes["metric"] == "twin_accuracy").any() else "accuracy"
     changes = _metric(changes, f"{metric}_change")
     everywhere = changes[changes["language"].isna()]

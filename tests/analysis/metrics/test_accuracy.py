@@ -74,10 +74,11 @@ def margin_by_hand(items, margins):
 BY_HAND = {"accuracy": accuracy_by_hand, "twin_accuracy": twin_accuracy_by_hand, "margin": margin_by_hand}
 
 
-def value(frame, metric, language, category, method="magnitude"):
+def value(frame, metric, language, category, method="magnitude", part="all"):
     """The one row that there must be."""
     rows = frame[(frame["metric"] == metric) & (frame["category"] == category) & (frame["method"] == method)]
     rows = rows[rows["language"].isna() if language is None else rows["language"] == language]
+    rows = rows[rows["part"] == part]
     (row,) = rows.to_dict("records")
     return row
 
@@ -167,23 +168,30 @@ def test_a_model_compared_with_itself_changes_nothing(asked):
     frame = tasks.analyze(tasks.item_frame(same, items, COLUMNS, "mine"))
     changes = frame[frame["metric"].astype(str).str.endswith("_change")]
     assert len(changes) == 3 * 2 * 3
-    assert (changes[["value", "low", "high"]] == 0).all().all()
+    assert (changes["value"] == 0).all()
+    margins = changes[changes["metric"] == "margin_change"]
+    assert (margins[["low", "high"]] == 0).all().all()
+    shares = changes[changes["metric"] != "margin_change"]  # so few items do not tell that none can ever change
+    assert (shares["low"] < 0).all()
+    assert (shares["high"] > 0).all()
 
 
 def test_intervals_draw_twins_together():
-    """Of every pair of twins one is right, whatever else: the accuracy is a half in every draw."""
+    """Of every pair of twins one is right, whatever else: that says more than as many items alone."""
     items = {"en": planted_items(twins=20, alone=0)}
     values = np.tile([-1.0, -2.0, -3.0], (40, 1))  # always the first choice
     scores = {(model, "en"): ChoiceScores(values, np.array([i.answer for i in items["en"]])) for model in COLUMNS}
     frame = tasks.analyze(tasks.item_frame(scores, items, COLUMNS, "mine"))
     for category in ("knowledge", "reasoning"):
         row = value(frame, "accuracy", "en", category)
-        assert [row["low"], row["value"], row["high"]] == [0.5, 0.5, 0.5]
+        assert row["value"] == 0.5
+        together = row["high"] - row["low"]
         assert value(frame, "twin_accuracy", "en", category)["value"] == 0  # what it prefers anyway cancels
-    alone = {"en": [item.model_copy(update={"twin": item.id}) for item in items["en"]]}
+    alone = {"en": [item.model_copy(update={"twin": item.id, "template": item.id}) for item in items["en"]]}
     frame = tasks.analyze(tasks.item_frame(scores, alone, COLUMNS, "mine"))
     row = value(frame, "accuracy", "en", "reasoning")
     assert row["low"] < 0.5 < row["high"]
+    assert row["high"] - row["low"] > 1.1 * together
     assert "twin_accuracy" not in set(frame["metric"])
 
 
@@ -226,6 +234,68 @@ def test_items_without_margins_lie_beside_others_that_have_them(asked, languages
     pd.testing.assert_frame_equal(own, alone, check_categorical=False, check_dtype=False)
 
 
+def described(twins, templates, **fields):
+    """Minimal pairs of reasoning, their templates, and what else is said of them, by number."""
+    items = []
+    for number in range(twins):
+        about = {name: values[number % len(values)] for name, values in fields.items()}
+        shared = {"twin": f"t{number}", "template": f"p{number % templates}", "choices": (" x", " y")} | about
+        items += [Item(id=f"t{number}{k}", prompt="p", answer=k, category="reasoning", **shared) for k in (0, 1)]
+    return items
+
+
+def scored(items, right):
+    """Scores in which both items of a pair are right or wrong."""
+    values = np.full((len(items), 2), -10.0)
+    for row, item in zip(values, items, strict=True):
+        row[item.answer] += 1 if right[int(item.twin[1:])] else -1
+    return ChoiceScores(values, np.array([item.answer for item in items]))
+
+
+def test_intervals_are_over_templates():
+    """Whole templates fail: sixty pairs of ten templates say as much as ten pairs."""
+    right = np.arange(60) % 10 < 7
+    widths = {}
+    for templates in (10, 60):
+        items = {"en": described(60, templates)}
+        scores = {(model, "en"): scored(items["en"], right) for model in COLUMNS}
+        row = value(tasks.analyze(tasks.item_frame(scores, items, COLUMNS, "mine")), "twin_accuracy", "en", "reasoning")
+        assert row["value"] == 0.7
+        widths[templates] = row["high"] - row["low"]
+    assert widths[10] > 2 * widths[60]
+
+
+def test_every_kind_grade_and_domain_has_rows_of_its_own():
+    items = {"en": described(60, 60, kind=["order", "quantity"], grade=[1, 1, 2])}
+    right = np.arange(60) % 3 < 2  # all of grade 1, none of grade 2
+    scores = {(model, "en"): scored(items["en"], right) for model in COLUMNS}
+    frame = tasks.analyze(tasks.item_frame(scores, items, COLUMNS, "mine"))
+    assert set(frame["part"]) == {"all", "kind order", "kind quantity", "grade 1", "grade 2"}
+    assert value(frame, "twin_accuracy", "en", "reasoning", part="grade 1")["value"] == 1
+    assert value(frame, "twin_accuracy", "en", "reasoning", part="grade 2")["value"] == 0
+    assert value(frame, "twin_accuracy", "en", "reasoning", part="grade 1")["n"] == 80
+
+
+def test_cells_in_which_the_dense_model_guesses_are_marked():
+    items = {"en": described(60, 60, grade=[1, 2])}
+    dense = np.array([number % 2 == 0 or number % 4 == 1 for number in range(60)])  # grade 2: half right
+    scores = {(DENSE, "en"): scored(items["en"], dense), ("pruned", "en"): scored(items["en"], ~dense)}
+    frame = tasks.analyze(tasks.item_frame(scores, items, COLUMNS, "mine"))
+    marked = frame.groupby("part", observed=True)["at_chance"].agg(["all", "any"])
+    assert marked.loc["grade 2"].tolist() == [True, True]
+    assert marked.loc["grade 1"].tolist() == marked.loc["all"].tolist() == [False, False]
+
+
+def test_single_items_are_at_chance_by_their_number_of_choices():
+    items = {"en": [Item(id=str(n), prompt="p", choices=(" a", " b", " c", " d"), answer=0) for n in range(100)]}
+    for share, marked in ((0.25, True), (0.5, False)):
+        values = np.full((100, 4), -10.0)
+        values[:, 0] += np.where(np.arange(100) < 100 * share, 1, -1)
+        scores = {(model, "en"): ChoiceScores(values, np.zeros(100, dtype=int)) for model in COLUMNS}
+        frame = tasks.analyze(tasks.item_frame(scores, items, COLUMNS, "mine"))
+        assert (frame["at_chance"] == marked).all()
+
+
 def test_nothing_asked_is_an_empty_frame():
     assert len(tasks.analyze(tasks.item_frame({}, {}, COLUMNS, ""))) == 0
 
@@ -241,6 +311,6 @@ def test_figures_show_every_category(asked, tmp_path, plot):
     frame = tasks.analyze(tasks.item_frame(scores, items, COLUMNS, "mine"))
     recipe = {name: PRUNED[name] for name in ("method", "sparsity", "pattern", "allocation", "scope", "propagation")}
     figure = plot(frame, recipe, task="mine")
-    titles = [axes.get_title() for axes in figure.axes]
+    titles = [axes.get_title().removesuffix(" (at chance)") for axes in figure.axes]
     assert {"knowledge", "reasoning"} <= set(titles)
     assert min(file.stat().st_size for file in plots.save(figure, tmp_path, "f")) > 2000
