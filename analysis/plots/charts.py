@@ -263,8 +263,8 @@ def effect_panels(
     width
         Inches.
     """
-    columns = min(max(round(width / 1.6), 1), len(panels))
-    rows = math.ceil(len(panels) / columns)
+    rows = math.ceil(len(panels) / max(round(width / 1.6), 1))
+    columns = math.ceil(len(panels) / rows)  # as few as fill these rows
     longest = max(len(effects) for effects in panels.values())
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, 0.8 + rows * (0.35 + 0.14 * longest)), layout="constrained")
@@ -278,14 +278,14 @@ def effect_panels(
             if x_range:
                 axes.set_xlim(*x_range)
             axes.set_yticks(range(len(effects)), [effect.label for effect in reversed(effects)])
+            axes.set_ylim(-0.5, len(effects) - 0.5)
             axes.set_title(name)
             axes.tick_params(axis="y", length=0)
             axes.tick_params(labelbottom=True)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for i in range(columns):
-            lowest = max(row for row in range(rows) if row * columns + i < len(panels))
-            grid[lowest][i].set_xlabel(x_label if columns <= 2 or i == (columns - 1) // 2 else "")
+        in_last_row = len(panels) - columns * (rows - 1)
+        grid[-1][(in_last_row - 1) // 2].set_xlabel(x_label)
         figure.suptitle(wrapped(title, width))
         line = mpl.lines.Line2D
         keys: list[tuple[Any, str]] = [
