@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import frames, plots, report, stats
 from .frames import read_frame, write_frame
-from .metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal
+from .metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal, task_contrasts
 from .metrics.lsar import LSAR
 from .study.configuration import Study
 from .study.results import open_readings
@@ -31,5 +31,6 @@ __all__ = [
     "run_study",
     "signal",
     "stats",
+    "task_contrasts",
     "write_frame",
 ]

@@ -126,6 +126,8 @@ _RETRIEVAL = (
     f"translation; mean over the other languages; chance: 1/n; {_OVER}"
 )
 _PAIRED = "mean over segments (paired) and draws; interval over both"
+_DROPS = "mean over templates and draws; interval over both"
+_MATCHED = "minus what the difference in log perplexity predicts (one slope a category and language, over all variants)"
 FRAMES: dict[str, FrameSpec] = {
     "perplexity": FrameSpec(
         ("language",),
@@ -290,6 +292,20 @@ FRAMES: dict[str, FrameSpec] = {
                 f"the same difference in 10·log10 of the language-specific part's error, mean over layers; {_PAIRED}",
             ),
             "agnostic_error_db": Metric("dB", f"the same for the language-agnostic part; {_PAIRED}"),
+        },
+        tests=True,
+    ),
+    "task_contrasts": FrameSpec(
+        ("language", "task", "category", "part", "contrast", "other_category", "other_calibration", "at_chance"),
+        {
+            "accuracy_drop": Metric(
+                "",
+                "difference between drops in the share of minimal pairs (items, where there are no pairs) that are "
+                f"right; a drop is the dense model's minus the pruned one's; {_DROPS}",
+            ),
+            "margin_drop": Metric("nat", f"the same for the mean margin of the right choice; {_DROPS}"),
+            "accuracy_drop_matched": Metric("", f"accuracy_drop {_MATCHED}; {_DROPS}"),
+            "margin_drop_matched": Metric("nat", f"margin_drop {_MATCHED}; {_DROPS}"),
         },
         tests=True,
     ),

@@ -30,7 +30,7 @@ OWN = "own"
 #: Corrected p-value below which a difference is significant.
 SIGNIFICANT = 0.05
 #: Sets that must be there for a permutation of them to say anything.
-_FEWEST = 4
+FEWEST_SETS = 4
 
 #: Score of every segment, so made that differences of means are differences of the metric: ``{metric: [segments]}``.
 Scores = dict[str, Float[np.ndarray, " segments"]]
@@ -148,7 +148,7 @@ def _own_against_others(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every language that has a set of its own, and one for all of them."""
     chosen = [language for language in languages if language in sets]
-    if len(chosen) < _FEWEST:
+    if len(chosen) < FEWEST_SETS:
         return
     scores = [[_drawn(values, sets[name], language) for language in chosen] for name in chosen]
     means = np.array([[score.mean() for score in own] for own in scores])

@@ -14,7 +14,7 @@ from pruning.recipes import UNCALIBRATED
 from pruning.text.languages import named
 
 from .. import plots
-from ..frames import labels, of_recipe, recipes_of
+from ..frames import ALL, labels, of_recipe, recipes_of
 from ..metrics import recovery
 from ..metrics.contrasts import OTHERS
 
@@ -166,6 +166,29 @@ def _of_recipe(
                 f"The same change on {task} by calibration set and evaluation language; red: worse than dense. "
                 "Where the dense model does no better than chance nothing can be lost, and no change is given.",
                 drawing(plots.accuracy.matrix, "accuracy", task=str(task), metric=metric),
+            )
+    between = of_recipe(frames["task_contrasts"], {**recipe, "metric": "accuracy_drop", "part": ALL})
+    for task in between["task"].unique():
+        own = between[between["task"] == task]
+        if (own["contrast"] == "category").any():
+            yield (
+                f"task-contrasts-{labels.slug(str(task))}",
+                f"Task {task}: drop in accuracy (minimal pairs, where there are any) of one category minus that of "
+                "another, over all calibration sets; right of zero the first loses more. Intervals (95 %) hold over "
+                "templates and draws of the calibration text together; with a single draw there are none, and nothing "
+                "is tested. Filled markers: p < 0.05 (t-test, Benjamini-Hochberg correction). Where the dense model "
+                "does no better than chance nothing can be lost. The frame task_contrasts holds the same for margins, "
+                "single sets, pairs of sets, and kinds, grades and domains, and at equal perplexity.",
+                drawing(plots.task_contrasts.effects, "task_contrasts", task=str(task)),
+            )
+        if (own["contrast"] == "own").any():
+            yield (
+                f"task-contrasts-own-{labels.slug(str(task))}",
+                f"Task {task}: what models calibrated on the evaluated language lose less (left of zero) than those "
+                "calibrated on others, relative to what they lose less in other languages; alone, and minus the same "
+                "in another category. Intervals as before; filled: p < 0.05, permuting whole calibration sets "
+                "(Benjamini-Hochberg correction).",
+                drawing(plots.task_contrasts.effects, "task_contrasts", task=str(task), contrast="own"),
             )
     yield (
         "signal",

@@ -208,7 +208,47 @@ def _questions(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         yield f"{what} on {task} changes by {listed} (points, means over models)."
 
 
-_PARTS = (_text_matters, _questions, _where_the_damage_is, _masks, _neurons)
+def _between_categories(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Say what a category loses more than another, and whether calibrating on the own language depends on it."""
+    rows = of_recipe(frames["task_contrasts"], {**recipe, "metric": "accuracy_drop", "part": ALL})
+    for task, own in rows.groupby("task", observed=True):
+        category = own[own["contrast"] == "category"]
+        everywhere = category[category["language"].isna()]
+        if len(category) and category["df"].isna().all() and len(everywhere):
+            yield (
+                f"Whether one category of {task} loses more than another cannot be tested: no calibration set was "
+                "drawn with a second seed."
+            )
+        for row in everywhere[everywhere["df"].notna()].to_dict("records"):
+            here = category[category["category"] == row["category"]]
+            left = labels.in_order(here[here["at_chance"] & here["language"].notna()]["language"].unique())
+            yield (
+                f"Pruning costs {row['category']} {_points(row)} more than {row['other_category']} (accuracy on "
+                f"{task}, mean over languages and calibration sets; {_significance(row)})."
+                + (f" Left out, since the dense model is at chance: {', '.join(left)}." if left else "")
+            )
+        apart = own[(own["contrast"] == "own_by_category") & (own["calibration"] == OWN)]
+        for row in apart.to_dict("records"):
+            yield (
+                f"Calibrating on the evaluated language changes the drop of {row['category']} by {_points(row)} more "
+                f"than that of {row['other_category']} (accuracy on {task}; {_significance(row)}, permuting which set "
+                "belongs to which language)."
+            )
+
+
+def _points(row: Mapping[Any, Any]) -> str:
+    value, low, high = (100 * row[name] for name in ("value", "low", "high"))
+    return f"{value:+.1f} points" + (f" [{low:+.1f}, {high:+.1f}]" if np.isfinite(low) else "")
+
+
+def _significance(row: Mapping[Any, Any]) -> str:
+    """Say whether a difference is one; with a single draw of every set no difference is."""
+    if np.isnan(row["df"]):
+        return "one draw of each set: not tested"
+    return f"{'' if row['p_adjusted'] < SIGNIFICANT else 'not '}significant, p = {row['p_adjusted']:.2g}"
+
+
+_PARTS = (_text_matters, _questions, _between_categories, _where_the_damage_is, _masks, _neurons)
 
 
 def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:

@@ -37,6 +37,18 @@ class Contrast(NamedTuple):
     p_value: float
     df: float
 
+    def with_error(self, variance: float) -> Contrast:
+        """Return the contrast with the variance of something else that it was computed from added to its own."""
+        if not np.isfinite(self.df) or not variance:
+            return self
+        error = np.hypot((self.high - self.value) / t.ppf(0.975, self.df), np.sqrt(variance))
+        return self._of(self.value, float(error), self.df)
+
+    @classmethod
+    def _of(cls, value: float, error: float, df: float) -> Contrast:
+        margin = float(t.ppf(0.975, df) * error)
+        return cls(value, value - margin, value + margin, float(2 * t.sf(abs(value) / error, df)), float(df))
+
 
 def crossed_contrast(
     scores: Sequence[Sequence[Float[np.ndarray, "_ _"]]],
@@ -79,9 +91,7 @@ def crossed_contrast(
     spread = sum(term.variance**2 / term.df for term in [*added, *twice])
     if not spread:
         return Contrast(value, value, value, float(value == 0), float("inf"))
-    df, error = variance**2 / spread, np.sqrt(variance)
-    margin = float(t.ppf(0.975, df) * error)
-    return Contrast(value, value - margin, value + margin, float(2 * t.sf(abs(value) / error, df)), float(df))
+    return Contrast._of(value, float(np.sqrt(variance)), variance**2 / spread)
 
 
 class _Term(NamedTuple):

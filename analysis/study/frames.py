@@ -13,7 +13,7 @@ from pruning.code_version import code_version
 from pruning.files import content_sha256
 
 from ..frames import joined, read_frame, write_frame
-from ..metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, signal
+from ..metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, signal, task_contrasts
 from . import benchmark
 from .context import Context
 from .read import (
@@ -43,6 +43,8 @@ class MakeFrames:
         """Return the remaining frames."""
         found = []
         for names in _ANALYSES:
+            if not all(frame_finished(context, name) for name in _MADE_FROM.get(names, ())):
+                continue
             outputs = tuple(Output(f"{FOLDER}/{name}", frame_key(context, name)) for name in names)
             if not all(context.records.finished(output.name, output.key) for output in outputs):
                 title = f"making the frame{'s' * (len(names) > 1)} {' and '.join(names)}"
@@ -69,6 +71,8 @@ def frame_key(context: Context, name: str) -> str:
         inputs += [questions_key(context, model, lang) for model in models for lang in context.texts.items]
         inputs += [key for _, key, _, _ in benchmark.results(context)]
         inputs.append(context.texts.task)
+    elif name == "task_contrasts":
+        inputs += [frame_key(context, other) for other in _MADE_FROM[name,]]
     elif name in ("mask_overlap", "sparsity"):
         inputs += [context.variants.key(model) for model in models]
     else:
@@ -78,9 +82,14 @@ def frame_key(context: Context, name: str) -> str:
     return content_sha256(inputs)
 
 
+def frame_finished(context: Context, name: str) -> bool:
+    """Whether a frame is there and up to date."""
+    return context.records.finished(f"{FOLDER}/{name}", frame_key(context, name))
+
+
 def frames_finished(context: Context) -> bool:
     """Whether all frames and the dense model's readings are finished."""
-    return all(context.records.finished(f"{FOLDER}/{name}", frame_key(context, name)) for name in NAMES) and all(
+    return all(frame_finished(context, name) for name in NAMES) and all(
         readings_finished(context, DENSE, language) for language in context.study.languages
     )
 
@@ -162,6 +171,11 @@ def _items(context: Context) -> Analyzed:
     return {"items": items, "accuracy": accuracy.analyze(items)}
 
 
+def _task_contrasts(context: Context) -> Analyzed:
+    frames = StudyFrames(context)
+    return {"task_contrasts": task_contrasts.analyze(frames["items"], frames["perplexity"])}
+
+
 def _sparsity(context: Context) -> Analyzed:
     masks = {name: context.variants.open(name).masks for name in context.variants.names}
     return {"sparsity": mask_overlap.sparsity(masks, context.variants.columns())}
@@ -180,7 +194,10 @@ _ANALYSES: dict[tuple[str, ...], Callable[[Context], Analyzed]] = {
     ("neuron_entropy", "neuron_shift"): _distributions,
     ("contrasts",): _contrasts,
     ("items", "accuracy"): _items,
+    ("task_contrasts",): _task_contrasts,
     ("sparsity",): _sparsity,
 }
+#: Frames that are made from others.
+_MADE_FROM: dict[tuple[str, ...], tuple[str, ...]] = {("task_contrasts",): ("items", "perplexity")}
 #: Names of all frames of a study, in order.
 NAMES = tuple(name for names in _ANALYSES for name in names)
