@@ -146,6 +146,40 @@ def diagnose(
 
 
 @app.command()
+def power(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished study, with two draws or more.")],
+    effect: Annotated[float, typer.Option(min=0, help="Size of the difference, in the metric's unit (shares: 0-1).")],
+    metric: Annotated[
+        Literal["log_perplexity", "snr_db", "accuracy_drop", "margin_drop"],
+        typer.Option(help="What differs: on held-out text, or between drops on items."),
+    ] = "log_perplexity",
+    comparison: Annotated[
+        Literal["sets", "own", "category"],
+        typer.Option(help="Two calibration sets; own languages' sets with the others; two categories of items."),
+    ] = "sets",
+    category: Annotated[
+        str | None, typer.Option(help="Of items; reasoning by default. Compared with fluency, if categories are.")
+    ] = None,
+    target: Annotated[float, typer.Option("--power", min=0, max=1, help="Power to reach.")] = 0.8,
+    runs: Annotated[int, typer.Option(min=100, help="Simulated studies for each number.")] = 1000,
+    csv: Annotated[Path | None, typer.Option(help="File for the table.")] = None,
+) -> None:
+    """Tell how many draws and segments (or templates) it takes to see an effect."""
+    from .study.power import power_table, study_power
+    from .study.run import STUDY_FILE
+
+    if not (folder / STUDY_FILE).is_file():
+        raise StudyError(f"there is no study in {folder}; run one first: prunescope run STUDY.toml --out {folder}")
+    rows = study_power(folder, effect=effect, metric=metric, comparison=comparison, category=category, runs=runs)
+    for table, words in power_table(rows, target):
+        Console().print(table)
+        typer.echo(words)
+    if csv:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_csv(csv, index=False)
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.")],
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the checkpoint.")],

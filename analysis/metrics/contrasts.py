@@ -32,6 +32,8 @@ SIGNIFICANT = 0.05
 #: Sets that must be there for a permutation of them to say anything.
 FEWEST_SETS = 4
 
+_TINY = np.finfo(np.float64).tiny
+
 #: Score of every segment, so made that differences of means are differences of the metric: ``{metric: [segments]}``.
 Scores = dict[str, Float[np.ndarray, " segments"]]
 
@@ -105,20 +107,24 @@ def _corrected(family: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "p_adjusted": float(p)} for row, p in zip(family, adjusted, strict=True)]
 
 
-def _scores(dense: Readings, pruned: Readings, subspaces: Sequence[LSAR]) -> Scores:
-    tiny = np.finfo(np.float64).tiny
+def text_scores(pruned: Readings) -> Scores:
+    """Return the scores of every segment that need no subspaces."""
     residual = SIGNAL_SITES.index("residual")
     nll, predicted = pruned.nll.numpy(), pruned.predicted.numpy()
     power, error = (sums[:, -1, residual].numpy() for sums in (pruned.power, pruned.error))
-    norms = np.stack(norms_by_layer(subspaces, dense, pruned))  # [layers, 6, segments]
-    parts = 10 * np.log10(np.maximum(norms[:, :2], tiny) / np.maximum(norms[:, 4:6].mean(axis=2, keepdims=True), tiny))
-    specific, agnostic = parts.mean(axis=0)
     return {
         "log_perplexity": nll * (len(nll) / predicted.sum()),
-        "snr_db": 10 * np.log10(power / np.maximum(error, tiny)),
-        "specific_error_db": specific,
-        "agnostic_error_db": agnostic,
+        "snr_db": 10 * np.log10(power / np.maximum(error, _TINY)),
     }
+
+
+def _scores(dense: Readings, pruned: Readings, subspaces: Sequence[LSAR]) -> Scores:
+    norms = np.stack(norms_by_layer(subspaces, dense, pruned))  # [layers, 6, segments]
+    parts = 10 * np.log10(
+        np.maximum(norms[:, :2], _TINY) / np.maximum(norms[:, 4:6].mean(axis=2, keepdims=True), _TINY)
+    )
+    specific, agnostic = parts.mean(axis=0)
+    return {**text_scores(pruned), "specific_error_db": specific, "agnostic_error_db": agnostic}
 
 
 def _pairs(

@@ -123,7 +123,7 @@ def analyze(items: pd.DataFrame, perplexity: pd.DataFrame) -> pd.DataFrame:
         for metric in _METRICS:
             if twins[metric.removesuffix("_drop")].isna().any():
                 continue
-            table = _Table(twins, metric)
+            table = Drops(twins, metric)
             for adjusted in (False, True):
                 predicts = len(table.variants) >= FEWEST_VARIANTS and all(
                     (variant, language) in log_perplexity for variant in table.variants for language in table.languages
@@ -137,8 +137,25 @@ def analyze(items: pd.DataFrame, perplexity: pd.DataFrame) -> pd.DataFrame:
     return tidy("task_contrasts", rows)
 
 
-class _Table:
-    """Drops of every cell, by template and variant."""
+class Drops:
+    """Drops of every cell, by template and variant.
+
+    Parameters
+    ----------
+    twins
+        As from :func:`analysis.metrics.accuracy.by_twin`, of one task.
+    metric
+        ``accuracy_drop`` or ``margin_drop``.
+
+    Attributes
+    ----------
+    variants, languages, categories, parts
+        What there is; parts with their category.
+    cells
+        Drops of every variant by template, by category, part and language.
+    guessed
+        The cells in which the dense model is at chance.
+    """
 
     def __init__(self, twins: pd.DataFrame, metric: str) -> None:
         pruned = twins[twins["method"] != DENSE]
@@ -202,6 +219,11 @@ class _Table:
         return blocks, any(at in self.guessed for at in places), min(sizes)
 
 
+def reference(categories: Sequence[str]) -> str:
+    """Return the category that the others are compared with."""
+    return "fluency" if "fluency" in categories else categories[0]
+
+
 def _block(language: str, sign: float, cell: Mapping[_Variant, pd.Series]) -> _Block:
     return _Block(language, sign, {variant: drops.to_numpy() for variant, drops in cell.items()})
 
@@ -218,7 +240,7 @@ class _Study:
 
     def __init__(
         self,
-        table: _Table,
+        table: Drops,
         sets: Mapping[str, Sequence[_Variant]],
         log_perplexity: Mapping[tuple[_Variant, str], float] | None,
     ) -> None:
@@ -228,14 +250,14 @@ class _Study:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield every contrast."""
         categories = self.table.categories
-        reference = "fluency" if "fluency" in categories else categories[0]
+        base = reference(categories)
         for category in categories:
             yield from self._of_sets(category)
             yield from self._own(category, ALL, None)
-            if category != reference:
-                yield from self._of_categories(category, ALL, (reference, ALL))
-                yield from self._of_sets(category, (reference, ALL))
-                yield from self._own(category, ALL, (reference, ALL))
+            if category != base:
+                yield from self._of_categories(category, ALL, (base, ALL))
+                yield from self._of_sets(category, (base, ALL))
+                yield from self._own(category, ALL, (base, ALL))
         for category, part in self.table.parts:
             yield from self._of_categories(category, part, (category, f"{REST} {part}"))
             yield from self._own(category, part, None)
@@ -329,7 +351,8 @@ class _Study:
         ]
         found = crossed_contrast(scores, set_weights, of_block)
         if self.log_perplexity is not None:
-            found = found.with_error(self._of_slopes(blocks, names, set_weights[:, None] * of_block))
+            weighted = set_weights[:, None] * of_block
+            found = found.with_error(self._of_slopes(self.log_perplexity, blocks, names, weighted))
         guessed = any(cell[1] for cell in given)
         if guessed:
             found = Contrast(found.value, *[float("nan")] * 4)
@@ -341,11 +364,17 @@ class _Study:
             **found._asdict(),
         }
 
-    def _of_slopes(self, blocks: Sequence[_Block], names: Sequence[str], weights: np.ndarray) -> float:
+    def _of_slopes(
+        self,
+        log_perplexity: Mapping[tuple[_Variant, str], float],
+        blocks: Sequence[_Block],
+        names: Sequence[str],
+        weights: np.ndarray,
+    ) -> float:
         """Return the variance that the slopes' errors add to a contrast."""
         x = np.array(
             [
-                [np.mean([self.log_perplexity[v, block.language] for v in self.sets[name]]) for block in blocks]
+                [np.mean([log_perplexity[v, block.language] for v in self.sets[name]]) for block in blocks]
                 for name in names
             ]
         )

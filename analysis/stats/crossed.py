@@ -8,14 +8,14 @@ draws there are. A bootstrap over segments alone covers about half of what it cl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from scipy.stats import t
 
 #: Draws of each set from which its own variance is used; with fewer, the variance is pooled over all sets.
-_OWN_VARIANCE = 3
+OWN_VARIANCE = 3
 
 
 class Contrast(NamedTuple):
@@ -42,12 +42,17 @@ class Contrast(NamedTuple):
         if not np.isfinite(self.df) or not variance:
             return self
         error = np.hypot((self.high - self.value) / t.ppf(0.975, self.df), np.sqrt(variance))
-        return self._of(self.value, float(error), self.df)
+        return Contrast(*(float(of) for of in _t_test(self.value, error, self.df)))
 
-    @classmethod
-    def _of(cls, value: float, error: float, df: float) -> Contrast:
-        margin = float(t.ppf(0.975, df) * error)
-        return cls(value, value - margin, value + margin, float(2 * t.sf(abs(value) / error, df)), float(df))
+
+class Contrasts(NamedTuple):
+    """Those of many studies; attributes as of :class:`Contrast`, arrays."""
+
+    value: Float[np.ndarray, "*studies"]
+    low: Float[np.ndarray, "*studies"]
+    high: Float[np.ndarray, "*studies"]
+    p_value: Float[np.ndarray, "*studies"]
+    df: Float[np.ndarray, "*studies"]
 
 
 def crossed_contrast(
@@ -72,32 +77,61 @@ def crossed_contrast(
     draws. A set's own variance between draws is used where every set in the contrast has three draws or more; with
     fewer it is pooled over all sets, which assumes that they vary alike.
     """
+    return Contrast(*(float(of) for of in crossed_contrasts(scores, set_weights, language_weights)))
+
+
+def crossed_contrasts(
+    scores: Sequence[Sequence[Float[np.ndarray, ...]]],
+    set_weights: Float[np.ndarray, " sets"],
+    language_weights: Float[np.ndarray, "*sets languages"],
+) -> Contrasts:
+    """Estimate one contrast in many studies at once, as :func:`crossed_contrast` does in one.
+
+    Parameters
+    ----------
+    scores
+        By set and language, ``[studies, draws, segments]``.
+    set_weights, language_weights
+        As there.
+    """
     languages_of = np.broadcast_to(language_weights, (len(scores), np.shape(language_weights)[-1]))
     weights = np.asarray(set_weights)[:, None] * languages_of
     sets, languages = (np.flatnonzero(used).tolist() for used in (set_weights, np.any(weights, axis=0)))
-    value = float(sum(weights[i, k] * scores[i][k].mean() for i in sets for k in languages))
+    value = np.asarray(sum(weights[i, k] * scores[i][k].mean(axis=(-2, -1)) for i in sets for k in languages))
     draws = _Term.of_draws(scores, np.asarray(set_weights), languages_of)
     if draws is None:
-        return Contrast(value, *[float("nan")] * 4)
+        return Contrasts(value, *(np.full(value.shape, np.nan) for _ in range(4)))
     added, twice = list(draws), []
     for k in languages:
         in_language = [(weights[i, k], scores[i][k]) for i in sets]
         added += _Term.of_segments(in_language)
         twice += _Term.of_residuals(in_language)
-    variance = sum(term.variance for term in added) - sum(term.variance for term in twice)
     least = sum(term.variance for term in draws)
-    if variance < least:
-        variance, added, twice = least, draws, []
-    spread = sum(term.variance**2 / term.df for term in [*added, *twice])
-    if not spread:
-        return Contrast(value, value, value, float(value == 0), float("inf"))
-    return Contrast._of(value, float(np.sqrt(variance)), variance**2 / spread)
+    variance = sum(term.variance for term in added) - sum(term.variance for term in twice)
+    floored = variance < least
+    variance = np.where(floored, least, variance)
+    spread = np.where(
+        floored,
+        sum(term.variance**2 / term.df for term in draws),
+        sum(term.variance**2 / term.df for term in [*added, *twice]),
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = np.where(spread > 0, variance**2 / spread, np.inf)
+    return Contrasts(*_t_test(value, np.sqrt(variance), df))
+
+
+def _t_test(value: Any, error: Any, df: Any) -> tuple[Any, ...]:
+    """Return estimates with interval, two-sided p-value and degrees of freedom; without error it is certain."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        margin = np.where(error > 0, t.ppf(0.975, df) * error, 0.0)
+        p_value = np.where(error > 0, 2 * t.sf(np.abs(value) / error, df), np.equal(value, 0))
+    return value, value - margin, value + margin, p_value, df
 
 
 class _Term(NamedTuple):
-    """A mean square as part of a variance, and its degrees of freedom."""
+    """A mean square as part of a variance, of every study, and its degrees of freedom."""
 
-    variance: float
+    variance: np.ndarray
     df: int
 
     @classmethod
@@ -106,35 +140,36 @@ class _Term(NamedTuple):
     ) -> list[_Term] | None:
         """What another draw changes, in all languages together; ``None`` if no set was drawn twice."""
         drawn = [
-            sum(w * of.mean(axis=1) for w, of in zip(*own, strict=True))
+            np.asarray(sum(w * of.mean(axis=-1) for w, of in zip(*own, strict=True)))
             for own in zip(language_weights, scores, strict=True)
         ]
+        number = [of.shape[-1] for of in drawn]
         sets = np.flatnonzero(set_weights).tolist()
-        if all(len(drawn[i]) >= _OWN_VARIANCE for i in sets):
-            return [
-                cls(float(set_weights[i] ** 2 * drawn[i].var(ddof=1) / len(drawn[i])), len(drawn[i]) - 1) for i in sets
-            ]
-        repeated = [draws for draws in drawn if len(draws) > 1]
-        df = sum(len(draws) - 1 for draws in repeated)
+        if all(number[i] >= OWN_VARIANCE for i in sets):
+            return [cls(set_weights[i] ** 2 * drawn[i].var(axis=-1, ddof=1) / number[i], number[i] - 1) for i in sets]
+        repeated = [draws for draws in drawn if draws.shape[-1] > 1]
+        df = sum(draws.shape[-1] - 1 for draws in repeated)
         if not df:
             return None
-        pooled = sum(float(((draws - draws.mean()) ** 2).sum()) for draws in repeated) / df
-        return [cls(pooled * sum(float(set_weights[i] ** 2) / len(drawn[i]) for i in sets), df)]
+        pooled = sum(((draws - draws.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1) for draws in repeated) / df
+        return [cls(pooled * sum(float(set_weights[i] ** 2) / number[i] for i in sets), df)]
 
     @classmethod
     def of_segments(cls, weighted: Sequence[tuple[float, np.ndarray]]) -> list[_Term]:
         """What other segments of one language change."""
-        differences = sum(weight * of.mean(axis=0) for weight, of in weighted)
-        segments = len(differences)
-        return [cls(float(differences.var(ddof=1)) / segments, segments - 1)] if segments > 1 else []
+        differences = np.asarray(sum(weight * of.mean(axis=-2) for weight, of in weighted))
+        segments = differences.shape[-1]
+        return [cls(differences.var(axis=-1, ddof=1) / segments, segments - 1)] if segments > 1 else []
 
     @classmethod
     def of_residuals(cls, weighted: Sequence[tuple[float, np.ndarray]]) -> list[_Term]:
         """What is neither of draws nor of segments, and is contained in both."""
         terms = []
         for weight, of in weighted:
-            df = (of.shape[0] - 1) * (of.shape[1] - 1)
+            draws, segments = of.shape[-2:]
+            df = (draws - 1) * (segments - 1)
             if df:
-                rest = of - of.mean(axis=0) - of.mean(axis=1, keepdims=True) + of.mean()
-                terms.append(cls(float(weight**2 * (rest**2).sum() / df / of.size), df))
+                means = of.mean(axis=-2, keepdims=True) + of.mean(axis=-1, keepdims=True)
+                rest = of - means + of.mean(axis=(-2, -1), keepdims=True)
+                terms.append(cls(weight**2 * (rest**2).sum(axis=(-2, -1)) / df / (draws * segments), df))
         return terms

@@ -16,7 +16,8 @@ from analysis.report import findings
 LANGUAGES = ("ar", "de", "en", "zh")
 CATEGORIES = ("fluency", "reasoning")
 TEMPLATES, PAIRS = 24, 2
-RECIPE = {"method": "wanda", "sparsity": 0.5, "pattern": "row", "propagation": "pruned"}
+RECIPE = {"method": "wanda", "sparsity": 0.5, "pattern": "row", "allocation": "uniform", "scope": "all"}
+RECIPE |= {"propagation": "pruned"}
 
 
 def study(loses, *, draws=3, seed=0, spread=0.05, guesses=(), recipes=1, perplexity=None, kinds=None):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind, ttest_rel
 
-from analysis.stats.crossed import crossed_contrast
+from analysis.stats.crossed import crossed_contrast, crossed_contrasts
 
 SEGMENTS = 60
 
@@ -94,3 +94,23 @@ def test_sets_drawn_once_borrow_the_variance_of_those_drawn_twice():
 def test_equal_models_do_not_differ():
     same = np.ones((2, SEGMENTS))
     assert pair([[same], [same]]) == (0, 0, 0, 1, np.inf)
+
+
+@pytest.mark.parametrize("draws", [2, 3])
+def test_many_studies_at_once_are_as_one_by_one(draws):
+    rng = np.random.default_rng(5)
+    studies = [sets(rng, draws, [0.3, 0.1, 0.2], languages=2) for _ in range(20)]
+    together = [[np.stack([one[i][k] for one in studies]) for k in range(2)] for i in range(3)]
+    weights = np.array([1.0, -1.0, 0.0]), np.array([1.0, -0.5])
+    found = crossed_contrasts(together, *weights)
+    for k, one in enumerate(studies):
+        assert tuple(of[k] for of in found) == pytest.approx(tuple(crossed_contrast(one, *weights)))
+
+
+def test_the_error_of_something_else_widens_the_interval():
+    found = pair(sets(np.random.default_rng(6), 3, [0.1] * 2))
+    wider = found.with_error(4.0)
+    assert wider.value == found.value
+    assert wider.high - wider.value > 2 * 1.9
+    assert wider.p_value > found.p_value or found.p_value == 1
+    assert found.with_error(0.0) == found

@@ -20,6 +20,8 @@ from studies import STUDY
 
 from analysis import lape, open_readings, plots, read_frame
 from analysis.frames import FRAMES, STUDY_FRAMES, VARIANT_COLUMNS, recipes_of
+from analysis.study.power import study_power
+from pruning import Variant
 from pruning.files import PARTIAL
 
 BROWSER = next(
@@ -216,6 +218,41 @@ def test_figures_fit_a_column_too(finished, tmp_path, name):
             box = text.get_window_extent(renderer)
             assert box.x0 > -1, text.get_text()
             assert box.x1 < figure.bbox.x1 + 1, text.get_text()
+
+
+def test_power_is_told_from_the_variances_of_a_finished_study(finished, tmp_path):
+    table = tmp_path / "power.csv"
+    result = prunescope("power", finished, "--effect", 50, "--runs", 100, "--csv", table)
+    assert result.returncode == 0, result.stderr
+    assert "Power 0.8 takes 2 draws of each set with 6 segments" in " ".join(result.stdout.split())
+    rows = pd.read_csv(table)
+    assert sorted(rows["units"].unique()) == [6, 12, 24]
+    assert (rows["power"] == 1).all()
+    nothing = study_power(finished, effect=0, runs=100)
+    assert nothing["power"].mean() < 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--comparison", "own"], "at least 4"),
+        (["--comparison", "category"], "--metric accuracy_drop"),
+        (["--metric", "margin_drop", "--category", "cooking"], "cooking"),
+        (["--comparison", "category", "--metric", "margin_drop", "--category", "fluency"], "another one"),
+    ],
+)
+def test_power_of_what_a_study_does_not_have_is_refused(finished, options, words):
+    expect_one_line(prunescope("power", finished, "--effect", 1, *options), words)
+
+
+def test_power_cannot_be_told_from_a_single_draw(finished, tmp_path):
+    for name in ("variants", "readings"):
+        shutil.copytree(finished / name, tmp_path / name)
+    shutil.copy(finished / "study.toml", tmp_path)
+    again = [path for path in (tmp_path / "variants").iterdir() if Variant.open(path).columns()["seed"] == 1]
+    for path in again:
+        shutil.rmtree(path)
+    expect_one_line(prunescope("power", tmp_path, "--effect", 1), "single draw", "calibration.seeds")
 
 
 def test_second_run_repeats_nothing(finished):

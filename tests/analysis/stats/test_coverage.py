@@ -1,0 +1,34 @@
+"""Intervals and tests over draws and segments, in small: the benchmark of the same name simulates more."""
+
+from __future__ import annotations
+
+import pytest
+from simulated import Design, accuracy_rates, rates
+
+DESIGNS = [
+    Design(4, 2, 40),
+    Design(4, 5, 40, quality=0.3),
+    Design(8, 2, 40, quality=0.3, common=True),
+]
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=str)
+def test_what_is_claimed_holds(design):
+    found = rates(design, 600, at_once=200)
+    assert len(found) >= 7
+    for name, rate in found.items():
+        if name.endswith("test"):
+            assert rate < 0.08, name
+        else:
+            assert 0.92 < rate < 0.985, name
+
+
+def test_accuracy_of_templates_holds():
+    found = accuracy_rates(draws=3, templates=24, pairs=4, runs=600)
+    assert 0.92 < found["interval"] < 0.985
+
+
+def test_one_set_that_varies_more_is_not_covered_by_two_draws_but_by_three():
+    """With two draws the variance is pooled over sets: what docs/statistics.md warns of."""
+    two, three = (rates(Design(4, draws, 40, uneven=True), 400, at_once=200)["two sets: interval"] for draws in (2, 4))
+    assert two < 0.9 < three
