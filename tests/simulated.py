@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.stats.crossed import crossed_contrasts
 from analysis.stats.intervals import share_difference_interval, share_interval, unit_interval
-from analysis.stats.permutation import interactions, pairings
+from analysis.stats.permutation import interactions, pairings_of_many
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def rates(design: Design, runs: int, seed: int = 0, at_once: int = 50) -> dict[s
         seen.setdefault("own sets, all languages: interval", []).append((together.low <= 0) & (together.high >= 0))
         means = np.stack([np.stack([of.mean(axis=(1, 2)) for of in by], axis=1) for by in scores], axis=1)
         seen.setdefault("own set, one language: test", []).append(np.array([interactions(m)[0] < 0.05 for m in means]))
-        few = means if design.sets < 6 else means[: max(1, at_once // 10)]  # many ways to deal many sets
-        seen.setdefault("own sets, all languages: test", []).append(np.array([pairings(m) < 0.05 for m in few]))
+        seen.setdefault("own sets, all languages: test", []).append(pairings_of_many(means) < 0.05)
         if design.sets > 3:  # the first two languages' scores as those of two categories
             halves = [own[:2] for own in scores]
             signs = np.array([1.0, -1.0])

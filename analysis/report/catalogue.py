@@ -17,6 +17,7 @@ from .. import plots
 from ..frames import ALL, labels, of_recipe, recipes_of
 from ..metrics import recovery
 from ..metrics.contrasts import OTHERS
+from ..stats.crossed import OWN_VARIANCE
 
 Frames = Mapping[str, pd.DataFrame]
 
@@ -139,8 +140,9 @@ def _of_recipe(
             "contrasts",
             "Difference in log perplexity between each calibration set and the evaluated language's own; right of zero "
             "is worse. Intervals (95 %) hold over segments and draws of the calibration text together; with a single "
-            "draw there are none, and nothing is tested. Filled markers: p < 0.05 (t-test, Benjamini-Hochberg "
-            "correction). The frame contrasts holds the same for SNR and for the errors of both LSAR parts.",
+            f"draw there are none, and nothing is tested. {_few_draws(compared)}Filled markers: p < 0.05 (t-test, "
+            "Benjamini-Hochberg correction). The frame contrasts holds the same for SNR and for the errors of both "
+            "LSAR parts.",
             drawing(plots.contrasts.effects, "contrasts"),
         )
     asked = of_recipe(frames["accuracy"], recipe)
@@ -176,9 +178,9 @@ def _of_recipe(
                 f"Task {task}: drop in accuracy (minimal pairs, where there are any) of one category minus that of "
                 "another, over all calibration sets; right of zero the first loses more. Intervals (95 %) hold over "
                 "templates and draws of the calibration text together; with a single draw there are none, and nothing "
-                "is tested. Filled markers: p < 0.05 (t-test, Benjamini-Hochberg correction). Where the dense model "
-                "does no better than chance nothing can be lost. The frame task_contrasts holds the same for margins, "
-                "single sets, pairs of sets, and kinds, grades and domains, and at equal perplexity.",
+                f"is tested. {_few_draws(own)}Filled markers: p < 0.05 (t-test, Benjamini-Hochberg correction). Where "
+                "the dense model does no better than chance nothing can be lost. The frame task_contrasts holds the "
+                "same for margins, single sets, pairs of sets, and kinds, grades and domains, and at equal perplexity.",
                 drawing(plots.task_contrasts.effects, "task_contrasts", task=str(task)),
             )
         if (own["contrast"] == "own").any():
@@ -286,6 +288,16 @@ def _of_recipe(
             "maximum.",
             drawing(plots.lape.shift, "neuron_shift"),
         )
+
+
+def _few_draws(rows: pd.DataFrame) -> str:
+    """Say what is assumed where there are too few draws to know how much each set varies."""
+    if not (rows["df"].notna() & (rows["draws"] < OWN_VARIANCE)).any():
+        return ""
+    return (
+        "Some sets have fewer than three draws: the variance between draws is then pooled over all sets, which holds "
+        "only if they vary alike. "
+    )
 
 
 def _text(facts: ReportFacts) -> str:

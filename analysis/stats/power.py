@@ -6,10 +6,8 @@ are made by.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
 from typing import Literal
 
 import numpy as np
@@ -17,7 +15,7 @@ from jaxtyping import Float
 from scipy.stats import chi2
 
 from .crossed import OWN_VARIANCE, crossed_contrasts
-from .permutation import PERMUTATIONS
+from .permutation import pairings_of_many
 
 #: What is compared: two sets in one language, two categories in one set, or all languages' own sets with the others.
 Comparison = Literal["sets", "category", "own"]
@@ -130,7 +128,7 @@ def power(
     """
     rng = np.random.default_rng(seed)
     if comparison == "own":
-        return float(np.mean(_permuted(_means(components, draws, units, runs, rng, effect)) < SIGNIFICANT))
+        return float(np.mean(pairings_of_many(_means(components, draws, units, runs, rng, effect)) < SIGNIFICANT))
     compared, blocks = (1, 2) if comparison == "category" else (2, 1)
     # the other sets only count where the variance of draws is pooled over all
     sets = compared if draws >= OWN_VARIANCE else max(components.sets, compared)
@@ -191,20 +189,3 @@ def _normal(covariance: np.ndarray, shape: tuple[int, ...], rng: np.random.Gener
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0))
     return rng.standard_normal((*shape, len(covariance))) @ root.T
-
-
-def _permuted(means: Float[np.ndarray, "runs sets languages"]) -> Float[np.ndarray, " runs"]:
-    """Return the p-values of :func:`analysis.stats.permutation.pairings`, for many studies at once."""
-    number = means.shape[-1]
-    if math.factorial(number) <= PERMUTATIONS + 1:
-        orders, added = np.array(list(permutations(range(number)))), 0
-    else:
-        rng = np.random.default_rng(0)
-        orders, added = np.stack([rng.permutation(number) for _ in range(PERMUTATIONS)]), 1
-    dealt = np.zeros((len(orders), number, number))
-    dealt[np.arange(len(orders))[:, None], orders, np.arange(number)] = 1
-    null = means.reshape(len(means), -1) @ dealt.reshape(len(orders), -1).T
-    own = np.trace(means, axis1=1, axis2=2)[:, None]
-    near = 1e-9 * np.abs(own)
-    tails = np.stack([(null >= own - near).sum(axis=1), (null <= own + near).sum(axis=1)]).min(axis=0)
-    return np.minimum(2 * (tails + added) / (len(orders) + added), 1)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm, ttest_ind
 
-from analysis.stats.permutation import pairings
-from analysis.stats.power import Components, _permuted, power, simulate
+from analysis.stats.permutation import pairings, pairings_of_many
+from analysis.stats.power import Components, power, simulate
 
 
 def components(*, sets=4, blocks=1, draws=0.1, unit=0.5, unit_by_set=0.3, residual=0.3, shared=0.0):
@@ -72,9 +72,9 @@ def test_segments_cannot_make_up_for_draws():
 
 def test_own_languages_are_tested_by_permuting_sets():
     means = np.random.default_rng(3).normal(size=(20, 4, 4)) + np.eye(4)
-    assert _permuted(means) == pytest.approx([pairings(one) for one in means])
+    assert pairings_of_many(means) == pytest.approx([pairings(one) for one in means])
     eight = np.random.default_rng(4).normal(size=(3, 8, 8)) + 0.5 * np.eye(8)
-    assert _permuted(eight) == pytest.approx([pairings(one) for one in eight], abs=0.03)
+    assert pairings_of_many(eight) == pytest.approx([pairings(one) for one in eight], abs=0.03)
     study = components(sets=6, blocks=6, draws=0.1, shared=0.5)
     assert power(study, "own", 0.0, draws=2, units=50) == pytest.approx(0.05, abs=0.025)
     assert power(study, "own", 0.3, draws=2, units=50) > 0.9
