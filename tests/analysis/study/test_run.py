@@ -228,7 +228,7 @@ def test_power_is_told_from_the_variances_of_a_finished_study(finished, tmp_path
     rows = pd.read_csv(table)
     assert sorted(rows["units"].unique()) == [6, 12, 24]
     assert (rows["power"] == 1).all()
-    nothing = study_power(finished, effect=0, runs=100)
+    nothing = study_power(finished, effect=0.0, runs=100)
     assert nothing["power"].mean() < 0.15
 
 
