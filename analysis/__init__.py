@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from . import frames, plots, report, stats
 from .frames import read_frame, write_frame
-from .metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal, task_contrasts
+from .metrics import (
+    accuracy,
+    contrasts,
+    geometry,
+    lape,
+    lsar,
+    mask_overlap,
+    perplexity,
+    recovery,
+    signal,
+    task_contrasts,
+)
 from .metrics.lsar import LSAR
 from .study.configuration import Study
 from .study.results import open_readings
@@ -18,6 +29,7 @@ __all__ = [
     "contrasts",
     "demo_study",
     "frames",
+    "geometry",
     "lape",
     "load_study",
     "lsar",

@@ -17,7 +17,7 @@ sparsity = 0.5
 method = "magnitude"
 sparsity = 0.3
 [evaluation]
-segments = 6
+segments = 8
 fit_segments = 6
 max_length = 40
 [tasks]

@@ -117,10 +117,7 @@ _OVER_ITEMS = "95 % bootstrap interval over items, minimal pairs resampled toget
 _OVER_SHARE = "95 % Wilson interval at the effective number of items, templates as clusters"
 _OVER_CHANGE = "95 % interval of Agresti and Min at the effective number of items, templates as clusters"
 _OVER_TEMPLATES = "95 % BCa bootstrap interval over templates (fewer than 20: jackknife, t quantiles)"
-_PROBE = (
-    "accuracy of a logistic regression that predicts a segment's language from the {part} of its mean state, fitted on "
-    f"the other half of the held-out segments; chance: one over the number of languages; {_OVER}"
-)
+_JACKKNIFE = "95 % jackknife interval over held-out segments, translations left out together"
 _RETRIEVAL = (
     "share of segments whose nearest neighbour in another language, by cosine similarity of {what}, is their "
     f"translation; mean over the other languages; chance: 1/n; {_OVER}"
@@ -128,6 +125,26 @@ _RETRIEVAL = (
 _PAIRED = "mean over segments (paired) and draws; interval over both"
 _DROPS = "mean over templates and draws; interval over both"
 _MATCHED = "minus what the difference in log perplexity predicts (one slope a category and language, over all variants)"
+
+
+def _decoding(part: str, what: str) -> dict[str, Metric]:
+    before = {"dense_specific": "own_specific", "dense_agnostic": "own_agnostic", "transferred": "own_specific"}
+    return {
+        f"{part}_decoding": Metric(
+            "",
+            f"accuracy of a linear discriminant (shrunken covariance) that predicts a segment's language from {what}; "
+            "subspace, discriminant and accuracy are of different held-out segments; chance: one over the number of "
+            "languages; no language, no layer: over all; 95 % Wilson interval at the effective number of segments, "
+            "translations as clusters",
+        ),
+        f"{part}_decoding_change": Metric(
+            "",
+            f"the same minus the dense model's {before.get(part, part)}_decoding, paired by segment; 95 % interval of "
+            "Agresti and Min at the effective number of segments",
+        ),
+    }
+
+
 FRAMES: dict[str, FrameSpec] = {
     "perplexity": FrameSpec(
         ("language",),
@@ -171,8 +188,6 @@ FRAMES: dict[str, FrameSpec] = {
             ),
             "specific_snr_db": Metric("dB", f"−10·log10 of specific_error; {_OVER}"),
             "agnostic_snr_db": Metric("dB", f"−10·log10 of agnostic_error; {_OVER}"),
-            "specific_language_accuracy": Metric("", _PROBE.format(part="language-specific part")),
-            "agnostic_language_accuracy": Metric("", _PROBE.format(part="language-agnostic part")),
             "agnostic_retrieval": Metric(
                 "", _RETRIEVAL.format(what="the language-agnostic part of their mean states, centred over all segments")
             ),
@@ -182,6 +197,38 @@ FRAMES: dict[str, FrameSpec] = {
                 "share of the between-language variance of the fitting text that a subspace of this rank explains "
                 "(dense model; no language)",
             ),
+        },
+    ),
+    "geometry": FrameSpec(
+        ("language", "layer"),
+        {
+            "subspace_overlap": Metric(
+                "",
+                "mean cos² of the principal angles between this model's language-specific subspace (LSAR), fitted on "
+                "one half of the held-out segments, and the dense model's, fitted on the other; mean over the two ways "
+                f"to halve; no layer: mean over layers; {_JACKKNIFE}",
+            ),
+            "self_overlap": Metric(
+                "",
+                "the same between the two halves in this model: the ceiling that the number of segments sets; "
+                f"{_JACKKNIFE}",
+            ),
+            "subspace_overlap_change": Metric(
+                "", f"subspace_overlap minus the mean of the dense model's and this model's self_overlap; {_JACKKNIFE}"
+            ),
+            "overlap_chance": Metric("", "overlap expected of random subspaces: rank over hidden size (dense model)"),
+            "largest_angle": Metric("degree", f"largest of these angles; {_JACKKNIFE}"),
+            "cka": Metric(
+                "",
+                "linear CKA between the dense model's and this model's mean states of the segments of a language, with "
+                f"the unbiased HSIC: 1: alike up to rotation and scale, 0: unrelated; {_JACKKNIFE}",
+            ),
+            **_decoding("whole", "its whole mean state"),
+            **_decoding("own_specific", "its part in the model's own language-specific subspace"),
+            **_decoding("own_agnostic", "the rest, outside the model's own subspace"),
+            **_decoding("dense_specific", "its part in the dense model's subspace"),
+            **_decoding("dense_agnostic", "the rest, outside the dense model's subspace"),
+            **_decoding("transferred", "its part in the dense model's subspace, by the dense model's own discriminant"),
         },
     ),
     "mask_overlap": FrameSpec(

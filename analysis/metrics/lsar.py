@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from probes import DENSE, Readings
@@ -109,8 +106,7 @@ _METRICS = (
     "specific_snr_db",
     "agnostic_snr_db",
 )
-#: What the two parts should and should not encode; see :func:`_encoded`.
-LANGUAGE_METRICS = ("specific_language_accuracy", "agnostic_language_accuracy")
+#: How well translations are found without the specific part, and with it; see :func:`_retrieved`.
 RETRIEVAL_METRICS = ("agnostic_retrieval", "whole_retrieval")
 #: Segments that all languages need to share for sentence retrieval to say anything.
 _ENOUGH = 4
@@ -122,7 +118,7 @@ def analyze(
     subspaces: list[LSAR],
     ids: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
-    """Return the frame ``subspaces``: error of the specific and of the agnostic part, and what each part encodes.
+    """Return the frame ``subspaces``: error of the specific and of the agnostic part, and what the latter encodes.
 
     One layer of one model is looked at at a time: at a hidden size of 4096, 128 segments and seven languages that is
     15 MB of states, and about eight times as much while they are worked on, however many variants and blocks there are.
@@ -138,7 +134,7 @@ def analyze(
         would mix rotation with loss.
     ids
         Language to the ids of the segments that were read; segments with one id are translations of each other.
-        Without them there is neither a language-identity probe nor sentence retrieval.
+        Without them there is no sentence retrieval.
     """
     layers = np.arange(len(subspaces))
     rank = subspaces[0].basis_.shape[1]
@@ -161,9 +157,8 @@ def analyze(
                 interval = _errors(subspaces, readings[DENSE, language], states[language])
                 estimates.append((language, _METRICS, interval, len(states[language].tokens)))
         if ids is not None:
-            for metrics, right in _encoded(subspaces, states, ids):
-                for language, correct in right.items():
-                    estimates.append((language, metrics, _share_right(correct), correct.shape[1]))
+            for language, correct in _retrieved(subspaces, states, ids).items():
+                estimates.append((language, RETRIEVAL_METRICS, _share_right(correct), correct.shape[1]))
         for language, metrics, (value, low, high), n in estimates:
             place = {"language": language, "layer": np.tile(layers, len(metrics)), "rank": rank}
             metric = np.repeat(metrics, len(layers)).tolist()
@@ -212,62 +207,33 @@ def part_norms(
     return np.stack(result)
 
 
-# -- what each part encodes ------------------------------------------------------------------------------------------
+# -- what the agnostic part encodes ----------------------------------------------------------------------------------
 
 
-def _encoded(
+def _retrieved(
     subspaces: list[LSAR], states: Mapping[str, Readings], ids: Mapping[str, Sequence[str]]
-) -> Iterator[tuple[Sequence[str], dict[str, Float[np.ndarray, "metrics segments layers"]]]]:
-    """Yield metrics and, by language, whether each segment was identified (1) or not (0), for every layer.
+) -> dict[str, Float[np.ndarray, "metrics segments layers"]]:
+    """Return, by language, in what share of the others each segment's translation is found, at every layer.
 
-    A probe for the language shows that the specific part holds it and the agnostic part does not; retrieving
-    translations shows that the agnostic part holds what is said. Halves for the probe are halves of the ids, so that it
-    is never tested on a translation of what it was fitted on.
+    Translations that are nearest neighbours show that the agnostic part holds what is said. Empty if too few segments
+    have translations in all languages.
     """
     languages = list(states)
-    order = {id: i for i, id in enumerate(dict.fromkeys(id for language in languages for id in ids[language]))}
-    halves = {language: np.array([order[id] % 2 for id in ids[language]]) for language in languages}
-    halved = all(0 < half.sum() < len(half) for half in halves.values())
-    language_right = {language: np.zeros((2, len(ids[language]), len(subspaces))) for language in languages}
     shared = set.intersection(*(set(ids[language]) for language in languages))
+    if len(shared) < _ENOUGH:
+        return {}
     together = {
         language: [i for i, id in sorted(enumerate(ids[language]), key=lambda pair: pair[1]) if id in shared]
         for language in languages
     }
     found = {language: np.empty((2, len(shared), len(subspaces))) for language in languages}
     for layer, subspace in enumerate(subspaces):
-        here = {language: states[language].pooled_at(layer).double().numpy() for language in languages}
+        here = {lang: states[lang].pooled_at(layer).double().numpy()[together[lang]] for lang in languages}
         agnostic = {language: subspace.transform(values) for language, values in here.items()}
-        specific = {language: subspace.specific(values) for language, values in here.items()}
-        for which, part in enumerate((specific, agnostic) if halved else ()):
-            for language, right in _language_identified(part, halves).items():
-                language_right[language][which, :, layer] = right
-        if len(shared) >= _ENOUGH:
-            for which, part in enumerate((agnostic, here)):
-                chosen = {language: part[language][together[language]] for language in languages}
-                for language, right in _translations_found(chosen).items():
-                    found[language][which, :, layer] = right
-    if halved:
-        yield LANGUAGE_METRICS, language_right
-    if len(shared) >= _ENOUGH:
-        yield RETRIEVAL_METRICS, found
-
-
-def _language_identified(
-    part: Mapping[str, Float[np.ndarray, "segments width"]], halves: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Return which segments' language a logistic regression fitted on the other half identifies."""
-    languages = list(part)
-    x = np.concatenate(list(part.values())).astype(np.float32)
-    y = np.repeat(np.arange(len(languages)), [len(values) for values in part.values()])
-    half = np.concatenate([halves[language] for language in languages])
-    right = np.zeros(len(x))
-    for fitted in (0, 1):
-        # A handful of iterations more would move no prediction worth speaking of: hence the loose tolerance.
-        probe = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-2, max_iter=200))
-        probe.fit(x[half == fitted], y[half == fitted])
-        right[half != fitted] = probe.predict(x[half != fitted]) == y[half != fitted]
-    return dict(zip(languages, np.split(right, np.cumsum(np.bincount(y))[:-1]), strict=True))
+        for which, part in enumerate((agnostic, here)):
+            for language, right in _translations_found(part).items():
+                found[language][which, :, layer] = right
+    return found
 
 
 def _translations_found(part: Mapping[str, Float[np.ndarray, "segments width"]]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ Every function takes a frame, the recipe whose variants it shows (one of :func:`
 
 from __future__ import annotations
 
-from . import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, recovery, signal, task_contrasts
+from . import accuracy, contrasts, geometry, lape, lsar, mask_overlap, perplexity, recovery, signal, task_contrasts
 from .style import COLUMN_WIDTH, PAGE_WIDTH, colour, save
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "accuracy",
     "colour",
     "contrasts",
+    "geometry",
     "lape",
     "lsar",
     "mask_overlap",

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from probes import DENSE
 
 from ..frames import labels, of_recipe
-from ..metrics.lsar import LANGUAGE_METRICS, RETRIEVAL_METRICS
+from ..metrics.lsar import RETRIEVAL_METRICS
 from . import charts, style
 
 _PARTS = {"specific": "language-specific", "agnostic": "language-agnostic"}
@@ -54,41 +54,31 @@ def matrix(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
 
 
 def knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw what language and meaning each part encodes, dense and pruned, and the variance that each rank explains.
+    """Draw how well translations are retrieved, dense and pruned, and the variance that each rank explains.
 
     Means over languages; bands: lowest to highest over calibration sets.
     """
     pruned, dense = of_recipe(frame, recipe), frame[frame["method"] == DENSE]
-    languages = max(frame["language"].nunique(), 1)
-    blue, orange = style.TWO_COLOURS
     named = {
-        "specific_language_accuracy": ("language-specific part", blue),
-        "agnostic_language_accuracy": ("language-agnostic part", orange),
-        "agnostic_retrieval": ("language-agnostic part", orange),
+        "agnostic_retrieval": ("language-agnostic part", style.TWO_COLOURS[1]),
         "whole_retrieval": ("whole state", style.GREY),
     }
     panels = []
     retrieval = dense[dense["metric"].isin(RETRIEVAL_METRICS)]
-    guess = {
-        LANGUAGE_METRICS: 1 / languages,
-        RETRIEVAL_METRICS: 1 / float(retrieval["n"].max()) if len(retrieval) else None,
-    }
-    for metrics, title in ((LANGUAGE_METRICS, "language identified"), (RETRIEVAL_METRICS, "translation retrieved")):
+    if len(retrieval):
         lines = []
-        for metric in metrics:
-            label, colour = named[metric]
+        for metric, (label, colour) in named.items():
             for rows, dash, model in ((dense, "-", "dense"), (pruned, "--", "pruned")):
                 keys = ["calibration", "seed", "layer"]
                 means = rows[rows["metric"] == metric].groupby(keys, observed=True)["value"].mean().reset_index()
                 lines.append(charts.range_line(means, "layer", f"{label}, {model}", colour, dash))
-        level = guess[metrics]
-        panels.append(charts.Panel(title, lines, {} if level is None else {"chance": level}))
+        panels.append(charts.Panel("translation retrieved", lines, {"chance": 1 / float(retrieval["n"].max())}))
     shares = dense[dense["metric"] == "explained_share"]
     lines = [charts.range_line(shares, "rank", "between-language variance (band: layers)", style.GREEN)]
     panels.append(charts.Panel("variance explained by rank", lines, x_label="rank of the subspace"))
     return charts.line_panels(
-        [panel for panel in panels if any(len(line.x) for line in panel.lines)],
-        title=f"What the two parts encode ({labels.recipe_label(recipe)})",
+        panels,
+        title=f"What the agnostic part encodes ({labels.recipe_label(recipe)})",
         x_label="layer",
         y_label="share",
         width=width,

@@ -229,13 +229,25 @@ def _of_recipe(
         )
     yield (
         "subspaces-knowledge",
-        "What the parts encode. Left: accuracy of a logistic regression that predicts the language from each part, "
-        "fitted on one half of the held-out segments and tested on the other. Middle: how often the nearest segment "
-        "in another language is the translation (held-out segments that all languages share). Right: share of the "
-        "between-language variance that a subspace of each rank explains. Means over languages; bands: minimum to "
-        "maximum over calibration sets (right: over layers).",
+        "What the agnostic part encodes. Left: how often the nearest segment in another language is the translation "
+        "(held-out segments that all languages share). Right: share of the between-language variance that a subspace "
+        "of each rank explains. Means over languages; bands: minimum to maximum over calibration sets (right: over "
+        "layers).",
         drawing(plots.lsar.knowledge, "subspaces"),
     )
+    if len(of_recipe(frames["geometry"], recipe)):
+        yield (
+            "geometry",
+            "Rotated or lost? Overlap: mean cos² of the principal angles between the language-specific subspaces "
+            "(LSAR) of dense and pruned model, each fitted on its own states; dotted and black: of a model with "
+            "itself, the ceiling. Language found: accuracy of a linear discriminant in the part of a state inside or "
+            "outside a subspace; outside, it is above chance even in the dense model, since subspaces are estimated. "
+            "Where overlap falls but languages are found in the model's own subspace as before, they were rotated; "
+            "where they are not, lost. CKA (unbiased): within each language, mean over languages. Subspaces, "
+            f"discriminants and accuracies are of different segments among {text}. Lines: means over calibration sets; "
+            "bands: minimum to maximum. The frame geometry holds the intervals.",
+            drawing(plots.geometry.layers, "geometry"),
+        )
     if several:
         yield (
             "mask-overlap",

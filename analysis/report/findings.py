@@ -16,6 +16,7 @@ from ..frames import ALL, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from .catalogue import ALL_MODELS, Frames, section_of
+from .geometry import geometry_of_dense, geometry_of_recipe
 
 
 def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
@@ -38,7 +39,7 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
     after = (
         f"Pruning multiplies perplexity by {', '.join(factors)}; geometric means over languages and calibration sets."
     )
-    yield ALL_MODELS, [before, after, *_knowledge(frames["subspaces"])]
+    yield ALL_MODELS, [before, after, *_knowledge(frames["subspaces"]), *geometry_of_dense(frames["geometry"])]
     for recipe in recipes_of(perplexity):
         sentences = [sentence for part in _PARTS for sentence in part(frames, recipe)]
         yield section_of(recipe), sentences
@@ -46,13 +47,6 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
 
 def _knowledge(frame: pd.DataFrame) -> Iterator[str]:
     dense = frame[frame["method"] == DENSE].groupby("metric", observed=True)["value"].mean()
-    if "specific_language_accuracy" in dense:
-        guess = 1 / max(frame["language"].nunique(), 1)
-        yield (
-            f"In the dense model, a probe identifies the language of a segment from the language-specific part with "
-            f"{dense['specific_language_accuracy']:.0%} accuracy and from the language-agnostic part with "
-            f"{dense['agnostic_language_accuracy']:.0%} (chance: {guess:.0%}; means over layers)."
-        )
     if "agnostic_retrieval" in dense:
         yield (
             f"The nearest neighbour of a segment in another language is its translation in "
@@ -125,19 +119,6 @@ def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[
         f"hidden states is better preserved: median squared error {specific:.2g} (specific) and {agnostic:.2g} "
         "(agnostic) over layers, languages and calibration sets."
     )
-    if "agnostic_language_accuracy" in middle:
-        before = _metric(frames["subspaces"], "agnostic_language_accuracy")
-        dense = before[before["method"] == DENSE]["value"].mean()
-        after = _metric(errors, "agnostic_language_accuracy")["value"].mean()
-        yield (
-            f"After pruning, a probe identifies the language from the language-agnostic part with {after:.0%} accuracy "
-            f"(dense model: {dense:.0%}): "
-            + (
-                "the pruning error depends on the language and lies outside the language-specific subspace."
-                if after > dense + 0.1
-                else "the pruning error adds no language information to it."
-            )
-        )
     spread = {}
     for part in ("specific", "agnostic"):
         own = errors[errors["metric"] == f"{part}_error_centred"]
@@ -248,7 +229,7 @@ def _significance(row: Mapping[Any, Any]) -> str:
     return f"{'' if row['p_adjusted'] < SIGNIFICANT else 'not '}significant, p = {row['p_adjusted']:.2g}"
 
 
-_PARTS = (_text_matters, _questions, _between_categories, _where_the_damage_is, _masks, _neurons)
+_PARTS = (_text_matters, _questions, _between_categories, _where_the_damage_is, geometry_of_recipe, _masks, _neurons)
 
 
 def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:

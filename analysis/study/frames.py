@@ -13,7 +13,7 @@ from pruning.code_version import code_version
 from pruning.files import content_sha256
 
 from ..frames import joined, read_frame, write_frame
-from ..metrics import accuracy, contrasts, lape, lsar, mask_overlap, perplexity, signal, task_contrasts
+from ..metrics import accuracy, contrasts, geometry, lape, lsar, mask_overlap, perplexity, signal, task_contrasts
 from . import benchmark
 from .context import Context
 from .read import (
@@ -133,8 +133,18 @@ def _signal(context: Context) -> Analyzed:
 
 
 def _subspaces(context: Context) -> Analyzed:
-    ids = {language: [s.id for s in segments] for language, segments in context.texts.heldout.items()}
-    return {"subspaces": lsar.analyze(_readings(context), context.variants.columns(), subspaces(context), ids)}
+    return {
+        "subspaces": lsar.analyze(_readings(context), context.variants.columns(), subspaces(context), _ids(context))
+    }
+
+
+def _geometry(context: Context) -> Analyzed:
+    rank = context.study.evaluation.rank
+    return {"geometry": geometry.analyze(_readings(context), context.variants.columns(), _ids(context), rank)}
+
+
+def _ids(context: Context) -> dict[str, list[str]]:
+    return {language: [s.id for s in segments] for language, segments in context.texts.heldout.items()}
 
 
 def _mask_overlap(context: Context) -> Analyzed:
@@ -189,6 +199,7 @@ _ANALYSES: dict[tuple[str, ...], Callable[[Context], Analyzed]] = {
     ("perplexity",): _perplexity,
     ("signal",): _signal,
     ("subspaces",): _subspaces,
+    ("geometry",): _geometry,
     ("mask_overlap",): _mask_overlap,
     ("language_neurons", "neuron_selection"): _neurons,
     ("neuron_entropy", "neuron_shift"): _distributions,

@@ -19,7 +19,7 @@ from conftest import tiny_model, tiny_tokenizer
 from tokenizers.processors import ByteLevel
 
 from analysis.frames import dense_columns
-from analysis.metrics import contrasts, lape, lsar, perplexity, signal
+from analysis.metrics import contrasts, geometry, lape, lsar, perplexity, signal
 from probes import DENSE, Readings, Session, pooled_states, read_against_dense
 from probes.batches import Batcher
 from pruning import CalibrationSet, Corpus, Recipe, prune, text_source
@@ -42,6 +42,7 @@ def all_frames(variants: list[Any], model: Any, tokenizer: Any, corpus: Corpus, 
         "perplexity": perplexity.analyze(readings, columns),
         "signal": signal.analyze(readings, columns),
         "subspaces": lsar.analyze(readings, columns, subspaces, ids),
+        "geometry": geometry.analyze(readings, columns, ids),
         "contrasts": contrasts.analyze(readings, columns, subspaces),
         "neurons": lape.neurons(readings, columns),
         "language_neurons": language_neurons,
@@ -193,6 +194,7 @@ def test_no_analyzer_has_the_readings_of_all_models_open(study):
         perplexity.analyze,
         signal.analyze,
         lambda *args: lsar.analyze(*args, subspaces, ids),
+        lambda *args: geometry.analyze(*args, ids),
         lambda *args: contrasts.analyze(*args, subspaces),
         lape.analyze,
         lape.distributions,

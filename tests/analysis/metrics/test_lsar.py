@@ -127,25 +127,16 @@ def knowledge(names, states, subspace, ids):
     return frame[frame["metric"] != "explained_share"].groupby("metric", observed=True)["value"].mean()
 
 
-def test_the_specific_part_holds_the_language_and_the_agnostic_part_what_is_said():
+def test_the_agnostic_part_holds_what_is_said():
     found = knowledge(*several_languages(tell=5, mean=3))
-    assert found["specific_language_accuracy"] > 0.99
-    assert found["agnostic_language_accuracy"] < 0.4  # guessing: a quarter
     assert found["agnostic_retrieval"] > 0.99
     assert found["whole_retrieval"] < found["agnostic_retrieval"]
-
-
-def test_languages_that_lie_together_cannot_be_told_apart():
-    found = knowledge(*several_languages(tell=0, mean=3))
-    assert found["specific_language_accuracy"] == pytest.approx(0.25, abs=0.1)
 
 
 def test_segments_without_translation_are_not_searched_for():
     names, states, subspace, ids = several_languages(tell=5, mean=0, segments=20)
     ids[names[0]] = [f"other {k}" for k in range(20)]
-    found = knowledge(names, states, subspace, ids)
-    assert "agnostic_retrieval" not in found
-    assert found["specific_language_accuracy"] > 0.95
+    assert "agnostic_retrieval" not in knowledge(names, states, subspace, ids)
 
 
 def test_the_order_of_segments_changes_no_retrieval():

@@ -113,9 +113,13 @@ def test_frames_have_a_row_for_everything_that_was_asked(finished):
     assert len(contrasts[contrasts["other_calibration"] != "others"]) == 4 * 3 * languages
     assert contrasts["p_adjusted"].between(0, 1).all()
     assert (contrasts["p_adjusted"] >= contrasts["p_value"] - 1e-12).all()
-    knowledge = frames["subspaces"]["metric"].isin(["agnostic_retrieval", "specific_language_accuracy"])
+    knowledge = frames["subspaces"]["metric"] == "agnostic_retrieval"
     assert frames["subspaces"][knowledge]["value"].between(0, 1).all()
-    assert knowledge.sum() == 2 * (variants + 1) * languages * layers
+    assert knowledge.sum() == (variants + 1) * languages * layers
+    geometry = frames["geometry"]
+    assert (geometry["metric"] == "cka").sum() == variants * languages * layers
+    assert (geometry["metric"] == "own_specific_decoding").sum() == (variants + 1) * ((languages + 1) * layers + 1)
+    assert (geometry["metric"] == "subspace_overlap_change").sum() == variants * (layers + 1)
     sparsity = frames["sparsity"].groupby("method", observed=True)["value"].mean()
     assert sparsity["wanda"] == 0.5
     assert (frames["perplexity"]["low"] <= frames["perplexity"]["high"]).all()
@@ -137,7 +141,7 @@ def test_neurons_are_made_of_the_readings_when_asked_for(finished):
 def test_report_stands_alone(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     figures = list((finished / "figures").glob("*.png"))
-    assert page.count("<img") == page.count("data:image/png;base64,") == len(figures) == 1 + 16 + 7 + 3
+    assert page.count("<img") == page.count("data:image/png;base64,") == len(figures) == 1 + 17 + 8 + 3
     assert "http" not in page.replace("http-equiv", "")
     assert not re.search(r"\bnan\b", page)
 
@@ -195,6 +199,7 @@ def test_figures_are_there_as_pdf_and_png(finished):
 PLOTS = {
     "perplexity": [plots.perplexity.matrix],
     "signal": [plots.signal.layers, plots.signal.matrix, plots.signal.roles],
+    "geometry": [plots.geometry.layers],
     "subspaces": [plots.lsar.layers, plots.lsar.matrix, plots.lsar.knowledge],
     "mask_overlap": [plots.mask_overlap.heatmap, plots.mask_overlap.roles],
     "contrasts": [plots.contrasts.effects],
@@ -435,7 +440,7 @@ def test_other_code_makes_again_what_it_makes(finished, tmp_path, monkeypatch):
     [
         ('"zh"]', '"ko"]', ("Korean", "bundled corpus has")),
         ('"zh"]', '"chinese"]', ("unknown language tag", "did you mean")),
-        ("segments = 6\nfit", "segments = 999\nfit", ("999 heldout segments", "there are 160")),
+        ("segments = 8\nfit", "segments = 999\nfit", ("999 heldout segments", "there are 160")),
         ("samples = 6", "samples = 100000", ("100000 samples", "enough for")),
         ('method = "wanda"', 'method = "wnada"', ("did you mean",)),
         ("sparsity = 0.5", "sparsity = 50", ("not between 0 and 1",)),
