@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .sources import BUNDLED_ITEMS, CATEGORIES, Item, ItemSource, items_fingerprint, some_twins
+from .item import CATEGORIES, Item, items_fingerprint, some_twins, without_premises
+from .sources import BUNDLED_ITEMS, ItemSource
 
-__all__ = ["BUNDLED_ITEMS", "CATEGORIES", "Item", "ItemSource", "items_fingerprint", "some_twins"]
+__all__ = ["BUNDLED_ITEMS", "CATEGORIES", "Item", "ItemSource", "items_fingerprint", "some_twins", "without_premises"]

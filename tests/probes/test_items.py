@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -9,10 +10,10 @@ from hypothesis import strategies as st
 
 from probes import ItemSource
 from probes.items import CATEGORIES, Item, items_fingerprint, some_twins
+from probes.items.bundled import bundled_items
 from pruning.errors import TextError
 from pruning.text.sources import BUNDLED_LANGUAGES
 
-BUNDLED = {language: ItemSource().items(language) for language in BUNDLED_LANGUAGES}
 GOOD = {"id": "1a", "category": "reasoning", "prompt": "The sky is", "choices": [" blue", " green"], "answer": 0}
 
 
@@ -26,56 +27,14 @@ def twins_of(items):
 # -- the bundled set ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
-def test_bundled_items_are_the_same_in_every_language(language):
-    def places(items):
-        return [(item.id, item.twin, item.category) for item in items]
-
-    assert places(BUNDLED[language]) == places(BUNDLED["en"])
-
-
-def test_bundled_items_are_at_least_forty_in_each_of_four_categories():
-    counts = Counter(item.category for item in BUNDLED["en"])
-    assert set(counts) == set(CATEGORIES)
-    assert min(counts.values()) >= 40
-
-
-@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
-def test_bundled_twins_have_the_same_choices_and_different_answers(language):
-    """So answers are balanced exactly: who leaves the prompt aside gets one of two right."""
-    for twins in twins_of(BUNDLED[language]).values():
-        first, second = twins
-        assert first.choices == second.choices
-        assert len(first.choices) == 2
-        assert {first.answer, second.answer} == {0, 1}
-        assert first.category == second.category
-        assert first.prompt != second.prompt
-    for category in CATEGORIES:
-        answers = Counter(item.answer for item in BUNDLED[language] if item.category == category)
-        assert answers[0] == answers[1]
-
-
-@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
-def test_bundled_choices_are_about_equally_long(language):
-    lengths = [[len(choice) for choice in twins[0].choices] for twins in twins_of(BUNDLED[language]).values()]
-    first, second = (sum(pair[i] for pair in lengths) for i in (0, 1))
-    assert abs(first - second) < 0.1 * min(first, second)
-
-
-@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
-def test_bundled_prompts_end_where_the_space_of_their_choices_begins(language):
-    for item in BUNDLED[language]:
-        assert item.prompt == item.prompt.strip(), item.id
-        for choice in item.choices:
-            assert choice == choice.rstrip(), item.id
-            assert choice.startswith(" ") == (language != "zh"), item.id
-            assert not choice.startswith("  "), item.id
-
-
-def test_no_bundled_prompt_is_asked_twice_with_the_same_choices():
-    for language, items in BUNDLED.items():
-        asked = Counter((item.prompt, item.choices) for item in items)
-        assert asked.most_common(1)[0][1] == 1, language
+def test_bundled_items_are_ready_at_once():
+    """They are read and generated when they are first asked for, in all languages within a second."""
+    bundled_items.cache_clear()
+    start = time.process_time()
+    found = {language: ItemSource().items(language) for language in BUNDLED_LANGUAGES}
+    assert time.process_time() - start < 1
+    found["en"].clear()
+    assert ItemSource().items("en")  # the list is the caller's own
 
 
 def test_languages_without_bundled_items_are_refused_with_a_way_out():
@@ -214,10 +173,10 @@ def test_some_twins_never_parts_twins_and_takes_about_as_many_as_asked(places, c
             assert count <= len(kept) < count + largest
 
 
-@pytest.mark.parametrize("language", BUNDLED)
+@pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
 def test_a_sample_is_spread_over_kinds(language):
     for category in CATEGORIES:
-        there = [item for item in BUNDLED[language] if item.category == category]
+        there = [item for item in ItemSource().items(language) if item.category == category]
         chosen = some_twins(there, 6)
         assert len(chosen) == 6
         assert len({item.kind for item in chosen}) == min(3, len({item.kind for item in there}))

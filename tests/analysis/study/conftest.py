@@ -15,8 +15,8 @@ from studies import STUDY
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    # the longest bundled items take more than 128 bytes, which are this tokenizer's tokens
-    saved(tiny_model(max_position_embeddings=512), folder / "model", shard="1GB")
+    # the longest bundled items take more than 512 bytes, which are this tokenizer's tokens
+    saved(tiny_model(max_position_embeddings=1024), folder / "model", shard="1GB")
     (folder / "study.toml").write_text(STUDY)
     return folder
 
