@@ -57,6 +57,10 @@ def known_tasks() -> list[str]:
     return list(_installed_tasks().all_tasks)
 
 
+#: What an item says about itself.
+_PLACE = ("twin", "category", "kind", "template", "grade", "domain")
+
+
 @dataclass(frozen=True)
 class Task:
     """A loaded task of the harness, with its columns in frames.
@@ -73,15 +77,17 @@ class Task:
         """Convert one model's answers, as logged by the harness, to columns of the frame ``items``."""
         way = answers[-1]["filter"]
         observed = [row for answer in answers if answer["filter"] == way for row in self._observations(answer)]
-        columns = ("item", "twin", "category", "choice", "metric", "value")
+        columns = ("item", *_PLACE, "choice", "metric", "value")
         values = map(list, zip(*observed, strict=True))
         return {"language": self.language, "task": self.harness.task_name} | dict(zip(columns, values, strict=True))
 
-    def _observations(self, answer: Mapping[str, Any]) -> Iterator[tuple[str, str, str, int | None, str, float]]:
-        document = answer["doc"]
-        place = (str(answer["doc_id"]),) * 2 + (self.category,)
+    def _observations(self, answer: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         if self.harness.task_name.startswith(BUNDLED_TASK):
-            place = document["id"], document["twin"], document["category"]
+            document = answer["doc"]
+        else:
+            number = str(answer["doc_id"])
+            document = {"id": number, "twin": number, "template": number, "category": self.category}
+        place = document["id"], *(document.get(column) or None for column in _PLACE)
         margin = None
         if _multiple_choice(self.harness):
             right = self._right(answer)

@@ -83,6 +83,19 @@ def value(frame, metric, language, category, method="magnitude", part="all"):
     return row
 
 
+def test_the_frame_of_items_says_kind_template_grade_and_domain():
+    known = {"kind": "order", "template": "queue", "grade": 2, "domain": "law"}
+    items = [
+        Item(id="1", prompt="p", choices=(" x", " y"), answer=0, **known),
+        Item(id="2", prompt="p", choices=(" x", " y"), answer=1),
+    ]
+    frame = tasks.item_frame({(DENSE, "en"): planted_scores(items, 0)}, {"en": items}, COLUMNS, "mine")
+    described = frame[frame["metric"] == "margin"].set_index("item")[list(known)]
+    assert described.loc["1"].to_dict() == known
+    assert described.loc["2", "template"] == "2"
+    assert described.loc["2", ["kind", "grade", "domain"]].isna().all()
+
+
 def test_the_frame_of_items_has_every_choice_and_every_margin(asked):
     items, scores = asked
     frame = tasks.item_frame(scores, items, COLUMNS, "mine")

@@ -14,9 +14,10 @@ from pruning import Recipe, prune
 from pruning.errors import StudyError, TextError, VariantError
 from pruning.text.sources import BUNDLED_LANGUAGES
 
+STATES = {"twin": "1", "category": "reasoning", "kind": "state", "grade": 1, "choices": [" cold", " hot"]}
 ITEMS = [
-    {"id": "1a", "twin": "1", "category": "reasoning", "prompt": "Ice is", "choices": [" cold", " hot"], "answer": 0},
-    {"id": "1b", "twin": "1", "category": "reasoning", "prompt": "Fire is", "choices": [" cold", " hot"], "answer": 1},
+    {"id": "1a", **STATES, "prompt": "Ice is", "answer": 0},
+    {"id": "1b", **STATES, "prompt": "Fire is", "answer": 1},
     {"id": "2", "category": "fluency", "prompt": "我们", "choices": ["走吧。", "走。", "ja"], "answer": 1},
 ]
 
@@ -97,6 +98,10 @@ def test_items_of_a_source_score_as_by_hand(model, tokenizer, source, tmp_path):
         assert values(english, "margin")[item["id"]] == pytest.approx(right - max(hand), abs=1e-4)
         assert values(english, "correct")[item["id"]] == float(right > max(hand))
     assert set(english[english["item"] == "2"]["category"]) == {"fluency"}
+    about = english.drop_duplicates("item").set_index("item")[["kind", "template", "grade", "twin"]]
+    assert about.loc["1a"].to_dict() == {"kind": "state", "template": "1", "grade": 1, "twin": "1"}
+    assert about.loc["2", "template"] == "2"
+    assert about.loc["2", ["kind", "grade"]].isna().all()
     path = write_frame(tmp_path, "items", frame)
     assert scores(read_frame(path)[lambda read: read["language"] == "en"]) == scores(english)
 
