@@ -183,7 +183,10 @@ def _item_question(session: Session, item: Item) -> Question:
     start = _common_start([encoded(item.prompt), *wholes])
     limit = getattr(session.anatomy.config, "max_position_embeddings", None) or max(map(len, wholes))
     if start == 0:
-        raise TextError(f'item "{item.id}" has no token before its choices; give it a longer prompt')
+        raise TextError(
+            f'item "{item.id}" has no token before its choices, and this tokenizer prepends none; '
+            "give it a longer prompt, or leave it out"
+        )
     if max(map(len, wholes)) > limit:
         raise TextError(f'item "{item.id}" is longer than the model\'s {limit} tokens; shorten it')
     if any(len(whole) <= start for whole in wholes) or len(set(wholes)) < len(wholes):

@@ -26,7 +26,8 @@ class Item(BaseModel):
     category
         What it tests, such as ``reasoning``.
     prompt
-        What the model reads, without trailing space: the space before a choice is part of the choice.
+        What the model reads, without trailing space: the space before a choice is part of the choice. It may be empty
+        only for tokenizers that prepend a token.
     choices
         The continuations that are scored, at least two.
     answer
@@ -50,7 +51,7 @@ class Item(BaseModel):
 
     id: str
     category: str = Field(default="all", min_length=1)
-    prompt: str = Field(min_length=1)
+    prompt: str
     choices: tuple[str, ...] = Field(min_length=2)
     answer: int = Field(ge=0)
     twin: str = ""

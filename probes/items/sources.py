@@ -7,6 +7,9 @@ An item source is
   ``{"id": "1a", "category": "reasoning", "prompt": "...", "choices": [" yes", " no"], "answer": 0}``. The two items
   of a minimal pair, with the same choices but different answers, share a ``"twin"``, such as ``"twin": "1"``.
 
+  Lines of XWinograd, XCOPA and BLiMP, as they are published in JSON Lines, are read as items too
+  (:mod:`probes.items.benchmarks`).
+
 Items with the same id in different languages are translations, except where they test the language itself.
 """
 
@@ -25,6 +28,7 @@ from pruning.text.languages import named
 from pruning.text.segments import whole_characters
 from pruning.text.sources import BUNDLED_LANGUAGES
 
+from .benchmarks import Line, line_of
 from .bundled import bundled_items
 from .item import Item
 
@@ -76,7 +80,7 @@ class ItemSource:
         path = Path(self.spec.partition(":")[2].replace("{lang}", language))
         if not is_file(path):
             raise TextError(f"no items for {named(language)}: there is no file {shortened(path, 200)}")
-        items = list(_read(path))
+        items = list(_read(path, language))
         if not items:
             raise TextError(f"no items for {named(language)}: {path} is empty")
         seen: set[str] = set()
@@ -87,24 +91,34 @@ class ItemSource:
         return items
 
 
-def _read(path: Path) -> Iterator[Item]:
+def _read(path: Path, language: str) -> Iterator[Item]:
     try:
         # not splitlines(), which also splits at separators that may occur inside JSON strings
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8; save it as UTF-8") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    previous: Line | None = None
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
             continue
+        content = _content(text, f"{path}, line {number}")
         try:
-            content = json.loads(line)
-            whole_characters(json.dumps(content, ensure_ascii=False), f"{path}, line {number}")
-            yield Item.model_validate(content)
+            line = line_of(content, number)
+            twin = previous if line.is_twin_of(previous) else None
+            yield line.item(language, twin=twin.name if twin else "")
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             message = first["msg"].removeprefix("Value error, ")
             raise TextError(f"{path}, line {number}: {place + ': ' if place else ''}{message}") from error
-        except (ValueError, RecursionError) as error:  # nested too deeply, or a number too long
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-            raise TextError(f"{path}, line {number}: not JSON ({reason}); write one item per line") from error
+        previous = None if twin else line
+
+
+def _content(text: str, place: str) -> object:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # nested too deeply, or a number too long
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+        raise TextError(f"{place}: not JSON ({reason}); write one item per line") from error
+    whole_characters(json.dumps(content, ensure_ascii=False), place)
+    return content

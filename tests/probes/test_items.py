@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes import ItemSource
+from probes import ItemSource, Session, item_questions
 from probes.items import CATEGORIES, Item, items_fingerprint, some_twins
 from probes.items.bundled import bundled_items
 from pruning.errors import TextError
@@ -91,7 +90,6 @@ def without(key):
         (GOOD | {"choices": [" blue"]}, r"line 2: choices: .*at least 2 items"),
         (GOOD | {"choices": " blue"}, r"line 2: choices: "),
         (without("prompt"), "line 2: prompt: Field required"),
-        (GOOD | {"prompt": ""}, r"line 2: prompt: .*at least 1 character"),
         (without("id"), "line 2: id: Field required"),
         (GOOD | {"category": ""}, r"line 2: category: .*at least 1 character"),
         ('{"id": "1a", ', "line 2: not JSON .*write one item per line"),
@@ -147,6 +145,22 @@ def test_a_source_says_what_its_task_is_called(spec, task):
     assert ItemSource(spec).task == task
 
 
+def test_an_item_without_prompt_is_scored_from_the_beginning_of_text(model, tokenizer, tmp_path):
+    """That takes a token which the tokenizer prepends."""
+    (item,) = written(tmp_path, GOOD | {"prompt": ""}).items("en")
+
+    class WithoutBeginning:
+        def __call__(self, text, **settings):
+            return {"input_ids": tokenizer(text, **settings)["input_ids"][1:]}
+
+    session = Session(model, tokenizer)
+    (question,) = item_questions(session, [item])
+    assert {position for _, position, _, _ in question.targets} == set(range(max(map(len, question.rows))))
+    session.tokenizer = WithoutBeginning()
+    with pytest.raises(TextError, match='item "1a" has no token before its choices, and this tokenizer prepends none'):
+        item_questions(session, [item])
+
+
 # -- some of them ---------------------------------------------------------------------------------------------------
 
 
@@ -195,4 +209,101 @@ def test_half_a_character_in_an_item_is_one_line_with_its_place(tmp_path):
     (tmp_path / "en.jsonl").write_text(json.dumps(item) + "\n")
     with pytest.raises(TextError, match=r"en\.jsonl, line 1: \\ud83d is one half of a surrogate pair") as caught:
         ItemSource(f"file:{tmp_path}/{{lang}}.jsonl").items("en")
+    assert "\n" not in str(caught.value)
+
+
+# -- lines of published benchmarks ------------------------------------------------------------------------------------
+
+
+TRUNK = {"option1": "The trunk", "option2": "the coat"}
+WINOGRAD = [
+    {"sentence": "The coat does not go into the trunk since _ is full.", **TRUNK, "answer": "1"},
+    {"sentence": "The coat does not go into the trunk since _ is big.", **TRUNK, "answer": "2"},
+    {"sentence": "Nina called Vera because _ was lonely.", "option1": "Nina", "option2": "Vera", "answer": 1},
+    {"sentence": "_ was lonely, so Rosa came.", "option1": "Nina", "option2": "Vera", "answer": "2", "qID": "x-1"},
+]
+
+
+def test_sentences_with_a_gap_become_minimal_pairs_with_their_neighbours(tmp_path):
+    items = written(tmp_path, *WINOGRAD).items("en")
+    assert [(item.id, item.twin) for item in items] == [("1", "1"), ("2", "1"), ("3", "3"), ("x-1", "3")]
+    assert {item.category for item in items} == {"coreference"}
+    assert [item.answer for item in items] == [0, 1, 0, 1]
+    assert items[0].prompt == items[1].prompt == "The coat does not go into the trunk since"
+    assert items[0].choices == (" The trunk is full.", " the coat is full.")
+    assert items[1].choices == (" The trunk is big.", " the coat is big.")
+    assert items[3].prompt == ""  # the gap comes first
+    assert items[3].choices == ("Nina was lonely, so Rosa came.", "Vera was lonely, so Rosa came.")
+
+
+def test_neighbours_with_other_options_or_the_same_answer_are_no_pair(tmp_path):
+    again = WINOGRAD[0] | {"sentence": "The coat goes into the trunk since _ is empty."}
+    items = written(tmp_path, WINOGRAD[0], again, WINOGRAD[2]).items("en")
+    assert [item.twin for item in items] == ["1", "2", "3"]
+    three = written(tmp_path, *WINOGRAD[:2], WINOGRAD[0]).items("en")
+    assert [item.twin for item in three] == ["1", "1", "3"]  # a pair has two
+
+
+COPA = {"premise": "The lamp went out.", "choice1": "The bulb broke.", "choice2": "It rained.", "label": 0, "idx": 4}
+
+
+def test_premises_are_joined_to_causes_and_effects_by_a_conjunction(tmp_path):
+    lines = [COPA | {"question": "cause"}, COPA | {"question": "effect", "label": 1, "idx": 5}]
+    cause, effect = written(tmp_path, *lines).items("en")
+    assert (cause.id, cause.twin, cause.category, cause.kind, cause.answer) == ("4", "4", "commonsense", "cause", 0)
+    assert (cause.prompt, cause.choices) == ("The lamp went out because", (" the bulb broke.", " it rained."))
+    assert (effect.prompt, effect.answer, effect.kind) == ("The lamp went out so", 1, "effect")
+
+
+@pytest.mark.parametrize(
+    ("language", "prompt", "choice"),
+    [
+        ("zh", "灯灭了，因为", "灯泡坏了。"),
+        ("sw", "灯灭了 kwa sababu", " 灯泡坏了。"),
+        ("de", "灯灭了。", " 灯泡坏了。"),
+    ],
+)
+def test_a_conjunction_is_that_of_the_language_where_clauses_stay_as_they_are(tmp_path, language, prompt, choice):
+    line = {"premise": "灯灭了。", "choice1": "灯泡坏了。", "choice2": "下雨了。", "question": "cause", "label": 0}
+    (tmp_path / f"{language}.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    (item,) = ItemSource(f"file:{tmp_path}/{{lang}}.jsonl").items(language)
+    assert (item.id, item.prompt, item.choices[0]) == ("1", prompt, choice)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "prompt", "choices"),
+    [
+        ("The cats near me sleep.", "The cats near me sleeps.", "The cats near me", (" sleep.", " sleeps.")),
+        ("The cats sleep.", "The cats sleep soundly.", "The cats", (" sleep.", " sleep soundly.")),
+        ("Many cats sleep.", "Much cats sleep.", "", ("Many cats sleep.", "Much cats sleep.")),
+        ("He left", "He left early", "He", (" left", " left early")),
+        ("这只猫睡了。", "这条猫睡了。", "这", ("只猫睡了。", "条猫睡了。")),
+    ],
+)
+def test_two_sentences_are_compared_from_the_first_word_that_differs(tmp_path, good, bad, prompt, choices):
+    line = {"sentence_good": good, "sentence_bad": bad, "UID": "agreement", "pairID": "7", "linguistics_term": "number"}
+    (item,) = written(tmp_path, line).items("en")
+    assert (item.prompt, item.choices, item.answer) == (prompt, choices, 0)
+    assert (item.id, item.twin, item.category, item.kind) == ("agreement-7", "agreement-7", "fluency", "number")
+    assert item.template == "agreement"
+    (bare,) = written(tmp_path, {"sentence_good": good, "sentence_bad": bad}).items("en")
+    assert (bare.id, bare.template) == ("1", "1")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (WINOGRAD[0] | {"sentence": "No gap."}, 'line 2: sentence: there should be one "_" for the options, not 0'),
+        (WINOGRAD[0] | {"sentence": "_ and _."}, 'line 2: sentence: there should be one "_" for the options, not 2'),
+        (WINOGRAD[0] | {"answer": "3"}, "line 2: answer: .*less than or equal to 2"),
+        (WINOGRAD[0] | {"option2": "The trunk"}, "line 2: two choices are the same"),
+        (COPA | {"question": "why"}, "line 2: question: .*'cause' or 'effect'"),
+        (COPA | {"question": "cause", "label": 2}, "line 2: label: .*less than or equal to 1"),
+        ({"sentence_good": "Same.", "sentence_bad": "Same."}, "line 2: the two sentences are the same"),
+        ({"sentence_good": "Same.", "sentence_bad": ""}, "line 2: sentence_bad: .*at least 1 character"),
+    ],
+)
+def test_a_line_of_a_benchmark_that_cannot_be_scored_is_one_clear_line(tmp_path, line, words):
+    with pytest.raises(TextError, match=words) as caught:
+        written(tmp_path, GOOD, line).items("en")
     assert "\n" not in str(caught.value)
