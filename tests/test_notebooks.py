@@ -23,7 +23,7 @@ SHORTER = {
     },
     "04_why_did_it_lose_reasoning": {
         "samples=8, length=128": "samples=4, length=64",
-        "ITEMS, SEGMENTS, FITTING, CONFIRM = 40, 8, 16, 8": "ITEMS, SEGMENTS, FITTING, CONFIRM = 8, 2, 8, 3",
+        "ITEMS, SEGMENTS, FITTING, CONFIRM = 40, 8, 16, 8": "ITEMS, SEGMENTS, FITTING, CONFIRM = 24, 2, 8, 3",
     },
 }
 
