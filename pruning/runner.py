@@ -336,6 +336,7 @@ class PruningRun:
             recipe=job.recipe,
             calibration=job.calibration,
             text_fingerprint=self._texts.get(job.id),
+            text=self.text.drawn.get(job.calibration, ()) if self.text and job.calibration else (),
             remarks=tuple(remarks),
             key=self.keys[job.id],
         )

@@ -154,6 +154,15 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value < 1e5 else f"{value:.2g}"
 
 
+def common_text(share: float) -> str:
+    """Return how much text draws of one calibration set have in common, in words.
+
+    >>> common_text(0.0), common_text(0.234)
+    ('draws share no text', 'draws share up to 23% of their text, which lifts it')
+    """
+    return f"draws share up to {share:.0%} of their text, which lifts it" if share else "draws share no text"
+
+
 def categories_of(frame: pd.DataFrame) -> list[str]:
     """Return the categories of a frame, the bundled ones in their own order, others after them."""
     there = list(dict.fromkeys(frame["category"].dropna().astype(str)))

@@ -3,7 +3,8 @@
 Long format, one observation a row. The first columns say which model was measured, the next ones where, the last ones
 what: ``metric, value`` and, where the value is an estimate, ``low, high`` (95 % interval) and ``n``; where two
 calibration sets are compared also
-``draws``, ``df``, ``p_value`` and ``p_adjusted`` (see :mod:`analysis.metrics.contrasts`).
+``draws``, ``df``, ``p_value`` and ``p_adjusted`` (see :mod:`analysis.metrics.contrasts`). Where two draws of
+calibration text are compared, ``shared_text`` is the share of their tokens that they have in common.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ _TYPES: dict[str, pa.DataType] = {
     "contrast": _WORD,
     "other_category": _WORD,
     "at_chance": pa.bool_(),
+    "shared_text": pa.float64(),
     "metric": _WORD,
     "value": pa.float64(),
     "low": pa.float64(),
@@ -232,7 +234,7 @@ FRAMES: dict[str, FrameSpec] = {
         },
     ),
     "mask_overlap": FrameSpec(
-        ("layer", "role", "other_calibration", "other_seed"),
+        ("layer", "role", "other_calibration", "other_seed", "shared_text"),
         {
             "iou": Metric(
                 "",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pruning import Anatomy, MaskSet, Variant
 from pruning.projections import Key
+from pruning.text.calibration import Drawn, shared_text
 from pruning.variants.masks import intersection_over_union, overlaps
 
 from ..frames import alike, labels, tidy
@@ -26,7 +27,11 @@ from ..frames import alike, labels, tidy
 _AT_A_TIME = 1 << 20
 
 
-def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+def analyze(
+    masks: Mapping[str, MaskSet],
+    columns: Mapping[str, Mapping[str, Any]],
+    text: Mapping[str, Sequence[Drawn]] | None = None,
+) -> pd.DataFrame:
     """Return the frame ``mask_overlap`` for every pair of variants that differ in calibration set or seed only.
 
     One projection of the variants of a recipe is looked at at a time: of a 14336 × 4096 one, bit-packed, 7.3 MB a
@@ -38,7 +43,10 @@ def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any
         Variant to its masks.
     columns
         Variant to the columns that describe it.
+    text
+        Variant to the calibration text that it was made with, as far as it is known.
     """
+    text = text or {}
     rows = []
     for group in alike({name: columns[name] for name in masks}):
         members = [masks[name] for name in group]
@@ -56,11 +64,28 @@ def analyze(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any
                     "role": [role for _, role in both] * 2,
                     "other_calibration": b["calibration"],
                     "other_seed": b["seed"],
+                    "shared_text": _shared(text.get(group[i]), text.get(group[j])),
                     "metric": ["iou"] * len(both) + ["iou_chance"] * len(both),
                     "value": [*of_pair, *chance],
                 }
             )
     return tidy("mask_overlap", rows)
+
+
+def _shared(one: Sequence[Drawn] | None, other: Sequence[Drawn] | None) -> float:
+    return shared_text(one, other) if one and other else float("nan")
+
+
+def draws_share(frame: pd.DataFrame) -> float:
+    """Return the largest share of their text that two draws of one calibration set have in common, 0 without two.
+
+    Parameters
+    ----------
+    frame
+        The frame ``mask_overlap``, or the rows of one recipe.
+    """
+    same = (frame["calibration"].astype(str) == frame["other_calibration"].astype(str)).to_numpy()
+    return float(frame.loc[same, "shared_text"].fillna(0).max()) if same.any() else 0.0
 
 
 def sparsity(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -114,6 +139,7 @@ def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
                         "role": [role for _, role in cosines],
                         "other_calibration": other["calibration"],
                         "other_seed": other["seed"],
+                        "shared_text": _shared(members[i].record.text, members[j].record.text),
                         "metric": [metric] * len(cosines),
                         "value": [float(pair[which][i, j]) for pair in cosines.values()],
                     }

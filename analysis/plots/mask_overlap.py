@@ -17,7 +17,7 @@ from pruning import ROLES
 from pruning.models.anatomy import role_kind
 
 from ..frames import labels, of_recipe
-from ..metrics.mask_overlap import cluster, mean_matrix
+from ..metrics.mask_overlap import cluster, draws_share, mean_matrix
 from . import charts, style
 
 
@@ -39,6 +39,8 @@ def roles(
     shown = shown[shown["metric"] == metric].copy()
     shown["role"] = shown["role"].astype(str).map(role_kind)  # one panel for all experts
     same = (shown["calibration"].astype(str) == shown["other_calibration"].astype(str)).to_numpy()
+    common = draws_share(shown)
+    shared = f"; up to {common:.0%} of the text shared" if common else ""
     blue, red = style.TWO_COLOURS
     panels = []
     for role in (role for role in ROLES if role in set(shown["role"])):
@@ -46,7 +48,7 @@ def roles(
         lines = [charts.range_line(shown[here & ~same], "layer", "different sets (band: range over pairs)", blue)]
         if same.any():
             ceiling = shown[here & same]
-            lines.append(charts.range_line(ceiling, "layer", "same set, other seed (ceiling)", red))
+            lines.append(charts.range_line(ceiling, "layer", f"same set, other seed (ceiling{shared})", red))
         levels = {"chance (independent masks)": chance} if metric == "iou" else {"unrelated": 0.0}
         panels.append(charts.Panel(role, lines, levels))
     names = {

@@ -15,7 +15,7 @@ from pruning.text.languages import named
 
 from .. import plots
 from ..frames import ALL, labels, of_recipe, recipes_of
-from ..metrics import recovery
+from ..metrics import mask_overlap, recovery
 from ..metrics.contrasts import OTHERS
 from ..stats.crossed import OWN_VARIANCE
 
@@ -255,10 +255,12 @@ def _of_recipe(
             "roles. Right: hierarchical clustering by mask distance (average linkage).",
             drawing(plots.mask_overlap.heatmap, "mask_overlap"),
         )
+        common = mask_overlap.draws_share(of_recipe(frames["mask_overlap"], recipe))
         yield (
             "mask-overlap-roles",
             "The same by layer for each role: different calibration sets (mean, minimum to maximum), and the same set "
-            "with another seed, which is the ceiling. Dashed: chance (independent masks).",
+            f"with another seed, which is the ceiling ({labels.common_text(common)}). Dashed: chance (independent "
+            "masks).",
             drawing(plots.mask_overlap.roles, "mask_overlap"),
         )
         overlap = of_recipe(frames["mask_overlap"], recipe)

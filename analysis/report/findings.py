@@ -84,6 +84,12 @@ def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
                 f"{found} of {tested} differences in perplexity between two calibration sets are significant: larger "
                 "than draws of the same text and the choice of segments explain."
             )
+            if common := mask_overlap.draws_share(of_recipe(frames["mask_overlap"], recipe)):
+                yield (
+                    f"Draws of one calibration set have up to {common:.0%} of their text in common, so they vary less "
+                    "than independent draws would, and these differences look more certain than they are: add text, "
+                    "or lower calibration.samples."
+                )
         else:
             yield (
                 "Whether two calibration sets differ in perplexity cannot be tested: no set was drawn with a second "
@@ -139,9 +145,10 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     iou, chance = _metric(overlap, "iou"), _metric(overlap, "iou_chance")["value"].mean()
     same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
     if same.any():
+        shared = labels.common_text(mask_overlap.draws_share(iou))
         yield (
             f"Masks from two draws of the same calibration set overlap with a mean IoU of "
-            f"{iou['value'][same].mean():.3f} (chance: {chance:.3f})."
+            f"{iou['value'][same].mean():.3f} (chance: {chance:.3f}; {shared})."
         )
     if not same.all():
         by_role = iou[~same].groupby("role", observed=True)["value"].mean()

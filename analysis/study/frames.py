@@ -150,7 +150,8 @@ def _ids(context: Context) -> dict[str, list[str]]:
 def _mask_overlap(context: Context) -> Analyzed:
     variants = [context.variants.open(name) for name in context.variants.names]
     columns = context.variants.columns()
-    parts = [mask_overlap.analyze({variant.id: variant.masks for variant in variants}, columns)]
+    masks = {variant.id: variant.masks for variant in variants}
+    parts = [mask_overlap.analyze(masks, columns, {variant.id: variant.record.text for variant in variants})]
     if any(variant.values for variant in variants):
         parts.append(mask_overlap.agreement(variants, context.model.anatomy))
     return {"mask_overlap": joined("mask_overlap", parts)}

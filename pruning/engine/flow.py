@@ -194,7 +194,7 @@ class Flow:
 
 
 def _piece_name(piece: Piece) -> str:
-    return f"{piece.language}-s{piece.seed}-{piece.length}-{piece.start}-{piece.stop}"
+    return f"{piece.language}-{piece.length}-{piece.start}-{piece.stop}"
 
 
 @contextmanager

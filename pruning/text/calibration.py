@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +37,7 @@ class CalibrationSet(BaseModel):
     length
         Tokens per sequence.
     seed
-        Seed of the order in which segments are drawn.
+        Which draw of the text: those of consecutive seeds share no text while there is enough (:meth:`Pool.ranges`).
 
     Raises
     ------
@@ -105,54 +105,113 @@ class CalibrationSet(BaseModel):
         return {lang: each + (i < rest) for i, lang in enumerate(self.languages)}
 
 
-def token_blocks(
-    tokenizer: Any, segments: Sequence[Segment], language: str, *, samples: int, length: int, seed: int
-) -> Int[Tensor, "samples length"]:
-    """Shuffle segments and cut them into sequences of equal length; only as much text as needed is tokenized.
+class Drawn(BaseModel):
+    """What a calibration set takes of one language's calibration text.
 
-    Each sequence starts with the BOS token if the tokenizer adds one. The first sequences do not depend on
-    `samples`.
+    Attributes
+    ----------
+    language
+        Tag.
+    pool
+        SHA-256 (hex) of the text that it is taken from.
+    tokens
+        Ranges ``(start, stop)`` of that text's tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    language: str
+    pool: str
+    tokens: tuple[tuple[int, int], ...]
+
+
+def shared_text(one: Sequence[Drawn], other: Sequence[Drawn]) -> float:
+    """Return the share of their tokens that two draws have in common; of the smaller one's, if they differ in size.
+
+    >>> one = [Drawn(language="en", pool="a", tokens=((0, 100),))]
+    >>> shared_text(one, [Drawn(language="en", pool="a", tokens=((0, 10), (70, 160)))])
+    0.4
+    """
+    common = sum(
+        max(min(stop, end) - max(start, begin), 0)
+        for part in one
+        for also in other
+        if (part.language, part.pool) == (also.language, also.pool)
+        for start, stop in part.tokens
+        for begin, end in also.tokens
+    )
+    sizes = [sum(stop - start for part in draw for start, stop in part.tokens) for draw in (one, other)]
+    return common / min(sizes)
+
+
+#: Share of the distance between two draws by which each further lap is shifted: its multiples are far from each other.
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+class Pool:
+    """The calibration text of one language as sequences of equal length, tokenized as far as it is needed.
+
+    Each sequence starts with the BOS token if the tokenizer adds one.
 
     Parameters
     ----------
     tokenizer
         A ``transformers`` tokenizer.
     segments
-        The calibration text.
+        The text, in an order that does not depend on any seed.
     language
         Its tag, for messages.
-    samples, length
-        Number of sequences, and tokens in each.
-    seed
-        Seed of the shuffle.
-
-    Returns
-    -------
-    Tensor
-        Token ids, int64 ``[samples, length]``.
-
-    Raises
-    ------
-    TextError
-        If there is too little text.
+    length
+        Tokens of a sequence.
     """
-    start = tokenizer("a")["input_ids"][:1]
-    if start != [tokenizer.bos_token_id]:  # some tokenizers have a BOS token but do not add it
-        start = []
-    step = length - len(start)
-    order = list(segments)
-    random.Random(seed).shuffle(order)
-    tokens: list[int] = []
-    for segment in order:
-        if len(tokens) >= samples * step:
-            break
-        tokens += tokenizer(segment.text + "\n", add_special_tokens=False)["input_ids"]
-    if len(tokens) < samples * step:
-        raise TextError(
-            f"{samples} samples of {length} tokens requested for {named(language)}, but its calibration text has "
-            f"{len(tokens)} tokens, enough for {len(tokens) // step}; lower samples or length, or add text"
-        )
-    return torch.tensor([start + tokens[i * step : (i + 1) * step] for i in range(samples)])
+
+    def __init__(self, tokenizer: Any, segments: Sequence[Segment], language: str, length: int) -> None:
+        start = tokenizer("a")["input_ids"][:1]
+        if start != [tokenizer.bos_token_id]:  # some tokenizers have a BOS token but do not add it
+            start = []
+        self.step = length - len(start)
+        self._start = start
+        self._language = language
+        self._length = length
+        self._tokenizer = tokenizer
+        self._left = iter(segments)
+        self._tokens = array("i")
+
+    def ranges(self, samples: int, seed: int) -> tuple[tuple[int, int], ...]:
+        """Return the sequences that a draw takes, as ranges ``(start, stop)``; they depend on no other draw.
+
+        Draws of the same size with the seeds 0, 1, 2, … lie one behind the other, so they are disjoint while the text
+        lasts. After that they begin again, lap by lap, those of a lap disjoint, and each lap shifted against all before
+        it; draws that reach the end of the text read on at its beginning.
+
+        Raises
+        ------
+        TextError
+            If there is too little text for one draw.
+        """
+        there = self._tokenized((seed + 1) * samples)
+        if there < samples:
+            raise TextError(
+                f"{samples} samples of {self._length} tokens requested for {named(self._language)}, but its "
+                f"calibration text has {len(self._tokens)} tokens, enough for {there}; "
+                "lower samples or length, or add text"
+            )
+        in_a_lap = there // samples
+        lap, place = divmod(seed, in_a_lap)
+        start = (place * samples + int(lap * _GOLDEN % 1 * (there // in_a_lap))) % there
+        stop = start + samples
+        return ((start, stop),) if stop <= there else ((0, stop - there), (start, there))
+
+    def sequences(self, start: int, stop: int) -> Int[Tensor, "samples length"]:
+        """Return some sequences, int64 ``[samples, length]``."""
+        rows = (self._tokens[i * self.step : (i + 1) * self.step] for i in range(start, stop))
+        return torch.tensor([[*self._start, *row] for row in rows])
+
+    def _tokenized(self, wanted: int) -> int:
+        """Tokenize up to as many sequences, and return how many there are."""
+        while len(self._tokens) < wanted * self.step and (segment := next(self._left, None)) is not None:
+            self._tokens.extend(self._tokenizer(segment.text + "\n", add_special_tokens=False)["input_ids"])
+        return len(self._tokens) // self.step
 
 
 @dataclass(frozen=True)
@@ -160,7 +219,6 @@ class Piece:
     """Consecutive sequences of one language: the unit that calibration sets share."""
 
     language: str
-    seed: int
     length: int
     start: int
     stop: int
@@ -169,8 +227,8 @@ class Piece:
 class CalibrationText:
     """The text of several calibration sets, cut so that every set consists of whole pieces.
 
-    Sets that draw from the same language with the same seed share their first sequences. Statistics of a piece are
-    therefore computed once for all sets, and those of a set are the sum over its pieces.
+    Sets that draw the same sequences of a language share their pieces. Statistics of a piece are therefore computed
+    once for all sets, and those of a set are the sum over its pieces.
 
     Attributes
     ----------
@@ -178,11 +236,19 @@ class CalibrationText:
         Piece to its token ids, int64 ``[sequences, length]``.
     pieces
         Calibration set to its pieces, in the order of its languages.
+    drawn
+        Calibration set to what it takes of each language's text.
     """
 
-    def __init__(self, tokens: Mapping[Piece, Tensor], pieces: Mapping[CalibrationSet, Sequence[Piece]]) -> None:
+    def __init__(
+        self,
+        tokens: Mapping[Piece, Tensor],
+        pieces: Mapping[CalibrationSet, Sequence[Piece]],
+        drawn: Mapping[CalibrationSet, tuple[Drawn, ...]] | None = None,
+    ) -> None:
         self.tokens = dict(tokens)
         self.pieces = {calibration: tuple(parts) for calibration, parts in pieces.items()}
+        self.drawn = dict(drawn or {})
 
     @classmethod
     def draw(cls, tokenizer: Any, corpus: Corpus, sets: Iterable[CalibrationSet]) -> CalibrationText:
@@ -193,34 +259,45 @@ class CalibrationText:
         TextError
             If a language has too little text.
         """
-        wanted = list(dict.fromkeys(sets))
-        cuts: dict[tuple[str, int, int], set[int]] = {}
-        for calibration in wanted:
+        pools: dict[tuple[str, int], Pool] = {}
+        ranges: dict[CalibrationSet, dict[str, tuple[tuple[int, int], ...]]] = {}
+        for calibration in dict.fromkeys(sets):
             for language, share in calibration.shares().items():
-                cuts.setdefault((language, calibration.seed, calibration.length), {0}).add(share)
-        tokens: dict[Piece, Tensor] = {}
-        for (language, seed, length), bounds in cuts.items():
-            blocks = token_blocks(
-                tokenizer,
-                corpus.segments("calibration", language),
-                language,
-                samples=max(bounds),
-                length=length,
-                seed=seed,
-            )
-            for start, stop in pairwise(sorted(bounds)):
-                tokens[Piece(language, seed, length, start, stop)] = blocks[start:stop]
+                place = language, calibration.length
+                if place not in pools:
+                    segments = corpus.segments("calibration", language)
+                    pools[place] = Pool(tokenizer, segments, language, calibration.length)
+                ranges.setdefault(calibration, {})[language] = pools[place].ranges(share, calibration.seed)
+        tokens = {}
+        for (language, length), pool in pools.items():
+            taken = {bounds for c, of in ranges.items() if c.length == length for bounds in of.get(language, ())}
+            for start, stop in pairwise(sorted({bound for bounds in taken for bound in bounds})):
+                if _within(start, stop, taken):
+                    tokens[Piece(language, length, start, stop)] = pool.sequences(start, stop)
         pieces = {
             calibration: [
                 piece
-                for language, share in calibration.shares().items()
+                for language, own in of.items()
                 for piece in tokens
-                if (piece.language, piece.seed, piece.length) == (language, calibration.seed, calibration.length)
-                and piece.stop <= share
+                if (piece.language, piece.length) == (language, calibration.length)
+                and _within(piece.start, piece.stop, own)
             ]
-            for calibration in wanted
+            for calibration, of in ranges.items()
         }
-        return cls(tokens, pieces)
+        texts = {language: fingerprint(corpus.segments("calibration", language)) for language, _ in pools}
+        drawn = {
+            calibration: tuple(
+                Drawn(
+                    language=language,
+                    pool=texts[language],
+                    tokens=tuple((start * step, stop * step) for start, stop in own),
+                )
+                for language, own in of.items()
+                for step in [pools[language, calibration.length].step]
+            )
+            for calibration, of in ranges.items()
+        }
+        return cls(tokens, pieces, drawn)
 
     def size(self, calibration: CalibrationSet) -> int:
         """Return the number of tokens of a calibration set."""
@@ -230,3 +307,7 @@ class CalibrationText:
 def calibration_fingerprint(corpus: Corpus, calibration: CalibrationSet) -> str:
     """Return the SHA-256 (hex) of the text that a calibration set draws from."""
     return content_sha256({lang: fingerprint(corpus.segments("calibration", lang)) for lang in calibration.languages})
+
+
+def _within(start: int, stop: int, ranges: Iterable[tuple[int, int]]) -> bool:
+    return any(begin <= start and stop <= end for begin, end in ranges)

@@ -15,7 +15,7 @@ from ..files import write_json
 from ..patterns import Shape
 from ..projections import Key, name_of
 from ..recipes import EVERYWHERE, UNCALIBRATED, Recipe
-from ..text.calibration import CalibrationSet
+from ..text.calibration import CalibrationSet, Drawn
 from .masks import GrowingMasks, MaskSet, is_mask_file
 from .tensors import GrowingTensors, StoredTensors, room_for
 
@@ -39,7 +39,9 @@ class VariantRecord(BaseModel):
     recipe
         The recipe; ``None`` for a model pruned elsewhere.
     calibration, text_fingerprint
-        The calibration set, and the fingerprint of its text.
+        The calibration set, and the fingerprint of the text that it draws from.
+    text
+        What it took of each language's text.
     remarks
         Notes, such as experts that no token was routed to.
     key
@@ -54,6 +56,7 @@ class VariantRecord(BaseModel):
     recipe: Recipe | None = None
     calibration: CalibrationSet | None = None
     text_fingerprint: str | None = None
+    text: tuple[Drawn, ...] = ()
     remarks: tuple[str, ...] = ()
     key: str = ""
 

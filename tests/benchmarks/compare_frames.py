@@ -20,7 +20,7 @@ import pandas as pd
 from safetensors.torch import load_file
 
 #: Columns that were measured; all others say what of.
-MEASURED = ("value", "low", "high", "n", "draws", "df", "p_value", "p_adjusted")
+MEASURED = ("value", "low", "high", "n", "draws", "df", "p_value", "p_adjusted", "shared_text")
 #: Differences of numbers below this share of a metric's root mean square count relative to that share.
 SMALL = 1e-2
 

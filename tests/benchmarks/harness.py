@@ -218,7 +218,7 @@ def calibration_text(blocks: Mapping[str, Tensor]) -> tuple[CalibrationText, dic
     for language, ids in blocks.items():
         samples, length = ids.shape
         sets[language] = CalibrationSet.named(language, samples=samples, length=length)
-        piece = Piece(language, 0, length, 0, samples)
+        piece = Piece(language, length, 0, samples)
         tokens[piece] = ids
         pieces[sets[language]] = [piece]
     return CalibrationText(tokens, pieces), sets

@@ -74,7 +74,7 @@ def originals(method: str, model: Any, ids: torch.Tensor) -> float:
 def test_ours_against_the_published_script(method, capsys):
     ids = torch.randint(0, 1000, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
     calibration = CalibrationSet(name="en", languages=("en",), samples=SAMPLES, length=LENGTH)
-    piece = Piece("en", 0, LENGTH, 0, SAMPLES)
+    piece = Piece("en", LENGTH, 0, SAMPLES)
     job = Job(Recipe(method=method, sparsity=0.5), calibration)
     anatomy = Anatomy(random_model())
     text = CalibrationText({piece: ids}, {calibration: [piece]})

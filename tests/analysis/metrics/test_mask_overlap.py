@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from matplotlib.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from analysis import plots
 from analysis.metrics import mask_overlap
 from pruning import Anatomy, CalibrationSet, MaskSet, Recipe, Variant
 from pruning.errors import VariantError
+from pruning.text.calibration import Drawn
 from pruning.variants.masks import overlaps
 from pruning.variants.store import VariantRecord
 
@@ -101,6 +104,29 @@ def test_sets_that_share_more_weights_are_clustered_first():
     tree = mask_overlap.cluster(matrix)
     assert {frozenset(map(int, row[:2])) for row in tree[:2]} == {frozenset({0, 2}), frozenset({1, 3})}
     assert tree[2, 2] > 5 * tree[:2, 2].max()
+
+
+def test_rows_say_what_text_two_draws_share():
+    text = {
+        name: (Drawn(language="en", pool="p", tokens=ranges),)
+        for name, ranges in (("a", ((0, 40),)), ("b", ((40, 80),)), ("c", ((0, 10), (70, 100))))
+    }
+    masks = {name: random_set(i) for i, name in enumerate([*text, "unknown"])}
+    described = {name: columns("en", seed) for seed, name in enumerate(masks)}
+    frame = mask_overlap.analyze(masks, described, text)
+    shared = frame.groupby(["seed", "other_seed"])["shared_text"].agg(["min", "max"])
+    assert (shared["min"].dropna() == shared["max"].dropna()).all()
+    assert shared["max"].dropna().to_dict() == {(0, 1): 0, (0, 2): 0.25, (1, 2): 0.25}
+    assert shared["max"].isna().sum() == 3  # with what is unknown
+    assert mask_overlap.draws_share(frame) == 0.25
+    assert mask_overlap.draws_share(frame.assign(other_calibration="sw")) == 0
+    recipe = {name: value for name, value in BASE.items() if name != "model"}
+    for rows, expected in (
+        (frame, "(ceiling; up to 25% of the text shared)"),
+        (frame.assign(shared_text=0.0), "(ceiling)"),
+    ):
+        drawn = {text.get_text() for text in plots.mask_overlap.roles(rows, recipe).findobj(Text)}
+        assert any(found.endswith(expected) for found in drawn)
 
 
 def corrected(dense: Anatomy, name: str, kept: float, correction: dict[tuple[int, str], torch.Tensor]) -> Variant:

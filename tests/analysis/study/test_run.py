@@ -103,6 +103,9 @@ def test_frames_have_a_row_for_everything_that_was_asked(finished):
     assert len(frames["signal"]) == 2 * variants * languages * layers * 8
     assert set(frames["neuron_entropy"].groupby(list(VARIANT_COLUMNS), observed=True).size()) == {101 + 95}
     assert len(frames["mask_overlap"]) == 2 * (4 * 3 // 2) * layers * 7
+    pairs = frames["mask_overlap"].groupby(["calibration", "seed", "other_calibration", "other_seed"], observed=True)
+    assert (shared := pairs["shared_text"].first())["sw", 0, "sw", 1] == 0  # two draws of six sequences
+    assert {0, 2 / 6} == set(shared)  # all languages have two sequences of each
     assert len(frames["sparsity"]) == variants * layers * 7
     assert len(frames["language_neurons"]) == 4 * (variants + 1) * languages * layers
     categories, items = 4, 2

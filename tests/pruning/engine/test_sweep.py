@@ -24,7 +24,7 @@ MIX = CalibrationSet(name="en+sw", languages=("en", "sw"), samples=4, length=16)
 def text() -> CalibrationText:
     """The English text of the mix is the first half of that of `EN`."""
     ids = torch.randint(3, 250, (6, 16), generator=torch.Generator().manual_seed(7))
-    en, more, sw = Piece("en", 0, 16, 0, 2), Piece("en", 0, 16, 2, 4), Piece("sw", 0, 16, 0, 2)
+    en, more, sw = Piece("en", 16, 0, 2), Piece("en", 16, 2, 4), Piece("sw", 16, 0, 2)
     tokens = {en: ids[:2], more: ids[2:4], sw: ids[4:]}
     return CalibrationText(tokens, {EN: [en, more], MIX: [en, sw]})
 
@@ -100,7 +100,7 @@ def test_statistics_of_pieces_add_up_to_those_of_the_whole_text(model):
     recipe = Recipe(method="wanda", sparsity=0.5, propagation="dense")
     shared = sweep(Anatomy(model), jobs(recipe), text())
     ids = torch.cat([tokens for piece, tokens in text().tokens.items() if piece in text().pieces[EN]])
-    whole = Piece("en", 0, 16, 0, 4)
+    whole = Piece("en", 16, 0, 4)
     alone = sweep(Anatomy(model), [Job(recipe, EN)], CalibrationText({whole: ids}, {EN: [whole]}))
     assert shared(Job(recipe, EN)).masks == alone(Job(recipe, EN)).masks
 
@@ -331,7 +331,7 @@ def test_a_job_that_fails_is_set_aside_and_the_others_finish(model, tmp_path, ov
 
 def test_a_survey_or_a_loss_that_fails_takes_only_its_own_jobs(model):
     anatomy = Anatomy(model)
-    model.get_input_embeddings().weight.data[text().tokens[Piece("sw", 0, 16, 0, 2)].flatten()[0]] = torch.inf
+    model.get_input_embeddings().weight.data[text().tokens[Piece("sw", 16, 0, 2)].flatten()[0]] = torch.inf
     wanted = jobs(
         Recipe(method="snip", sparsity=0.5),
         OWL,

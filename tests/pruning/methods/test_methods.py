@@ -34,7 +34,7 @@ def tokens() -> dict[str, torch.Tensor]:
 
 
 def text() -> CalibrationText:
-    pieces = {Piece(language, 0, 16, 0, 3): ids for language, ids in tokens().items()}
+    pieces = {Piece(language, 16, 0, 3): ids for language, ids in tokens().items()}
     return CalibrationText(pieces, {CALIBRATION: list(pieces)})
 
 

@@ -8,11 +8,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from tokenizers.processors import ByteLevel
 
-from pruning import CalibrationSet, Corpus, text_source
+from pruning import Corpus, text_source
 from pruning.errors import TextError
-from pruning.text.calibration import CalibrationText, token_blocks
 from pruning.text.sources import BUNDLED_LANGUAGES, HUB_PRESETS, BundledText, FileText, HubDataset, fingerprint
 
 PARTS = ("calibration", "parallel", "heldout")
@@ -161,47 +159,6 @@ def test_asking_for_more_segments_than_there_are_says_how_many(one_source):
         one_source.take("heldout", "en", 9999)
     with pytest.raises(TextError, match=r"share only .* ids"):
         one_source.aligned("parallel", ["en", "sw"], 9999)
-
-
-def test_asking_for_more_tokens_than_there_are_says_how_many(one_source, tokenizer):
-    segments = one_source.segments("calibration", "sw")
-    available = sum(len(tokenizer(s.text + "\n")["input_ids"]) - 1 for s in segments)
-    message = (
-        rf"10000 samples of 64 tokens requested for Swahili .*has {available} tokens, enough for {available // 63}"
-    )
-    with pytest.raises(TextError, match=message):
-        token_blocks(tokenizer, segments, "sw", samples=10_000, length=64, seed=0)
-
-
-def test_blocks_start_with_bos_and_depend_on_the_seed(one_source, tokenizer):
-    segments = one_source.segments("calibration", "en")
-    one, same, other = (token_blocks(tokenizer, segments, "en", samples=4, length=16, seed=seed) for seed in (0, 0, 1))
-    assert one.shape == (4, 16)
-    assert (one[:, 0] == tokenizer.bos_token_id).all()
-    assert (one[:, 1:] != tokenizer.bos_token_id).all()
-    assert (one == same).all()
-    assert (one != other).any()
-
-
-def test_blocks_have_no_bos_where_the_tokenizer_puts_none(one_source, tokenizer):
-    tokenizer.backend_tokenizer.post_processor = ByteLevel()
-    blocks = token_blocks(tokenizer, one_source.segments("calibration", "en"), "en", samples=4, length=16, seed=0)
-    assert (blocks != tokenizer.bos_token_id).all()
-
-
-def test_sets_share_the_first_blocks_of_each_language(one_source, tokenizer):
-    names = ("en+sw", "en", "sw")
-    sets = {name: CalibrationSet.named(name, samples=5, length=16) for name in names}
-    text = CalibrationText.draw(tokenizer, one_source, sets.values())
-    drawn = {
-        name: [row for piece in text.pieces[chosen] for row in text.tokens[piece].tolist()]
-        for name, chosen in sets.items()
-    }
-    assert drawn["en+sw"] == drawn["en"][:3] + drawn["sw"][:2]
-    assert text.pieces[sets["en"]][0] == text.pieces[sets["en+sw"]][0]
-    for name, chosen in sets.items():
-        alone = CalibrationText.draw(tokenizer, one_source, [chosen])
-        assert drawn[name] == [row for piece in alone.pieces[chosen] for row in alone.tokens[piece].tolist()]
 
 
 def test_hub_dataset_is_streamed_from_a_local_stand_in(tmp_path):
