@@ -20,8 +20,8 @@ from probes import DENSE
 from pruning.recipes import UNCALIBRATED
 
 from ..frames import ALL, RECIPE_COLUMNS, labels, tidy
-from ..stats.crossed import Contrast, crossed_contrast
-from ..stats.permutation import interactions, pairings
+from ..stats.crossed import OWN_VARIANCE, Contrast, crossed_contrast
+from ..stats.permutation import interactions, pairings_of_many
 from .accuracy import at_chance, by_twin, parts_of
 from .contrasts import FEWEST_SETS, OTHERS, OWN
 
@@ -134,7 +134,9 @@ def analyze(items: pd.DataFrame, perplexity: pd.DataFrame) -> pd.DataFrame:
                 for recipe, sets in table.recipes():
                     study = _Study(table, sets, log_perplexity if adjusted else None)
                     rows += [{**recipe, **place, **row} for row in _corrected(study.rows())]
-    return tidy("task_contrasts", rows)
+    # one table of all rows: one of each row would take as long as all the rest
+    names = dict.fromkeys(name for row in rows for name in row)
+    return tidy("task_contrasts", [{name: [row.get(name) for row in rows] for name in names}] if rows else [])
 
 
 class Drops:
@@ -316,7 +318,13 @@ class _Study:
             found = self._estimate(list(able.values()), chosen, against[i], weights) | {"p_value": p_values[i]}
             yield {**named, "language": language, "calibration": language, "other_calibration": OTHERS, **found}
         found = self._estimate(list(able.values()), chosen, np.full(number, 1 / number), against)
-        yield {**named, "calibration": OWN, "other_calibration": OTHERS, **found, "p_value": pairings(means)}
+        yield {
+            **named,
+            "calibration": OWN,
+            "other_calibration": OTHERS,
+            **found,
+            "p_value": float(pairings_of_many(means[None])[0]),
+        }
 
     def _cell(
         self, category: str, part: str, language: str, other: tuple[str, str] | None
@@ -341,6 +349,9 @@ class _Study:
         weights: Float[np.ndarray, "sets cells"],
     ) -> dict[str, Any]:
         """Estimate a contrast of sets and cells; without interval and test where the dense model only guesses."""
+        used = np.flatnonzero(set_weights).tolist()
+        if all(len(self.sets[names[i]]) >= OWN_VARIANCE for i in used):  # then the other sets do not count
+            names, set_weights, weights = [names[i] for i in used], set_weights[used], weights[used]
         given = [cell for cell in cells if cell]
         blocks = [block for own, _, _ in given for block in own]
         of_block = np.concatenate(
@@ -356,10 +367,9 @@ class _Study:
         guessed = any(cell[1] for cell in given)
         if guessed:
             found = Contrast(found.value, *[float("nan")] * 4)
-        used = [name for name, weight in zip(names, set_weights, strict=True) if weight]
         return {
             "at_chance": guessed,
-            "draws": min(len(self.sets[name]) for name in used),
+            "draws": min(len(self.sets[name]) for name, weight in zip(names, set_weights, strict=True) if weight),
             "n": min(templates for _, _, templates in given),
             **found._asdict(),
         }

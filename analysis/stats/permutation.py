@@ -6,6 +6,7 @@ All of them draw with one fixed seed, so equal data give equal p-values.
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -67,6 +68,17 @@ def pairings(scores: Float[np.ndarray, "sets languages"]) -> float:
 def pairings_of_many(scores: Float[np.ndarray, "studies sets languages"]) -> Float[np.ndarray, " studies"]:
     """Return the p-values of :func:`pairings` for many studies at once, all permuted alike."""
     number = scores.shape[-1]
+    dealt, added = _dealt(number)
+    null = scores.reshape(len(scores), -1) @ dealt.reshape(len(dealt), -1).T
+    own = np.trace(scores, axis1=1, axis2=2)[:, None]
+    near = 1e-9 * np.abs(own)
+    tails = np.stack([(null >= own - near).sum(axis=1), (null <= own + near).sum(axis=1)]).min(axis=0)
+    return np.minimum(2 * (tails + added) / (len(dealt) + added), 1)
+
+
+@cache
+def _dealt(number: int) -> tuple[Float[np.ndarray, "orders sets languages"], int]:
+    """Return the ways to deal sets to languages, 1 where a set goes, and how many to add if they are a sample."""
     if math.factorial(number) <= PERMUTATIONS + 1:
         orders, added = np.array(list(permutations(range(number)))), 0
     else:
@@ -74,8 +86,4 @@ def pairings_of_many(scores: Float[np.ndarray, "studies sets languages"]) -> Flo
         orders, added = np.stack([rng.permutation(number) for _ in range(PERMUTATIONS)]), 1
     dealt = np.zeros((len(orders), number, number))
     dealt[np.arange(len(orders))[:, None], orders, np.arange(number)] = 1
-    null = scores.reshape(len(scores), -1) @ dealt.reshape(len(orders), -1).T
-    own = np.trace(scores, axis1=1, axis2=2)[:, None]
-    near = 1e-9 * np.abs(own)
-    tails = np.stack([(null >= own - near).sum(axis=1), (null <= own + near).sum(axis=1)]).min(axis=0)
-    return np.minimum(2 * (tails + added) / (len(orders) + added), 1)
+    return dealt, added
