@@ -315,7 +315,8 @@ class _Study:
         p_values = interactions(means)
         for i, language in enumerate(chosen):
             weights = np.tile(against[i], (number, 1))
-            found = self._estimate(list(able.values()), chosen, against[i], weights) | {"p_value": p_values[i]}
+            found = self._estimate(list(able.values()), chosen, against[i], weights)
+            found["p_value"] = _if_drawn_twice(found, float(p_values[i]))
             yield {**named, "language": language, "calibration": language, "other_calibration": OTHERS, **found}
         found = self._estimate(list(able.values()), chosen, np.full(number, 1 / number), against)
         yield {
@@ -323,7 +324,7 @@ class _Study:
             "calibration": OWN,
             "other_calibration": OTHERS,
             **found,
-            "p_value": float(pairings_of_many(means[None])[0]),
+            "p_value": _if_drawn_twice(found, float(pairings_of_many(means[None])[0])),
         }
 
     def _cell(
@@ -390,6 +391,11 @@ class _Study:
         )
         spread = (weights * x).sum(axis=0)
         return float(sum(at**2 * block.slope_variance for at, block in zip(spread, blocks, strict=True)))
+
+
+def _if_drawn_twice(found: Mapping[str, Any], p_value: float) -> float:
+    """Return a p-value, or nan where nothing tells what another draw would change."""
+    return p_value if np.isfinite(found["df"]) else float("nan")
 
 
 def _named(category: str, part: str, other: tuple[str, str] | None) -> dict[str, Any]:

@@ -146,9 +146,9 @@ def test_draws_and_templates_alone_make_no_difference():
 def test_with_one_draw_nothing_is_called_a_difference():
     frame = study(lambda category, calibration, language: 2.0 * (category == "reasoning"), draws=1)
     assert len(frame)
-    tested = frame[~frame["contrast"].astype(str).str.startswith("own")]
+    assert {"category", "calibration", "own"} <= set(frame["contrast"])
     for column in ("low", "high", "df", "p_value", "p_adjusted"):
-        assert tested[column].isna().all()
+        assert frame[column].isna().all()
 
 
 def test_where_the_dense_model_guesses_there_is_no_drop():
