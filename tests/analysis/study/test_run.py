@@ -18,7 +18,7 @@ from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from studies import STUDY
 
-from analysis import lape, open_readings, plots, read_frame
+from analysis import lape, load_study, open_readings, plots, read_frame
 from analysis.frames import FRAMES, STUDY_FRAMES, VARIANT_COLUMNS, recipes_of
 from analysis.study.power import study_power
 from pruning import Variant
@@ -233,9 +233,10 @@ def test_power_is_told_from_the_variances_of_a_finished_study(finished, tmp_path
     table = tmp_path / "power.csv"
     result = prunescope("power", finished, "--effect", 50, "--runs", 100, "--csv", table)
     assert result.returncode == 0, result.stderr
-    assert "Power 0.8 takes 2 draws of each set with 6 segments" in " ".join(result.stdout.split())
+    segments = load_study(finished / "study.toml").evaluation.segments
+    assert f"Power 0.8 takes 2 draws of each set with {segments} segments" in " ".join(result.stdout.split())
     rows = pd.read_csv(table)
-    assert sorted(rows["units"].unique()) == [6, 12, 24]
+    assert sorted(rows["units"].unique()) == [segments, 2 * segments, 4 * segments]
     assert (rows["power"] == 1).all()
     nothing = study_power(finished, effect=0.0, runs=100)
     assert nothing["power"].mean() < 0.15
