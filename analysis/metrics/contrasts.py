@@ -159,6 +159,7 @@ def _own_against_others(
     scores = [[_drawn(values, sets[name], language) for language in chosen] for name in chosen]
     means = np.array([[score.mean() for score in own] for own in scores])
     draws = min(len(sets[name]) for name in chosen)
+    repeated = any(len(sets[name]) > 1 for name in chosen)  # otherwise nothing tells what another draw would change
     alone = np.eye(len(chosen))
     against = alone - (1 - alone) / (len(chosen) - 1)  # in row i: 1 for i, and -1 shared out among the others
     p_values = interactions(means)
@@ -170,11 +171,11 @@ def _own_against_others(
             "draws": draws,
             "n": scores[i][i].shape[1],
             **crossed_contrast(scores, against[i], against[i])._asdict(),
-            "p_value": p_values[i],
+            "p_value": p_values[i] if repeated else np.nan,
         }
         for i, language in enumerate(chosen)
     )
-    p_value = pairings(means)
+    p_value = pairings(means) if repeated else np.nan
     yield {
         "calibration": OWN,
         "other_calibration": OTHERS,

@@ -70,18 +70,23 @@ def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         )
     against = tests[tests["other_calibration"] == OTHERS]
     for row in against[against["calibration"] == OWN].to_dict("records"):
+        tested = (
+            f"p = {row['p_value']:.2g}, permuting which set belongs to which language"
+            if np.isfinite(row["p_value"])
+            else "one draw of each set: not tested"
+        )
         yield (
             f"Calibrating on the evaluated language multiplies its perplexity by {np.exp(row['value']):.2f} "
             f"{_interval(np.exp(row['low']), np.exp(row['high']))}relative to the other single languages (geometric "
-            f"mean over languages; p = {row['p_value']:.2g}, permuting which set belongs to which language)."
+            f"mean over languages; {tested})."
         )
     pairs = tests[tests["other_calibration"] != OTHERS]
     if len(pairs):
-        tested = int(pairs["p_adjusted"].notna().sum())
+        number = int(pairs["p_adjusted"].notna().sum())
         found = int((pairs["p_adjusted"] < SIGNIFICANT).sum())
-        if tested:
+        if number:
             yield (
-                f"{found} of {tested} differences in perplexity between two calibration sets are significant: larger "
+                f"{found} of {number} differences in perplexity between two calibration sets are significant: larger "
                 "than draws of the same text and the choice of segments explain."
             )
             if common := mask_overlap.draws_share(of_recipe(frames["mask_overlap"], recipe)):
