@@ -59,7 +59,7 @@ def small(place, tmp_path, model, *lines):
     ],
 )
 def test_models_without_gates_or_with_experts_are_read_as_far_as_they_can_be(place, tmp_path, kind, roles):
-    out = small(place, tmp_path, checkpoint(tmp_path / "model", kind))
+    out = small(place, tmp_path, checkpoint(tmp_path / "model", kind, max_position_embeddings=1024))
     frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
     assert set(frames["signal"]["role"]) == roles | {"residual"}
     assert (len(frames["language_neurons"]) > 0) == (kind == "gpt2")
