@@ -3,8 +3,8 @@
 A *component* is what is patched: the residual stream after a block, a subspace of it, the output of a role, some
 neurons, or the weights of a projection. *Restoring* patches the dense model's values into the pruned model;
 *damaging* patches the pruned model's values into the dense one. Both runs read the same tokens, so values correspond
-position by position. Activations are patched where tokens count (:meth:`probes.batches.Batcher.counts`), so not at the
-first one unless the session was told to count it; weights act on every token.
+position by position. By default activations are patched where tokens count (:meth:`probes.batches.Batcher.counts`), so
+not at the first one unless the session was told to count it; weights act on every token.
 
 Exact patching needs one run per component. Attribution patching (Nanda, 2023; Syed et al., 2024, 2310.10348) estimates
 all effects at once from gradients of the patched run. It is a first-order approximation; the exact runs tell how good.
@@ -41,8 +41,12 @@ from .scoring import (
 from .session import Session
 
 Direction = Literal["restore", "damage"]
+#: Tokens whose activations are patched: those that count, or all of them, the first and special ones too.
+Positions = Literal["counted", "all"]
 RESTORE: Direction = "restore"
 DAMAGE: Direction = "damage"
+COUNTED: Positions = "counted"
+EVERY: Positions = "all"
 #: Bytes of source-run activations held at a time.
 _KEPT_BYTES = 1 << 30
 #: Factor by which batches shrink when activations must be kept for the backward pass.
@@ -83,6 +87,17 @@ class Place:
         inside = (values @ basis) @ basis.T
         return values - inside if self.outside else inside
 
+    def product(self, change: Tensor, gradient: Tensor) -> Tensor:
+        """Return the inner product of two values' parts, over the last dimension."""
+        if self.columns is not None:
+            columns = self.columns.to(change.device)
+            return (change[..., columns] * gradient[..., columns]).sum(dim=-1)
+        if self.basis is None:
+            return (change * gradient).sum(dim=-1)
+        basis = self.basis.to(change)
+        inside = ((change @ basis) * (gradient @ basis)).sum(dim=-1)
+        return (change * gradient).sum(dim=-1) - inside if self.outside else inside
+
     def put(self, value: Tensor, other: Tensor) -> Tensor:
         """Return `value` with this part replaced by that of `other`."""
         if self.columns is not None:
@@ -105,6 +120,8 @@ class Component:
         Activations to patch.
     weights
         Projections whose weights to patch.
+    draw
+        Number of the random draw, of a control.
     """
 
     kind: str
@@ -112,6 +129,7 @@ class Component:
     role: str | None = None
     places: tuple[Place, ...] = ()
     weights: tuple[Key, ...] = ()
+    draw: int | None = None
 
     @property
     def first_layer(self) -> int:
@@ -122,7 +140,8 @@ class Component:
     def label(self) -> str:
         """A short name, unique among the components of a diagnosis: ``weights 9.down``."""
         place = ".".join(str(part) for part in (self.layer, self.role) if part is not None)
-        return f"{self.kind} {place}".strip()
+        draw = "" if self.draw is None else f"draw {self.draw}"
+        return " ".join(part for part in (self.kind, place, draw) if part)
 
 
 def residual(layer: int) -> Component:
@@ -130,9 +149,9 @@ def residual(layer: int) -> Component:
     return Component("residual", layer, places=(Place(layer, "residual"),))
 
 
-def stream_part(kind: str, layer: int, basis: Tensor, *, outside: bool = False) -> Component:
+def stream_part(kind: str, layer: int, basis: Tensor, *, outside: bool = False, draw: int | None = None) -> Component:
     """Return the part of the residual stream after a block that lies in the span of a basis, or outside it."""
-    return Component(kind, layer, places=(Place(layer, "residual", basis, outside),))
+    return Component(kind, layer, places=(Place(layer, "residual", basis, outside),), draw=draw)
 
 
 def role_output(layer: int, role: str) -> Component:
@@ -145,7 +164,7 @@ def role_weights(layer: int, role: str) -> Component:
     return Component("weights", layer, role, weights=((layer, role),))
 
 
-def neurons(kind: str, anatomy: Anatomy, chosen: Mapping[int, Tensor]) -> Component:
+def neurons(kind: str, anatomy: Anatomy, chosen: Mapping[int, Tensor], *, draw: int | None = None) -> Component:
     """Return a set of MLP neurons over all blocks as one component.
 
     The activation is patched and, in a gated MLP, the other factor of the product too, so that the neurons' whole
@@ -158,7 +177,7 @@ def neurons(kind: str, anatomy: Anatomy, chosen: Mapping[int, Tensor]) -> Compon
         for site in anatomy.sites(layer)
         if site == "activation" or (site == "up" and anatomy.has_gate(layer))
     ]
-    return Component(kind, places=tuple(places))
+    return Component(kind, places=tuple(places), draw=draw)
 
 
 class DamagedModel:
@@ -244,6 +263,7 @@ def patch(
     components: Sequence[Component],
     *,
     direction: Direction = RESTORE,
+    positions: Positions = COUNTED,
     progress: Progress = lambda tokens: None,
 ) -> Patched:
     """Patch the components one at a time, and score the questions each time.
@@ -260,6 +280,9 @@ def patch(
         What to patch.
     direction
         ``"restore"``: from the dense model into the pruned one; ``"damage"``: the reverse.
+    positions
+        Tokens whose activations are patched. All of them include the first one, whose states are by far the largest and
+        which the subspaces are not fitted on.
     progress
         Called with the number of tokens read, after every batch of every run.
     """
@@ -278,7 +301,7 @@ def patch(
                 with damage.with_weights(component.weights, dense=direction == RESTORE):
                     start = component.first_layer  # up to here, the run equals the clean one
                     for batch, values, outputs in zip(group, kept, clean, strict=True):
-                        edits = [_Put(place, values[place.layer, place.site]) for place in component.places]
+                        edits = [_Put(place, values[place.layer, place.site], positions) for place in component.places]
                         final = final_states(session, batch.batch, edits=edits, outputs=outputs, start=start)
                         scores.take(batch, batch.scores(session.anatomy, final))
                         progress(int(batch.batch.real.sum()))
@@ -292,6 +315,7 @@ def attribute(
     components: Sequence[Component],
     *,
     direction: Direction = RESTORE,
+    positions: Positions = COUNTED,
     progress: Progress = lambda tokens: None,
 ) -> Patched:
     """Estimate what :func:`patch` measures, for all components at once, from gradients (attribution patching).
@@ -304,7 +328,8 @@ def attribute(
     dense, pruned = ScoreTable(questions), ScoreTable(questions)
     first, second = (dense, pruned) if direction == RESTORE else (pruned, dense)
     totals: dict[Key, float] = dict.fromkeys(wanted, 0.0)
-    effects = {i: np.zeros(len(questions)) for i, component in enumerate(components) if component.places}
+    placed = [i for i, component in enumerate(components) if component.places]
+    sums = np.zeros((len(placed), len(questions)))
     for group in _groups(session, questions, sites, smaller=_DIFFERENTIATED):
         with _as(damage, direction == DAMAGE):
             kept = [_run(session, batch, first, sites, progress) for batch in group]
@@ -313,17 +338,16 @@ def attribute(
             for batch, values in zip(group, kept, strict=True):
                 gradients = _differentiate(session, batch, second, sites, bool(wanted))
                 progress(3 * int(batch.batch.real.sum()))
-                for i, sums in effects.items():
-                    rows = sum(_effect(place, gradients, values, batch.batch) for place in components[i].places)
-                    assert isinstance(rows, Tensor)
-                    np.add.at(sums, np.array(batch.batch.segments), rows.double().cpu().numpy())
+                if placed:
+                    rows = _effects([components[i] for i in placed], gradients, values, _mask(batch.batch, positions))
+                    np.add.at(sums, (slice(None), np.array(batch.batch.segments)), rows.cpu().numpy())
                 for key, gradient in gradients.weights.items():
                     if key in wanted:
                         summed[key] = summed[key].add_(gradient) if key in summed else gradient
         for key, gradient in summed.items():
             effect = float((gradient * damage.change(key)).sum(dtype=torch.float64))
             totals[key] += effect if direction == RESTORE else -effect
-    attributed = {**effects}
+    attributed: dict[int, np.ndarray] = dict(zip(placed, sums, strict=True))
     for i, component in enumerate(components):
         if component.weights:
             attributed[i] = np.array([sum(totals[key] for key in component.weights)])
@@ -349,6 +373,7 @@ class _Put:
 
     place: Place
     other: Tensor
+    positions: Positions
 
     @property
     def layer(self) -> int:
@@ -359,7 +384,12 @@ class _Put:
         return self.place.site
 
     def change(self, value: Tensor, batch: Batch) -> Tensor:
-        return torch.where(batch.counted.bool()[..., None], self.place.put(value, self.other), value)
+        return torch.where(_mask(batch, self.positions)[..., None], self.place.put(value, self.other), value)
+
+
+def _mask(batch: Batch, positions: Positions) -> Tensor:
+    """Return which tokens are patched, bool ``[batch, tokens]``."""
+    return (batch.counted if positions == COUNTED else batch.real).bool()
 
 
 def _run(
@@ -424,13 +454,16 @@ class _Touch:
         return value * 1.0
 
 
-def _effect(place: Place, run: _Gradients, others: Mapping[Site, Tensor], batch: Batch) -> Tensor:
-    """Return the estimated effect of patching a place on the objective, per row."""
-    site = place.layer, place.site
-    if site not in run.gradients:
-        return torch.zeros(len(run.values[site]))
-    change = place.part(others[site] - run.values[site])
-    return ((change * place.part(run.gradients[site])).sum(dim=-1) * batch.counted).sum(dim=1)
+def _effects(components: Sequence[Component], run: _Gradients, others: Mapping[Site, Tensor], mask: Tensor) -> Tensor:
+    """Return the estimated effect of patching each component on the objective, float64 ``[components, rows]``."""
+    changes = {site: (others[site] - run.values[site]) * mask[..., None] for site in run.gradients}
+    found = mask.new_zeros((len(components), len(mask)), dtype=torch.float64)
+    for own, component in zip(found, components, strict=True):
+        for place in component.places:
+            site = place.layer, place.site
+            if site in changes:
+                own += place.product(changes[site], run.gradients[site]).sum(dim=1)
+    return found
 
 
 def _groups(

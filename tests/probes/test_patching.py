@@ -138,6 +138,25 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
                 assert patched.exact[number].values[0, choice] == pytest.approx(expected, abs=2e-4), component.label
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_all_positions_include_the_first_token_whatever_counts(model, tokenizer, padding):
+    damage = DamagedModel(DenseModel(model), half_pruned(model, tokenizer))
+    apart = Session(model, tokenizer, padding=padding)
+    whole = Session(model, tokenizer, padding=padding, skip_first=False)
+    components = [residual(0), role_output(1, "v"), role_weights(1, "v")]
+    questions = item_questions(apart, ITEMS)
+    every = patch(apart, questions, damage, components, positions="all")
+    expected = patch(whole, questions, damage, components)
+    counted = patch(apart, questions, damage, components)
+    estimated = attribute(apart, questions, damage, components, positions="all").attributed
+    wanted = attribute(whole, questions, damage, components).attributed
+    for number in range(len(components)):
+        np.testing.assert_allclose(every.exact[number].margin, expected.exact[number].margin, atol=1e-5)
+        np.testing.assert_allclose(estimated[number], wanted[number], atol=1e-5)
+    assert np.abs(counted.exact[0].margin - every.exact[0].margin).max() > 1e-3
+    assert np.array_equal(counted.exact[2].margin, every.exact[2].margin)  # weights act on every token
+
+
 def by_hand(place, value, other, first):
     """A part of one value taken from another, from a token on."""
     return torch.cat([value[:, :first], mixed(place, value[:, first:], other[:, first:])], dim=1)
