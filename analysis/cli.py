@@ -126,7 +126,13 @@ def diagnose(
         Literal["all", "first", "second"],
         typer.Option(help="Use only one half of the questions, to judge a remedy on the other."),
     ] = "all",
-    confirm: Annotated[int, typer.Option(min=1, help="How many causes to confirm by exact patching.")] = 20,
+    confirm: Annotated[int, typer.Option(min=1, help="How many causes each half of the questions chooses.")] = 20,
+    sample: Annotated[
+        int, typer.Option(min=0, help="How many masks and outputs, drawn at random, to patch exactly as well.")
+    ] = 8,
+    positions: Annotated[
+        Literal["counted", "all"], typer.Option(help="Patch where tokens count, or the first and special ones too.")
+    ] = "counted",
     memory: _Memory = None,
     device_memory: _DeviceMemory = None,
 ) -> None:
@@ -136,7 +142,15 @@ def diagnose(
 
     if not (folder / STUDY_FILE).is_file():
         raise StudyError(f"there is no study in {folder}; run one first: prunescope run STUDY.toml --out {folder}")
-    request = DiagnosisRequest(variant=variant, language=language, category=category, half=half, confirm=confirm)
+    request = DiagnosisRequest(
+        variant=variant,
+        language=language,
+        category=category,
+        half=half,
+        confirm=confirm,
+        sample=sample,
+        positions=positions,
+    )
     report, found = diagnose_study(
         folder, request, memory=_bytes("--memory", memory), device_memory=_bytes("--device-memory", device_memory)
     )

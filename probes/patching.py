@@ -340,7 +340,7 @@ def attribute(
                 progress(3 * int(batch.batch.real.sum()))
                 if placed:
                     rows = _effects([components[i] for i in placed], gradients, values, _mask(batch.batch, positions))
-                    np.add.at(sums, (slice(None), np.array(batch.batch.segments)), rows.cpu().numpy())
+                    np.add.at(sums.T, np.array(batch.batch.segments), rows.T.cpu().numpy())
                 for key, gradient in gradients.weights.items():
                     if key in wanted:
                         summed[key] = summed[key].add_(gradient) if key in summed else gradient

@@ -40,7 +40,9 @@ _TYPES: dict[str, pa.DataType] = {
     "component": _WORD,
     "layer": pa.int32(),
     "role": _WORD,
+    "estimated_on": _WORD,
     "position": pa.int32(),
+    "sample": _WORD,
     "rank": pa.int32(),
     "quantile": pa.float64(),
     "dense_firing": pa.float64(),
@@ -120,6 +122,16 @@ _OVER_SHARE = "95 % Wilson interval at the effective number of items, templates 
 _OVER_CHANGE = "95 % interval of Agresti and Min at the effective number of items, templates as clusters"
 _OVER_TEMPLATES = "95 % BCa bootstrap interval over templates (fewer than 20: jackknife, t quantiles)"
 _JACKKNIFE = "95 % jackknife interval over held-out segments, translations left out together"
+_DIAGNOSED = (
+    "estimated_on: all questions, or one half of them, split by template; 95 % interval over templates (for text: over "
+    "segments; empty where nothing varies)"
+)
+_PATCHED = (
+    f"{_DIAGNOSED}. A cause has a position, its rank on the half that chose it, in the row of the other half; "
+    "both: average of two such rows; all: on those that chose it too. Controls: mean, and in low and high the "
+    "range, over n draws. sample: random if it was drawn to be patched exactly"
+)
+_SHARES = "only where that drop is significant on the same questions; intervals as above"
 _RETRIEVAL = (
     "share of segments whose nearest neighbour in another language, by cosine similarity of {what}, is their "
     f"translation; mean over the other languages; chance: 1/n; {_OVER}"
@@ -387,20 +399,46 @@ FRAMES: dict[str, FrameSpec] = {
         },
     ),
     "recovery": FrameSpec(
-        ("language", "task", "category", "direction", "component", "layer", "role", "position"),
+        (
+            "language",
+            "task",
+            "category",
+            "direction",
+            "component",
+            "layer",
+            "role",
+            "estimated_on",
+            "position",
+            "sample",
+        ),
         {
-            "margin_lost": Metric("nat", f"mean margin of the dense model minus that of the pruned one; {_OVER_ITEMS}"),
-            "accuracy_lost": Metric("", f"accuracy of the dense model minus that of the pruned one; {_OVER_ITEMS}"),
+            "margin_lost": Metric(
+                "nat", f"mean margin of the dense model minus that of the pruned one; {_DIAGNOSED}"
+            ),
+            "accuracy_lost": Metric("", f"accuracy of the dense model minus that of the pruned one; {_DIAGNOSED}"),
             "loss_added": Metric(
                 "nat",
                 "mean negative log-likelihood of the right choice (for text: of a segment) in the pruned model minus "
-                f"that in the dense one; {_OVER_ITEMS}",
+                f"that in the dense one; {_DIAGNOSED}",
             ),
-            "margin_recovery": Metric("", "share of margin_lost that restoring a component recovers; " + _OVER_ITEMS),
-            "accuracy_recovery": Metric("", "share of accuracy_lost that it recovers; " + _OVER_ITEMS),
-            "loss_recovery": Metric("", "share of loss_added that it recovers; " + _OVER_ITEMS),
-            "attributed_recovery": Metric(
-                "", "share of margin_lost (for text: loss_added) that it is estimated to recover, from gradients"
+            "margin_restored": Metric(
+                "nat",
+                "mean margin with a component restored minus that of the pruned model (direction damage: that of the "
+                f"dense model minus that with it damaged); {_PATCHED}",
+            ),
+            "accuracy_restored": Metric("", f"the same for accuracy; {_PATCHED}"),
+            "loss_restored": Metric("nat", f"the same for the log-likelihood; {_PATCHED}"),
+            "margin_recovery": Metric("", f"margin_restored as a share of margin_lost; {_SHARES}"),
+            "accuracy_recovery": Metric("", f"accuracy_restored as a share of accuracy_lost; {_SHARES}"),
+            "loss_recovery": Metric("", f"loss_restored as a share of loss_added; {_SHARES}"),
+            "attributed_restored": Metric(
+                "nat", "margin_restored (for text: loss_restored) as it is estimated from gradients; controls: as above"
+            ),
+            "attributed_recovery": Metric("", "the same as a share of the drop, where that is significant"),
+            "error_ratio": Metric(
+                "",
+                "variance of the pruning error (dense minus pruned mean states of held-out segments) in random "
+                "subspaces over that in the language-specific one of the block; low, high: range over the n draws",
             ),
         },
     ),

@@ -1,29 +1,33 @@
 """Diagnosis: which components of a pruned model recover the drop when they are restored.
 
-Gradients rank all components in one pass; those ranked highest are then patched exactly (:mod:`probes.patching`).
-Recovery is the share of the drop that restoring a component brings back, with an interval over items. Without a
-significant drop there is nothing to explain, and no causes are named.
+Gradients estimate all components in one pass; those ranked highest are then patched exactly (:mod:`probes.patching`).
+Causes are chosen on one half of the questions and estimated on the other, and the halves are swapped
+(:mod:`analysis.metrics.halves`); beside them stand random controls (:mod:`analysis.metrics.controls`), which are never
+named as causes. Recovery is the share of the drop that restoring a component brings back. Without a significant drop
+there is nothing to explain, and no causes are named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
 
 from probes import Session
 from probes.patching import (
+    COUNTED,
     DAMAGE,
     RESTORE,
     Component,
     DamagedModel,
     Direction,
     Patched,
+    Positions,
     attribute,
     neurons,
     patch,
@@ -34,21 +38,41 @@ from probes.patching import (
 )
 from probes.reading import Progress
 from probes.scoring import ChoiceScores, Question
+from pruning.errors import StudyError
 from pruning.models.anatomy import Anatomy
 
-from ..frames import tidy
-from ..stats.bootstrap import segment_interval
+from .controls import DRAWS, random_neurons, random_subspaces
+from .drop import Drop
+from .halves import HALVES, halves
 from .lsar import LSAR
+from .recovery_frame import EVERYTHING, importance, main_metric, recovery_frame
 
-#: Components that are patched exactly besides the curves.
+__all__ = [
+    "CONFIRMED",
+    "EVERYTHING",
+    "SAMPLED",
+    "Asked",
+    "Confirmation",
+    "components_of",
+    "diagnose",
+    "importance",
+    "main_metric",
+    "recovery_frame",
+    "to_confirm",
+]
+
+#: Causes chosen on each half and patched exactly.
 CONFIRMED = 20
+#: Components of each of these kinds that are drawn at random and patched exactly too, to see how well gradients do.
+SAMPLED = 8
+_SAMPLED_KINDS = ("weights", "output")
 #: Kinds that may be named as causes: each is a small part of the model. What restoring the whole stream, or nearly all
-#: of it, recovers after a block says where the damage has accumulated, not what caused it.
-_CAUSES = ("weights", "output", "specific", "neurons", "random_neurons")
-#: Kinds that are drawn as curves over the blocks.
-_CURVES = ("residual", "agnostic", "specific", "random")
-#: Component of the rows on the drop itself.
-EVERYTHING = "everything"
+#: of it, recovers after a block says where the damage has accumulated, not what caused it. Controls never are.
+CAUSES = ("weights", "output", "specific", "neurons")
+#: Kinds that are what causes are compared with.
+CONTROLS = ("random", "random_neurons")
+#: Kinds that are patched exactly after every block, as curves.
+_CURVES = ("residual", "agnostic", "specific")
 
 
 @dataclass(frozen=True)
@@ -61,15 +85,71 @@ class Asked:
         As in frames.
     questions
         Items, or segments of text.
-    twins
-        Of each question: the name of its minimal pair; questions of one name are resampled together.
+    templates
+        Of each question: what it was made after, its minimal pair, or itself; questions of one template are never split
+        and are resampled together.
+    strata
+        Of each question: what both halves should have alike (:func:`analysis.metrics.halves.item_strata`).
     """
 
     task: str
     category: str
     language: str
     questions: Sequence[Question]
-    twins: Sequence[str]
+    templates: Sequence[str]
+    strata: Sequence[str] = ()
+
+    @cached_property
+    def halves(self) -> dict[str, list[int]]:
+        """The questions of either half.
+
+        Raises
+        ------
+        StudyError
+            If all questions are of one template.
+        """
+        half = halves(self.templates, self.strata)
+        if len(set(half.tolist())) < 2:
+            raise StudyError("questions of one template cannot be split into halves; a diagnosis needs several")
+        return {name: np.flatnonzero(half == i).tolist() for i, name in enumerate(HALVES)}
+
+    def half(self, name: str) -> list[Question]:
+        """Return the questions of one half."""
+        return [self.questions[i] for i in self.halves[name]]
+
+    def drop(self, estimates: Mapping[str, Patched]) -> Drop:
+        """Return the drop, from the scores that attribution on either half came with."""
+
+        def whole(model: str) -> ChoiceScores:
+            parts = {half: getattr(estimates[half], model) for half in HALVES}
+            width = max(part.values.shape[1] for part in parts.values())
+            values = np.full((len(self.questions), width), -np.inf)
+            answers = np.zeros(len(self.questions), dtype=np.int64)
+            for half, part in parts.items():
+                values[self.halves[half], : part.values.shape[1]] = part.values
+                answers[self.halves[half]] = part.answers
+            return ChoiceScores(values, answers)
+
+        return Drop(self.questions, self.templates, self.strata, whole("dense"), whole("pruned"))
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What is to be patched exactly.
+
+    Attributes
+    ----------
+    chosen
+        Half to the causes that it chose, by attribution.
+    sampled
+        Components drawn at random.
+    exact
+        Direction to all components to patch; empty if there is no significant drop.
+    """
+
+    chosen: Mapping[str, Sequence[int]]
+    sampled: Sequence[int]
+    exact: Mapping[Direction, Sequence[int]]
 
 
 def components_of(
@@ -77,6 +157,10 @@ def components_of(
     projections: Sequence[tuple[int, str]],
     subspaces: Sequence[LSAR],
     language_neurons: Mapping[int, Sequence[int]] | None = None,
+    *,
+    errors: Sequence[np.ndarray] | None = None,
+    rates: np.ndarray | None = None,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> list[Component]:
     """Return the components that a diagnosis examines.
@@ -89,32 +173,33 @@ def components_of(
         Those that were pruned.
     subspaces
         The language-specific subspace after each block (:func:`analysis.metrics.lsar.fit_layers`); beside each its
-        complement, and as a control a random subspace of the same rank inside that complement.
+        complement, and random subspaces as controls.
     language_neurons
-        Neurons that are specific to the language (LAPE), by block; beside them as many random ones of the same blocks.
-    seed
-        Of the random subspaces and neurons.
+        Neurons that are specific to the language (LAPE), by block; beside them random ones as controls.
+    errors
+        Dense minus pruned states after each block, ``[segments, hidden]``: what random subspaces are matched in.
+        Without them they have the rank alone in common.
+    rates
+        How often neurons fire in the dense model, ``[layers, neurons]``: what random neurons are matched in.
+    draws, seed
+        Of the controls.
     """
-    generator = torch.Generator().manual_seed(seed)
     found: list[Component] = [role_weights(*key) for key in projections]
     found += [role_output(layer, role) for layer, role in anatomy if role in anatomy.sites(layer)]
     for layer, subspace in enumerate(subspaces):
         basis = torch.from_numpy(subspace.basis_).float()
-        drawn = torch.randn(basis.shape, generator=generator)
-        control = torch.linalg.qr(drawn - basis @ (basis.T @ drawn))[0]
         found.append(residual(layer))
         found.append(stream_part("specific", layer, basis))
         found.append(stream_part("agnostic", layer, basis, outside=True))
-        found.append(stream_part("random", layer, control))
-    chosen = {layer: torch.tensor(sorted(own)) for layer, own in (language_neurons or {}).items() if len(own)}
+        own = None if errors is None else errors[layer]
+        drawn = random_subspaces(subspace.basis_, own, draws=draws, seed=seed * 10_007 + layer)
+        for draw, control in enumerate(drawn):
+            found.append(stream_part("random", layer, torch.from_numpy(control.basis).float(), draw=draw))
+    chosen = {layer: sorted(own) for layer, own in (language_neurons or {}).items() if len(own)}
     if chosen:
-        width = anatomy.n_neurons
-        others = {}
-        for layer, own in chosen.items():
-            rest = torch.tensor(sorted(set(range(width)) - set(own.tolist())))
-            others[layer] = rest[torch.randperm(len(rest), generator=generator)[: len(own)]].sort().values
-        found.append(neurons("neurons", anatomy, chosen))
-        found.append(neurons("random_neurons", anatomy, others))
+        found.append(neurons("neurons", anatomy, {layer: torch.tensor(own) for layer, own in chosen.items()}))
+        for draw, others in enumerate(random_neurons(chosen, anatomy.n_neurons, rates, draws=draws, seed=seed)):
+            found.append(neurons("random_neurons", anatomy, others, draw=draw))
     return found
 
 
@@ -126,14 +211,18 @@ def diagnose(
     columns: Mapping[str, Any],
     *,
     confirm: int = CONFIRMED,
+    sample: int = SAMPLED,
+    positions: Positions = COUNTED,
+    errors: Sequence[np.ndarray] | None = None,
     progress: Progress = lambda tokens: None,
 ) -> pd.DataFrame:
-    """Return the frame ``recovery``: the drop, and the share of it that each component recovers.
+    """Return the frame ``recovery``: the drop, and what each component recovers of it.
 
-    All components are estimated by attribution. The curves over the blocks, the groups of neurons and the `confirm`
-    most likely causes are then patched exactly; the causes also the other way round (direction ``damage``: the dense
-    model is corrupted with the pruned one's values, as a share of the same drop). Causes have a ``position``, 1 for the
-    one that recovers most.
+    All components are estimated by attribution, on either half of the questions. The curves over the blocks, the groups
+    of neurons, a random sample and the causes that either half ranks highest are then patched exactly; the causes also
+    the other way round (direction ``damage``: the dense model is corrupted with the pruned one's values). Causes have a
+    ``position`` by what they restore on the half that chose them, 1 for the most, beside what they restore on the
+    other.
 
     Parameters
     ----------
@@ -148,173 +237,106 @@ def diagnose(
     columns
         That describe the pruned model.
     confirm
-        How many causes are confirmed exactly.
+        How many causes each half chooses.
+    sample
+        How many masks, and how many outputs, are drawn at random and patched exactly too.
+    positions
+        Tokens whose activations are patched.
+    errors
+        As for :func:`components_of`, to state how well random subspaces match.
     progress
         Told of the tokens as they are read.
     """
-    estimate = attribute(session, asked.questions, damage, components, progress=progress)
+    estimates = {
+        half: attribute(session, asked.half(half), damage, components, positions=positions, progress=progress)
+        for half in HALVES
+    }
+    plan = to_confirm(asked, components, estimates, confirm, sample)
     exact = {}
-    for direction, chosen in to_confirm(asked, components, estimate, confirm).items():
+    for direction, chosen in plan.exact.items():
         some = [components[i] for i in chosen]
-        found = patch(session, asked.questions, damage, some, direction=direction, progress=progress)
+        found = patch(
+            session, asked.questions, damage, some, direction=direction, positions=positions, progress=progress
+        )
         exact[direction] = {i: found.exact[k] for k, i in enumerate(chosen)}
-    return recovery_frame(asked, components, columns, estimate, exact)
+    return collect(asked, components, columns, estimates, exact, plan, errors)
 
 
 def to_confirm(
-    asked: Asked, components: Sequence[Component], estimate: Patched, confirm: int = CONFIRMED
-) -> dict[Direction, list[int]]:
-    """Return which components are to be patched exactly in which direction; none if there is no significant drop.
+    asked: Asked,
+    components: Sequence[Component],
+    estimates: Mapping[str, Patched],
+    confirm: int = CONFIRMED,
+    sample: int = SAMPLED,
+    *,
+    seed: int = 0,
+) -> Confirmation:
+    """Return what is to be patched exactly in which direction; nothing if there is no significant drop.
 
     Parameters
     ----------
-    asked, components
+    asked, components, confirm, sample
         As for :func:`diagnose`.
-    estimate
-        From :func:`probes.attribute`.
-    confirm
-        How many causes are confirmed.
+    estimates
+        Half to what :func:`probes.attribute` found on it.
+    seed
+        Of the random sample.
     """
-    drop = _Drop(asked, estimate)
-    if not drop.significant:
-        return {}
-    shares = drop.shares(estimate)
-    causes = [i for i, component in enumerate(components) if component.kind in _CAUSES]
-    causes.sort(key=lambda i: -shares[i])
-    likeliest = _likeliest(components, causes, confirm)
-    curves = {i for i, c in enumerate(components) if c.kind in _CURVES or "neurons" in c.kind}
-    return {RESTORE: sorted(likeliest | curves), DAMAGE: sorted(likeliest)}
+    if not asked.drop(estimates).significant()[0]:
+        return Confirmation({half: [] for half in HALVES}, [], {})
+    chosen = {}
+    layers: set[int | None] = set()
+    for half in HALVES:
+        effects = {i: float(effect.sum()) for i, effect in estimates[half].attributed.items()}
+        causes = [i for i, component in enumerate(components) if component.kind in CAUSES]
+        chosen[half] = _likeliest(components, sorted(causes, key=lambda i: -effects[i]), confirm)
+        specific = [i for i in causes if components[i].kind == "specific"]
+        if specific:
+            layers.add(components[max(specific, key=effects.__getitem__)].layer)
+    rng = np.random.default_rng(seed)
+    sampled: list[int] = []
+    for kind in _SAMPLED_KINDS:
+        own = [i for i, component in enumerate(components) if component.kind == kind]
+        sampled += [own[k] for k in rng.permutation(len(own))[:sample]]
+    fixed = {
+        i
+        for i, c in enumerate(components)
+        if c.kind in (*_CURVES, "neurons", "random_neurons") or (c.kind == "random" and c.layer in layers)
+    }
+    likeliest = {i for half in HALVES for i in chosen[half]}
+    exact: dict[Direction, list[int]] = {RESTORE: sorted(likeliest | fixed | set(sampled)), DAMAGE: sorted(likeliest)}
+    return Confirmation(chosen, sorted(sampled), exact)
 
 
-def recovery_frame(
+def collect(
     asked: Asked,
     components: Sequence[Component],
     columns: Mapping[str, Any],
-    estimate: Patched,
+    estimates: Mapping[str, Patched],
     exact: Mapping[Direction, Mapping[int, ChoiceScores]],
+    plan: Confirmation,
+    errors: Sequence[np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """Return the frame ``recovery`` of what attribution and exact patching found.
 
     Parameters
     ----------
-    asked, components, columns
-        As for :func:`diagnose`.
-    estimate
-        From :func:`probes.attribute`.
+    asked, components, columns, estimates, errors
+        As for :func:`diagnose` and :func:`to_confirm`.
     exact
-        Direction to the scores with each component patched, for those that :func:`to_confirm` names.
+        Direction to the scores with each component of the plan patched.
+    plan
+        From :func:`to_confirm`.
     """
-    drop = _Drop(asked, estimate)
     place = {**columns, "language": asked.language, "task": asked.task, "category": asked.category}
-    rows: list[dict[str, Any]] = [{**place, "component": EVERYTHING, **drop.lost()}]
-    shares = drop.shares(estimate) if drop.significant else {}
-    for direction, scores in exact.items():
-        found = {i: drop.recovered(own, direction) for i, own in scores.items()}
-        positions = _positions(components, found) if direction == RESTORE else {}
-        for i, component in enumerate(components):
-            own = {**place, "direction": direction, **_where(component), "position": positions.get(i)}
-            if i in found:
-                rows.append({**own, **found[i]})
-            if direction == RESTORE:
-                rows.append({**own, "metric": "attributed_recovery", "value": float(shares[i])})
-    return tidy("recovery", rows)
+    effects = {half: {i: float(e.sum()) for i, e in estimates[half].attributed.items()} for half in HALVES}
+    return recovery_frame(
+        place, asked.drop(estimates), components, effects, exact, plan.chosen, plan.sampled, CAUSES, _CURVES, errors
+    )
 
 
-def _likeliest(components: Sequence[Component], causes: Sequence[int], confirm: int) -> set[int]:
+def _likeliest(components: Sequence[Component], causes: Sequence[int], confirm: int) -> list[int]:
     """Choose half of them among the masks: which mask caused the drop, and where it shows, are two questions."""
     masks = [i for i in causes if components[i].kind == "weights"][: confirm // 2]
     others = [i for i in causes if components[i].kind != "weights"][: confirm - len(masks)]
-    return {*masks, *others}
-
-
-def _where(component: Component) -> dict[str, Any]:
-    return {"component": component.kind, "layer": component.layer, "role": component.role}
-
-
-def _positions(components: Sequence[Component], exact: Mapping[int, Mapping[str, Any]]) -> dict[int, int]:
-    """Rank the causes by what they recover; among equals, the smaller and earlier component is first."""
-    causes = [i for i in exact if components[i].kind in _CAUSES]
-    causes.sort(
-        key=lambda i: (
-            -round(float(exact[i]["value"][0]), 4),
-            _CAUSES.index(components[i].kind),
-            components[i].layer if components[i].layer is not None else -1,
-        )
-    )
-    return {i: position for position, i in enumerate(causes, start=1)}
-
-
-class _Drop:
-    """The drop in every metric, and shares of it, with intervals over minimal pairs."""
-
-    def __init__(self, asked: Asked, scores: Patched) -> None:
-        is_text = all(question.choices == 1 for question in asked.questions)
-        names = list(dict.fromkeys(asked.twins))
-        self.cluster = np.array([names.index(twin) for twin in asked.twins])
-        self.clusters = len(names)
-        self.metrics = ("loss",) if is_text else ("margin", "accuracy", "loss")
-        self.dense, self.pruned = self._sums(scores.dense), self._sums(scores.pruned)
-        self.size = np.bincount(self.cluster, minlength=self.clusters).astype(np.float64)
-        self.n = len(asked.questions)
-        change = self.dense - self.pruned
-        self.total = float(change[:, 0].sum())
-        _, low, _ = segment_interval(lambda weights: weights @ change, self.clusters)
-        #: Whether the drop is significant.
-        self.significant = bool(self.total > 0 and low[0] > 0)
-
-    def _sums(self, scores: ChoiceScores) -> np.ndarray:
-        """Return the sums of every metric, higher is better, by cluster: ``[clusters, metrics]``."""
-        of = {"margin": scores.margin, "accuracy": scores.correct, "loss": scores.right}
-        return np.stack([np.bincount(self.cluster, of[m], self.clusters) for m in self.metrics], axis=1)
-
-    def shares(self, estimate: Patched) -> dict[int, float]:
-        """Return the share of the drop that each component is estimated to recover."""
-        return {i: float(effect.sum() / self.total) for i, effect in estimate.attributed.items()}
-
-    def lost(self) -> dict[str, Any]:
-        change = self.dense - self.pruned
-        value, low, high = segment_interval(lambda w: (w @ change) / (w @ self.size)[..., None], self.clusters)
-        names = {"margin": "margin_lost", "accuracy": "accuracy_lost", "loss": "loss_added"}
-        return {"metric": [names[m] for m in self.metrics], "value": value, "low": low, "high": high, "n": self.n}
-
-    def recovered(self, scores: ChoiceScores, direction: Direction) -> dict[str, Any]:
-        """Return the share of every metric's drop that is recovered (or, in the other direction, caused)."""
-        lost = self.dense - self.pruned
-        got = self._sums(scores)
-        change = got - self.pruned if direction == RESTORE else self.dense - got
-        there = np.abs(lost.sum(axis=0)) > 1e-12
-        metrics = [f"{m}_recovery" for m, kept in zip(self.metrics, there, strict=True) if kept]
-        lost, change = lost[:, there], change[:, there]
-        estimate = change.sum(axis=0) / lost.sum(axis=0)
-
-        def share(weights: np.ndarray) -> np.ndarray:
-            total = weights @ lost
-            nothing = np.abs(total) < 1e-12  # such a draw says nothing, and counts as the estimate itself
-            return np.where(nothing, estimate, (weights @ change) / np.where(nothing, 1.0, total))
-
-        value, low, high = segment_interval(share, self.clusters)
-        return {"metric": metrics, "value": value, "low": low, "high": high, "n": self.n}
-
-
-def main_metric(frame: pd.DataFrame) -> str:
-    """Return the metric that a diagnosis is ranked by: margin recovery, or loss recovery for text."""
-    return "margin_recovery" if (frame["metric"] == "margin_recovery").any() else "loss_recovery"
-
-
-def agreement(frame: pd.DataFrame) -> tuple[float, int, int]:
-    """Return how attribution and exact patching agree: Spearman's ρ, the overlap of their top tens, and n."""
-    restored = frame[frame["direction"] == RESTORE].copy()
-    keys = ["component", "layer", "role"]
-    restored[keys] = restored[keys].astype(object).where(restored[keys].notna(), "")
-    both = restored.pivot_table(index=keys, columns="metric", values="value", observed=True, aggfunc="first")
-    both = both[[main_metric(frame), "attributed_recovery"]].dropna()
-    exact, estimate = both.iloc[:, 0], both.iloc[:, 1]
-    rho = float(spearmanr(exact, estimate).statistic) if len(both) > 2 else float("nan")
-    shared = set(exact.nlargest(10).index) & set(estimate.nlargest(10).index)
-    return rho, len(shared), len(both)
-
-
-def importance(frame: pd.DataFrame) -> dict[str, float]:
-    """Return the estimated recovery from undoing the mask of each matrix, by ``BLOCK.ROLE``."""
-    rows = frame[(frame["component"] == "weights") & (frame["metric"] == "attributed_recovery")]
-    return {f"{row['layer']:.0f}.{row['role']}": float(row["value"]) for row in rows.to_dict("records")}
+    return [*masks, *others]

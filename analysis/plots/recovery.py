@@ -13,13 +13,15 @@ from pruning.models.anatomy import ROLES, role_kind
 from pruning.text.languages import language_name
 
 from ..frames import labels
-from ..metrics.recovery import main_metric
+from ..metrics.halves import BOTH, EVERY
+from ..metrics.recovery_frame import main_metric, named_causes
 from . import charts, style
 
 
 def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the estimated recovery from undoing each mask and from restoring each output, by role and block."""
     shown = frame[(frame["metric"] == "attributed_recovery") & frame["role"].notna()].copy()
+    shown = shown[shown["estimated_on"].astype(str) == EVERY]
     shown["role"] = shown["role"].astype(str).map(role_kind)
     names = {"weights": "mask undone", "output": "output restored"}
     tables = {}
@@ -42,14 +44,18 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
 
 
 def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the recovery from restoring the residual stream, or a part of it, after each block."""
-    exact = frame[(frame["direction"] == RESTORE) & frame["low"].notna()]
+    """Draw the recovery from restoring the residual stream, or a part of it, after each block.
+
+    Bands of controls are the range of their draws: as gradients estimate it after every block, and exactly, as a marked
+    line, where they were patched.
+    """
+    exact = frame[(frame["direction"] == RESTORE) & (frame["estimated_on"].astype(str) == EVERY)]
     titles = {"margin_recovery": "margin", "accuracy_recovery": "accuracy", "loss_recovery": "loss"}
     names = {
         "residual": ("whole residual stream", style.GREY, "-"),
         "agnostic": ("language-agnostic part", style.TWO_COLOURS[1], "-"),
         "specific": ("language-specific part", style.TWO_COLOURS[0], "-"),
-        "random": ("random subspace of the same rank", style.TWO_COLOURS[0], ":"),
+        "random": ("matched random subspaces, range of draws", style.TWO_COLOURS[0], ":"),
     }
     drawn = exact[exact["component"].isin(names) & exact["metric"].isin(titles)]["value"]
     shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1))  # bands may go beyond
@@ -62,6 +68,10 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
             if kind == "residual":
                 low = high = None
             lines.append(charts.Line(label, rows["layer"].tolist(), rows["value"].tolist(), colour, dash, low, high))
+        if metric == main_metric(frame):
+            rows = exact[(exact["metric"] == "attributed_recovery") & (exact["component"] == "random")]
+            x, y, low, high = (rows.sort_values("layer")[name].tolist() for name in ("layer", "value", "low", "high"))
+            lines.append(charts.Line("the same, estimated from gradients", x, y, style.GREY, ":", low, high))
         if any(len(line.x) for line in lines):
             panels.append(charts.Panel(title, lines, {"full recovery": 1.0}, y_range=shown_range))
     return charts.line_panels(
@@ -74,20 +84,24 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
 
 
 def causes(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the confirmed causes: restored in the pruned model, and corrupted in the dense one."""
-    exact = frame[frame["low"].notna() & (frame["metric"] == main_metric(frame))]
+    """Draw the causes on the questions that did not choose them: restored in the pruned model, and corrupted."""
+    metric = main_metric(frame)
+    exact = frame[(frame["metric"] == metric) & frame["direction"].notna()].astype({"estimated_on": object})
     keys = ["component", "layer", "role"]
     exact = exact.assign(label=[_label(row) for row in exact[keys].to_dict("records")])
-    back = exact[exact["direction"] == DAMAGE].set_index("label")
-    ranked = exact[exact["position"].notna() & exact["label"].isin(back.index)].sort_values("position")
     panels: dict[str, list[charts.Effect]] = {"restored in the pruned model": [], "corrupted in the dense model": []}
-    for row in ranked.to_dict("records"):
+    for row in named_causes(frame).to_dict("records"):
+        on, label = row["estimated_on"], _label(row)
+        here = exact[(exact["estimated_on"] == on) & (exact["label"] == label)].set_index("direction")
+        if not {RESTORE, DAMAGE} <= set(here.index):
+            continue
+        shown = label if on == BOTH else f"{label} ({on} half)"
         colour = style.TWO_COLOURS[0 if row["component"] == "weights" else 1]
-        for effects, one in zip(panels.values(), (row, back.loc[row["label"]]), strict=True):
+        for effects, one in zip(panels.values(), (here.loc[RESTORE], here.loc[DAMAGE]), strict=True):
             significant = bool(one["low"] > 0 or one["high"] < 0)
             value, low, high = (float(one[name]) for name in ("value", "low", "high"))
-            effects.append(charts.Effect(row["label"], value, low, high, colour, significant))
-    values = [effect.value for effects in panels.values() for effect in effects]
+            effects.append(charts.Effect(shown, value, low, high, colour, significant))
+    values = [effect.value for effects in panels.values() for effect in effects] or [0.0]
     lowest, highest = min(values), max(values)  # intervals may go beyond
     return charts.effect_panels(
         panels,

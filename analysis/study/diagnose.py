@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from probes import DENSE, ChoiceScores, DamagedModel, item_questions, text_questions
+from probes import DENSE, ChoiceScores, DamagedModel, Readings, item_questions, text_questions
 from probes.patching import DAMAGE, RESTORE, Component, Direction, Patched, attribute, patch
 from pruning import Remedy, Variant
 from pruning.code_version import code_version
@@ -22,25 +22,34 @@ from pruning.remedy import REMEDY_FILE
 
 from ..frames import TEXT, write_frame
 from ..metrics import firing
-from ..metrics.recovery import Asked, components_of, importance, recovery_frame, to_confirm
+from ..metrics.controls import DRAWS
+from ..metrics.halves import HALVES, item_strata
+from ..metrics.recovery import Asked, Confirmation, collect, components_of, importance, to_confirm
 from .context import Context
-from .diagnosis_request import DiagnosisRequest, by_twin, check, half_of
-from .read import fitting_key, questions_key, readings_key, stored_readings, subspaces
+from .diagnosis_request import DiagnosisRequest, asked_items, asked_segments, check
+from .read import fitting_key, questions_key, readings_file, readings_key, stored_readings, subspaces
 from .units import Advance, Output, Unit
 
 FOLDER = "diagnoses"
 REQUEST_FILE = "diagnosis.json"
 _PARTS = "parts"
+_ATTRIBUTED = "attribution"
 #: Components patched per unit; each unit has an overhead of two passes.
 _COMPONENTS = 32
 #: Cost of attribution in forward passes: the dense run, and one with gradients.
 _ATTRIBUTION = 4
-_CURVES = 4
+#: Curves that are patched exactly after each block.
+_CURVES = 3
+_HALVES_IN_WORDS = {
+    "all": "all templates",
+    "first": "the first half of the templates",
+    "second": "the second half of the templates",
+}
 _DIRECTIONS: tuple[Direction, ...] = (RESTORE, DAMAGE)
 
 
 class Diagnose:
-    """A unit is the attribution of all components, the exact patching of some, or collecting the results.
+    """A unit is the attribution of all components on one half, the exact patching of some, or collecting the results.
 
     Parameters
     ----------
@@ -66,10 +75,15 @@ class Diagnose:
             reason = context.variants.set_aside[self.request.variant]
             raise StudyError(f"{self.request.variant} could not be made, so it cannot be diagnosed: {reason}")
         title = f"diagnosing {self.request.variant} ({self.request.category} in {self.request.language})"
-        attribution = diagnosis.part("attribution")
-        if not done(attribution.name, attribution.key):
-            passes = _ATTRIBUTION + _CURVES * context.model.facts.blocks + 2 * self.request.confirm
-            return [self._unit(f"{title}: attribution", [attribution], diagnosis.work(passes))]
+        attributions = [diagnosis.part(f"{_ATTRIBUTED}/{half}") for half in HALVES]
+        left = [output for output in attributions if not done(output.name, output.key)]
+        if left:
+            blocks, request = context.model.facts.blocks, self.request
+            later = _CURVES * blocks + 4 * request.confirm + 2 * request.sample + 2 * DRAWS
+            return [
+                self._unit(f"{title}: attribution", [output], diagnosis.work((_ATTRIBUTION + later) // 2))
+                for output in left
+            ]
         found = []
         for direction, outputs in diagnosis.patched().items():
             left = [output for output in outputs if not done(output.name, output.key)]
@@ -87,8 +101,9 @@ class Diagnose:
         files: dict[str, list[Path]]
         if unit.outputs[0].name == diagnosis.result:
             files = {diagnosis.result: diagnosis.put_together()}
-        elif unit.outputs[0].name.endswith("/attribution"):
-            files = {unit.outputs[0].name: [diagnosis.attribute(lambda tokens: advance(tokens * body))]}
+        elif f"/{_ATTRIBUTED}/" in unit.outputs[0].name:
+            half = unit.outputs[0].name.rpartition("/")[2]
+            files = {unit.outputs[0].name: [diagnosis.attribute(half, lambda tokens: advance(tokens * body))]}
         else:
             names = [output.name for output in unit.outputs]
             files = {name: [path] for name, path in diagnosis.patch(names, lambda tokens: advance(tokens * body))}
@@ -133,25 +148,29 @@ class Diagnosis:
 
     def patched(self) -> dict[Direction, list[Output]]:
         """Return the results of exact patching to compute, given the attribution."""
-        chosen = to_confirm(self._asked, self._components, self._attributed(), self.request.confirm)
         return {
             direction: [self.part(f"{direction}/{_slug(self._components[i])}") for i in indices]
-            for direction, indices in chosen.items()
+            for direction, indices in self._plan(self._attributed()).exact.items()
         }
 
     def work(self, passes: int) -> float:
         """Return the multiply-adds of `passes` passes over the questions."""
         return passes * sum(question.tokens for question in self._asked.questions) * self.context.model.facts.body
 
-    def attribute(self, progress: Advance) -> Path:
-        """Estimate the recovery of every component, and return the file."""
+    def attribute(self, half: str, progress: Advance) -> Path:
+        """Estimate what every component recovers on one half of the questions, and return the file."""
         found = attribute(
-            self.context.model.session, self._asked.questions, self._damage, self._components, progress=progress
+            self.context.model.session,
+            self._asked.half(half),
+            self._damage,
+            self._components,
+            positions=self.request.positions,
+            progress=progress,
         )
         tensors = {f"attributed/{i}": torch.from_numpy(values) for i, values in found.attributed.items()}
         tensors["answers"] = torch.from_numpy(found.dense.answers)
         tensors |= {"dense": torch.from_numpy(found.dense.values), "pruned": torch.from_numpy(found.pruned.values)}
-        path = self._file("attribution")
+        path = self._file(f"{_ATTRIBUTED}/{half}")
         with whole_file(path) as partial:
             save_file(tensors, partial)
         return path
@@ -171,6 +190,7 @@ class Diagnosis:
             self._damage,
             chosen,
             direction=direction,
+            positions=self.request.positions,
             progress=progress,
         )
         for i, name in enumerate(names):
@@ -188,13 +208,13 @@ class Diagnosis:
     def put_together(self) -> list[Path]:
         """Write the frame and the remedy, and return all files."""
         asked, components, variant = self._asked, self._components, self._variant
-        estimate = self._attributed()
-        chosen = to_confirm(asked, components, estimate, self.request.confirm)
+        estimates = self._attributed()
+        plan = self._plan(estimates)
         exact = {
             direction: {i: ChoiceScores.open(self._file(f"{direction}/{_slug(components[i])}")) for i in indices}
-            for direction, indices in chosen.items()
+            for direction, indices in plan.exact.items()
         }
-        frame = recovery_frame(asked, components, variant.columns(), estimate, exact)
+        frame = collect(asked, components, variant.columns(), estimates, exact, plan, self._errors)
         files = [write_frame(self.folder, "recovery", frame), self.write_request()]
         (self.folder / REMEDY_FILE).unlink(missing_ok=True)  # it may belong to an earlier version of this variant
         found = importance(frame)
@@ -205,7 +225,7 @@ class Diagnosis:
                 variant=request.variant,
                 language=request.language,
                 category=request.category,
-                fitted_on=f"{len(asked.questions)} {request.category} questions ({request.half} of the minimal pairs)",
+                fitted_on=f"{len(asked.questions)} {request.category} questions ({_HALVES_IN_WORDS[request.half]})",
                 importance=found,
             )
             remedy.save(self.folder / REMEDY_FILE)
@@ -223,21 +243,20 @@ class Diagnosis:
         read = [readings_key(context, DENSE, lang) for lang in context.study.languages]
         fitted = [fitting_key(context, lang) for lang in context.study.languages]
         own = readings_key(context, request.variant, language)
-        what = [request.variant, language, request.category, request.half, context.study.evaluation.rank]
-        return content_sha256([code, own, read, fitted, asked, what])
+        what = [request.variant, language, request.category, request.half, request.positions]
+        return content_sha256([code, own, read, fitted, asked, what, context.study.evaluation.rank])
 
     @cached_property
     def _asked(self) -> Asked:
         session, texts, request = self.context.model.session, self.context.texts, self.request
-        half = half_of(request)
         if request.category == TEXT:
-            segments = texts.heldout[request.language][half]
+            segments = asked_segments(texts.heldout[request.language], request)
             questions = text_questions(session, segments)
             return Asked(TEXT, TEXT, request.language, questions, [segment.id for segment in segments])
-        twins = by_twin(texts.items[request.language], request.category)
-        items = [item for name in list(twins)[half] for item in twins[name]]
+        items = asked_items(texts.items[request.language], request)
         questions = item_questions(session, items)
-        return Asked(texts.task, request.category, request.language, questions, [item.twin for item in items])
+        templates = [item.template for item in items]
+        return Asked(texts.task, request.category, request.language, questions, templates, item_strata(items))
 
     @cached_property
     def _variant(self) -> Variant:
@@ -249,20 +268,43 @@ class Diagnosis:
 
     @cached_property
     def _components(self) -> list[Component]:
-        neurons = self._language_neurons()
-        return components_of(self.context.model.anatomy, tuple(self._variant.masks), subspaces(self.context), neurons)
+        neurons, rates = self._language_neurons()
+        return components_of(
+            self.context.model.anatomy,
+            tuple(self._variant.masks),
+            subspaces(self.context),
+            neurons,
+            errors=self._errors,
+            rates=rates,
+        )
 
-    def _language_neurons(self) -> dict[int, list[int]]:
-        """Return the dense model's neurons that are specific to the language (LAPE), by block."""
+    @cached_property
+    def _errors(self) -> list[np.ndarray]:
+        """What pruning changes in the mean states of held-out segments after each block."""
+        language = self.request.language
+        dense, pruned = (
+            Readings.open(readings_file(self.context, model, language)) for model in (DENSE, self.request.variant)
+        )
+        return [(own - other).numpy() for own, other in zip(dense.pooled, pruned.pooled, strict=True)]
+
+    def _language_neurons(self) -> tuple[dict[int, list[int]], np.ndarray | None]:
+        """Return the dense model's neurons that are specific to the language (LAPE), by block, and all firing rates."""
         counts = firing.FiringCounts.of(stored_readings(self.context, [DENSE]), DENSE)
         probabilities = counts.probabilities()
         if not probabilities.size:
-            return {}
-        members = firing.select(probabilities).members[..., counts.languages.index(self.request.language)]
-        return {layer: np.flatnonzero(own).tolist() for layer, own in enumerate(members)}
+            return {}, None
+        language = counts.languages.index(self.request.language)
+        members = firing.select(probabilities).members[..., language]
+        return {layer: np.flatnonzero(own).tolist() for layer, own in enumerate(members)}, probabilities[..., language]
 
-    def _attributed(self) -> Patched:
-        tensors = {name: tensor.numpy() for name, tensor in load_file(self._file("attribution")).items()}
+    def _plan(self, estimates: Mapping[str, Patched]) -> Confirmation:
+        return to_confirm(self._asked, self._components, estimates, self.request.confirm, self.request.sample)
+
+    def _attributed(self) -> dict[str, Patched]:
+        return {half: self._attributed_on(half) for half in HALVES}
+
+    def _attributed_on(self, half: str) -> Patched:
+        tensors = {name: tensor.numpy() for name, tensor in load_file(self._file(f"{_ATTRIBUTED}/{half}")).items()}
         answers = tensors.pop("answers")
         dense, pruned = ChoiceScores(tensors.pop("dense"), answers), ChoiceScores(tensors.pop("pruned"), answers)
         return Patched(dense, pruned, attributed={int(n.partition("/")[2]): values for n, values in tensors.items()})

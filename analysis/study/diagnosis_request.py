@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from probes import Item, some_twins
+from probes.patching import COUNTED, Positions
 from pruning.errors import StudyError, did_you_mean, shortened
 from pruning.text.languages import language_tag, named
 
 from ..frames import ALL, TEXT, labels
-from ..metrics.recovery import CONFIRMED
+from ..metrics.halves import HALVES, halves, item_strata
+from ..metrics.recovery import CONFIRMED, SAMPLED
 from .configuration import Study
 
+_T = TypeVar("_T")
+#: Templates, or segments, that a diagnosis needs: two in each half, or there are no intervals.
+_FEWEST = 4
 #: Default category.
 REASONING = "reasoning"
 
@@ -29,10 +34,16 @@ class DiagnosisRequest(BaseModel):
     category
         A category of its items, ``"all"`` of them, or ``"text"`` for its held-out text.
     half
-        ``"first"`` or ``"second"`` uses every other minimal pair (or segment), so that a remedy can be evaluated on the
-        other half.
+        ``"first"`` or ``"second"`` uses one half of the templates (or segments) alone, so that a remedy can be
+        evaluated on the other. Whatever is used is halved for the diagnosis itself: each half chooses causes, and the
+        other says what they recover.
     confirm
-        Number of causes to confirm by exact patching.
+        Number of causes that each half chooses, and that are confirmed by exact patching.
+    sample
+        Number of masks, and of outputs, that are drawn at random and patched exactly too, to see how well gradients
+        predict exact patching.
+    positions
+        ``"counted"`` patches activations where tokens count, ``"all"`` the first and special tokens too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,17 +53,21 @@ class DiagnosisRequest(BaseModel):
     category: str = REASONING
     half: Literal["all", "first", "second"] = "all"
     confirm: int = CONFIRMED
+    sample: int = SAMPLED
+    positions: Positions = COUNTED
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return labels.slug("-".join([self.variant, self.language, self.category, *([self.half] * (self.half != ALL))]))
+        extra = [*([self.half] * (self.half != ALL)), *(["all-positions"] * (self.positions != COUNTED))]
+        return labels.slug("-".join([self.variant, self.language, self.category, *extra]))
 
     @property
     def title(self) -> str:
         """Its heading in the report."""
         half = f", {self.half} half of the questions" if self.half != ALL else ""
-        return f"Diagnosis: {self.variant}, {self.category} in {named(self.language)}{half}"
+        tokens = ", all tokens patched" if self.positions != COUNTED else ""
+        return f"Diagnosis: {self.variant}, {self.category} in {named(self.language)}{half}{tokens}"
 
 
 def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
@@ -86,25 +101,27 @@ def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
                 f'there are no items of category "{shortened(request.category)}" in {named(language)}; '
                 f"{did_you_mean(request.category, categories)}"
             )
-        number = len(by_twin(items, request.category))
-    if len(range(number)[half_of(request)]) < 2:
+        number = len({item.template for item in asked_items(items, request)})
+    if request.category == TEXT:
+        number = len(asked_segments(range(number), request))
+    if number < _FEWEST:
         which = "" if request.half == "all" else f" in the {request.half} half"
         raise StudyError(
-            f'too few questions of category "{request.category}" in {named(language)}{which}: intervals need at least '
-            "two minimal pairs, items or segments"
+            f'too few questions of category "{request.category}" in {named(language)}{which}: each half of a diagnosis '
+            f"needs two templates (minimal pairs, items or segments) at least, and there are {number} for both"
         )
     return request.model_copy(update={"language": language})
 
 
-def by_twin(items: Sequence[Item], category: str) -> dict[str, list[Item]]:
-    """Return the items of a category, grouped by minimal pair."""
-    twins: dict[str, list[Item]] = {}
-    for item in items:
-        if category in (ALL, item.category):
-            twins.setdefault(item.twin, []).append(item)
-    return twins
+def asked_items(items: Sequence[Item], request: DiagnosisRequest) -> list[Item]:
+    """Return the items that a request covers."""
+    found = [item for item in items if request.category in (ALL, item.category)]
+    if request.half == "all" or not found:
+        return found
+    half = halves([item.template for item in found], item_strata(found))
+    return [item for item, own in zip(found, half, strict=True) if HALVES[own] == request.half]
 
 
-def half_of(request: DiagnosisRequest) -> slice:
-    """Return the slice of minimal pairs or segments that a request covers."""
-    return {"all": slice(None), "first": slice(0, None, 2), "second": slice(1, None, 2)}[request.half]
+def asked_segments(segments: Sequence[_T], request: DiagnosisRequest) -> Sequence[_T]:
+    """Return the segments that a request covers."""
+    return segments[{"all": slice(None), "first": slice(0, None, 2), "second": slice(1, None, 2)}[request.half]]

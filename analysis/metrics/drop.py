@@ -1,0 +1,155 @@
+"""The drop of a pruned model in every metric, and what patching restores of it, with intervals over templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from probes.patching import RESTORE, Direction
+from probes.scoring import ChoiceScores, Question
+
+from ..stats import share_difference_interval, unit_interval
+from .halves import BOTH, EVERY, HALVES, halves
+
+#: What is measured of a question, higher is better, and how its drop is called.
+LOST = {"margin": "margin_lost", "accuracy": "accuracy_lost", "loss": "loss_added"}
+
+
+class Estimate(NamedTuple):
+    """Values with 95 % intervals, each ``[components, metrics]``; empty (nan) intervals where none can be given."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Drop:
+    """The drop in every metric, and what is restored of it.
+
+    Templates are resampled: questions made after one pattern are not independent.
+
+    Parameters
+    ----------
+    questions
+        What was scored.
+    templates, strata
+        Of each question, as for :func:`analysis.metrics.halves.halves`.
+    dense, pruned
+        Scores of the two models.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        templates: Sequence[str],
+        strata: Sequence[str],
+        dense: ChoiceScores,
+        pruned: ChoiceScores,
+    ) -> None:
+        is_text = all(question.choices == 1 for question in questions)
+        self.metrics = ("loss",) if is_text else ("margin", "accuracy", "loss")
+        half = halves(templates, strata)
+        self._there = {EVERY: np.ones(len(half), dtype=bool), **{name: half == i for i, name in enumerate(HALVES)}}
+        self._templates = np.asarray(templates)
+        self.dense, self.pruned = self._values(dense), self._values(pruned)
+        self._lost = {on: self._means(self.dense[None], self.pruned[None], on) for on in self._there}
+
+    def n(self, on: str) -> int:
+        """Number of questions that an estimate rests on."""
+        return len(self._templates) if on == BOTH else int(self._there[on].sum())
+
+    def lost(self, on: str = EVERY) -> Estimate:
+        """Return the mean drop in every metric, ``[1, metrics]``."""
+        return self._lost[on]
+
+    def significant(self, on: str = EVERY) -> Bool[np.ndarray, " metrics"]:
+        """Return which metrics have dropped: those whose interval lies above 0; for both halves, in either of them."""
+        if on == BOTH:
+            return self.significant(HALVES[0]) & self.significant(HALVES[1])
+        low = self._lost[on].low[0]
+        return (self._lost[on].value[0] > 0) & (low > 0)
+
+    def restored(self, scores: Sequence[ChoiceScores], direction: Direction, on: str = EVERY) -> Estimate:
+        """Return the mean change that each patch makes: what it restores or, in the other direction, takes away."""
+        if on == BOTH:
+            return _averaged([self.restored(scores, direction, half) for half in HALVES])
+        patched = np.stack([self._values(own) for own in scores])
+        after, before = (patched, self.pruned) if direction == RESTORE else (self.dense, patched)
+        shape = np.broadcast_shapes(after.shape, before.shape)
+        return self._means(np.broadcast_to(after, shape), np.broadcast_to(before, shape), on)
+
+    def recovered(self, scores: Sequence[ChoiceScores], direction: Direction, on: str = EVERY) -> Estimate:
+        """Return the share of the drop that :meth:`restored` is, nan in metrics without a significant drop."""
+        if on == BOTH:
+            return _averaged([self.recovered(scores, direction, half) for half in HALVES])
+        patched = np.stack([self._values(own) for own in scores])
+        change = patched - self.pruned if direction == RESTORE else self.dense - patched
+        there = self.significant(on)
+        shape = (len(scores), len(self.metrics))
+        result = Estimate(*(np.full(shape, np.nan) for _ in range(3)))
+        if not there.any():
+            return result
+        unit, units = self._units(on)
+        changes = _sums(change[:, self._there[on]][..., there], unit, units)  # [units, components, metrics]
+        lost = _sums((self.dense - self.pruned)[self._there[on]][None][..., there], unit, units)[:, 0]
+        whole = changes.sum(axis=0) / lost.sum(axis=0)
+
+        def share(weights: np.ndarray) -> np.ndarray:
+            total = (weights @ lost)[:, None]
+            nothing = np.abs(total) < 1e-12  # such a draw says nothing, and counts as the estimate itself
+            found = (weights @ changes.reshape(units, -1)).reshape(len(weights), *whole.shape)
+            return np.where(nothing, whole, found / np.where(nothing, 1.0, total)).reshape(len(weights), -1)
+
+        for filled, part in zip(result, unit_interval(share, units), strict=True):
+            filled[:, there] = part.reshape(whole.shape)
+        return result
+
+    def total(self, effect: Float[np.ndarray, " questions"], on: str) -> float:
+        """Return the sum over a half's questions, or all."""
+        return float(effect[self._there[on]].sum())
+
+    def _values(self, scores: ChoiceScores) -> np.ndarray:
+        """Return every metric of every question, ``[questions, metrics]``."""
+        of = {"margin": scores.margin, "accuracy": scores.correct, "loss": scores.right}
+        return np.stack([of[metric] for metric in self.metrics], axis=1)
+
+    def _units(self, on: str) -> tuple[np.ndarray, int]:
+        names, unit = np.unique(self._templates[self._there[on]], return_inverse=True)
+        return unit, len(names)
+
+    def _means(self, after: np.ndarray, before: np.ndarray, on: str) -> Estimate:
+        """Return mean differences of ``[components, questions, metrics]``; accuracy's intervals are those of shares."""
+        unit, units = self._units(on)
+        change = (after - before)[:, self._there[on]]
+        size = np.bincount(unit, minlength=units).astype(np.float64)
+        sums = _sums(change, unit, units)
+        if not units:
+            empty = np.full(sums.shape[1:], np.nan)
+            return Estimate(empty, empty, empty)
+        found = unit_interval(lambda w: (w @ sums.reshape(units, -1)) / (w @ size)[:, None], units)
+        value, low, high = (np.array(part).reshape(sums.shape[1:]) for part in found)
+        if "accuracy" in self.metrics:
+            at = self.metrics.index("accuracy")
+            for own, rows in enumerate(change[..., at]):
+                gained, lost = (np.bincount(unit, rows == sign, units) for sign in (1, -1))
+                value[own, at], low[own, at], high[own, at] = share_difference_interval(gained, lost, size)
+        return Estimate(value, low, high)
+
+
+def _sums(values: np.ndarray, unit: np.ndarray, units: int) -> np.ndarray:
+    """Sum ``[components, questions, metrics]`` by unit: ``[units, components, metrics]``."""
+    found = np.zeros((units, values.shape[0], values.shape[2]))
+    np.add.at(found, unit, values.transpose(1, 0, 2))
+    return found
+
+
+def _averaged(halves: Sequence[Estimate]) -> Estimate:
+    """Average two independent estimates; their intervals are combined by square-and-add (Donner & Zou 2012)."""
+    first, second = halves
+    value = (first.value + second.value) / 2
+    below = np.hypot(first.value - first.low, second.value - second.low) / 2
+    above = np.hypot(first.high - first.value, second.high - second.value) / 2
+    return Estimate(value, value - below, value + above)
