@@ -412,9 +412,7 @@ FRAMES: dict[str, FrameSpec] = {
             "sample",
         ),
         {
-            "margin_lost": Metric(
-                "nat", f"mean margin of the dense model minus that of the pruned one; {_DIAGNOSED}"
-            ),
+            "margin_lost": Metric("nat", f"mean margin of the dense model minus that of the pruned one; {_DIAGNOSED}"),
             "accuracy_lost": Metric("", f"accuracy of the dense model minus that of the pruned one; {_DIAGNOSED}"),
             "loss_added": Metric(
                 "nat",

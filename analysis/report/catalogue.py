@@ -344,14 +344,16 @@ def diagnosis_figures(
     """
     if not len(recovery.importance(frame)):
         return
-    what = f"{category} in {named(language)}, n = {int(frame['n'].max())}"
+    asked = frame[frame["component"] == recovery.EVERYTHING]
+    what = f"{category} in {named(language)}, n = {int(asked['n'].max())}"
     yield ReportFigure(
         section,
         f"diagnosis-curves-{name}",
         f"Recovery when the dense model's residual stream is patched into {variant} after one block ({what}): the "
-        "whole stream, its language-specific part (LSAR, fitted on the dense model), the language-agnostic rest, and "
-        "a random subspace of the same rank. 1: the whole drop is recovered. Bands: 95 % bootstrap intervals over "
-        "items, minimal pairs resampled together.",
+        "whole stream, its language-specific part (LSAR, fitted on the dense model) and the language-agnostic rest, on "
+        "all questions. 1: the whole drop is recovered. Bands: 95 % intervals over templates. Controls: 20 random "
+        "subspaces with the specific part's rank and pruning error, their mean and range; exactly at the block or "
+        "blocks where the specific part has most effect by gradients, and estimated from gradients after all.",
         lambda: plots.recovery.curves(frame),
     )
     yield ReportFigure(
@@ -365,8 +367,9 @@ def diagnosis_figures(
     yield ReportFigure(
         section,
         f"diagnosis-causes-{name}",
-        f"The most likely causes, patched exactly, one at a time ({what}). Left: restored from the dense model in the "
-        "pruned one. Right: corrupted in the dense model with the pruned one's. Both as a share of the same drop, with "
-        "95 % bootstrap intervals over items.",
+        f"The most likely causes, patched exactly, one at a time ({what}), on the half of the questions that did not "
+        "choose them, or averaged over both if both chose them. Left: restored from the dense model in the pruned one. "
+        "Right: corrupted in the dense model with the pruned one's. Both as a share of the drop, with 95 % intervals "
+        "over templates.",
         lambda: plots.recovery.causes(frame),
     )

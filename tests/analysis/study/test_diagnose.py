@@ -61,7 +61,7 @@ def riddles(folder):
     written = {}
     for language in ("en", "sw"):
         items = [
-            Item(id=f"{i}", twin=f"{i // 2}", prompt=text(8), choices=(text(2), text(2)), answer=0) for i in range(34)
+            Item(id=f"{i}", twin=f"{i // 2}", prompt=text(8), choices=(text(2), text(3)), answer=0) for i in range(34)
         ]
         questions = item_questions(session, items)
         dense = score(session, questions).values
