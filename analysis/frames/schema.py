@@ -117,7 +117,6 @@ class FrameSpec:
 
 _OVER = "95 % bootstrap interval over held-out segments"
 _COUNTED = "tokens that count: all but the first (BOS, if the tokenizer adds one) and special ones, by default"
-_OVER_ITEMS = "95 % bootstrap interval over items, minimal pairs resampled together"
 _OVER_SHARE = "95 % Wilson interval at the effective number of items, templates as clusters"
 _OVER_CHANGE = "95 % interval of Agresti and Min at the effective number of items, templates as clusters"
 _OVER_TEMPLATES = "95 % BCa bootstrap interval over templates (fewer than 20: jackknife, t quantiles)"

@@ -84,13 +84,19 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
 
 
 def causes(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the causes on the questions that did not choose them: restored in the pruned model, and corrupted."""
-    metric = main_metric(frame)
+    """Draw the causes on the questions that did not choose them: restored in the pruned model, and corrupted.
+
+    As shares of the drop, or in nats if the drop is not significant on some of these questions.
+    """
+    named = named_causes(frame)
+    with_shares = frame[(frame["metric"] == main_metric(frame)) & frame["position"].notna()]["estimated_on"]
+    shares = set(named["estimated_on"]) <= set(with_shares.astype(str))
+    metric = main_metric(frame, "recovery" if shares else "restored")
     exact = frame[(frame["metric"] == metric) & frame["direction"].notna()].astype({"estimated_on": object})
     keys = ["component", "layer", "role"]
     exact = exact.assign(label=[_label(row) for row in exact[keys].to_dict("records")])
     panels: dict[str, list[charts.Effect]] = {"restored in the pruned model": [], "corrupted in the dense model": []}
-    for row in named_causes(frame).to_dict("records"):
+    for row in named.to_dict("records"):
         on, label = row["estimated_on"], _label(row)
         here = exact[(exact["estimated_on"] == on) & (exact["label"] == label)].set_index("direction")
         if not {RESTORE, DAMAGE} <= set(here.index):
@@ -106,7 +112,7 @@ def causes(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
     return charts.effect_panels(
         panels,
         title=f"Single components ({_title(frame)})",
-        x_label="share of the drop",
+        x_label="share of the drop" if shares else "nats",
         legend=("interval excludes zero (blue: masks; orange: activations)", "interval includes zero"),
         x_range=(min(-0.25, lowest - 0.1), max(1.0, highest + 0.1)),
         width=width,

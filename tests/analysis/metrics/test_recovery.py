@@ -607,3 +607,18 @@ def test_figures_are_drawn_of_every_diagnosis(pruned_model, tmp_path, plot):
     drawn = plot(frame)
     assert "reasoning, Swahili" in drawn.texts[0].get_text()
     assert min(file.stat().st_size for file in plots.save(drawn, tmp_path, "f")) > 2000
+
+
+def test_causes_are_drawn_in_nats_where_a_half_has_no_significant_drop(pruned_model):
+    *_, frame = pruned_model
+    panels = [axes for axes in plots.recovery.causes(frame).axes if axes.get_visible()]
+    assert {axes.get_xlabel() for axes in panels} - {""} == {"nats"}
+    assert all(len(axes.get_yticklabels()) == len(named_causes(frame)) for axes in panels[:1])
+    planted = [*PLANTED]
+    for row in PLANTED:
+        if row[0] == RESTORE and row[5] is not None:
+            planted.append((DAMAGE, *row[1:5], None, *row[6:]))
+    drawn = plots.recovery.causes(planted_frame(*planted))
+    assert {axes.get_xlabel() for axes in drawn.axes} - {""} == {"share of the drop"}
+    labels = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert labels == ["output 0.o (first half)", "weights 1.down"]
