@@ -278,7 +278,7 @@ def effect_panels(
             if x_range:
                 axes.set_xlim(*x_range)
             axes.set_yticks(range(len(effects)), [effect.label for effect in reversed(effects)])
-            axes.set_ylim(-0.5, len(effects) - 0.5)
+            axes.set_ylim(-0.5, max(len(effects), 1) - 0.5)
             axes.set_title(name)
             axes.tick_params(axis="y", length=0)
             axes.tick_params(labelbottom=True)

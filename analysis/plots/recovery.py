@@ -18,9 +18,18 @@ from ..metrics.recovery_frame import main_metric, named_causes
 from . import charts, style
 
 
+def shares_known(frame: pd.DataFrame) -> bool:
+    """Return whether shares of the drop are given, which they are only if it is significant on all questions."""
+    return bool(((frame["metric"] == "attributed_recovery") & (frame["estimated_on"].astype(str) == EVERY)).any())
+
+
 def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the estimated recovery from undoing each mask and from restoring each output, by role and block."""
-    shown = frame[(frame["metric"] == "attributed_recovery") & frame["role"].notna()].copy()
+    """Draw what undoing each mask and restoring each output recovers, as gradients estimate it, by role and block.
+
+    In per cent of the drop, or in nats if the drop is not significant.
+    """
+    shares = shares_known(frame)
+    shown = frame[(frame["metric"] == _attributed(shares)) & frame["role"].notna()].copy()
     shown = shown[shown["estimated_on"].astype(str) == EVERY]
     shown["role"] = shown["role"].astype(str).map(role_kind)
     names = {"weights": "mask undone", "output": "output restored"}
@@ -29,12 +38,13 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         rows = shown[shown["component"] == kind]
         rows = rows.assign(layer=rows["layer"].astype(int))
         table = rows.pivot_table(index="layer", columns="role", values="value", aggfunc="sum", observed=True)
-        tables[name] = (100 * table[[role for role in ROLES if role in table.columns]]).round() + 0.0
+        table = table[[role for role in ROLES if role in table.columns]]
+        tables[name] = ((100 * table).round() if shares else table) + 0.0
     return charts.heatmaps(
         {name: table for name, table in tables.items() if table.size},
         title=f"Estimated recovery by role and block ({_title(frame)})",
-        colour_label="share of the drop (%)",
-        digits="{:.0f}",
+        colour_label="share of the drop (%)" if shares else "nats",
+        digits="{:.0f}" if shares else "{:.2f}",
         diverging=True,
         x_label="role",
         y_label="block",
@@ -46,11 +56,15 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
 def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the recovery from restoring the residual stream, or a part of it, after each block.
 
-    Bands of controls are the range of their draws: as gradients estimate it after every block, and exactly, as a marked
-    line, where they were patched.
+    As shares of the drop, or in nats (of accuracy: as it is) if the drop is not significant. Bands of controls are the
+    range of their draws: as gradients estimate it after every block, and exactly, as a marked line, where they were
+    patched.
     """
+    shares = shares_known(frame)
+    what = "recovery" if shares else "restored"
     exact = frame[(frame["direction"] == RESTORE) & (frame["estimated_on"].astype(str) == EVERY)]
-    titles = {"margin_recovery": "margin", "accuracy_recovery": "accuracy", "loss_recovery": "loss"}
+    units = ("margin", "accuracy", "loss") if shares else ("margin (nats)", "accuracy", "loss (nats)")
+    titles = {f"{name.split()[0]}_{what}": name for name in units}
     names = {
         "residual": ("whole residual stream", style.GREY, "-"),
         "agnostic": ("language-agnostic part", style.TWO_COLOURS[1], "-"),
@@ -58,7 +72,7 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         "random": ("matched random subspaces, range of draws", style.TWO_COLOURS[0], ":"),
     }
     drawn = exact[exact["component"].isin(names) & exact["metric"].isin(titles)]["value"]
-    shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1))  # bands may go beyond
+    shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1)) if shares else None
     panels = []
     for metric, title in titles.items():
         lines = []
@@ -68,17 +82,18 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
             if kind == "residual":
                 low = high = None
             lines.append(charts.Line(label, rows["layer"].tolist(), rows["value"].tolist(), colour, dash, low, high))
-        if metric == main_metric(frame):
-            rows = exact[(exact["metric"] == "attributed_recovery") & (exact["component"] == "random")]
+        if metric == main_metric(frame, what):
+            rows = exact[(exact["metric"] == _attributed(shares)) & (exact["component"] == "random")]
             x, y, low, high = (rows.sort_values("layer")[name].tolist() for name in ("layer", "value", "low", "high"))
             lines.append(charts.Line("the same, estimated from gradients", x, y, style.GREY, ":", low, high))
         if any(len(line.x) for line in lines):
-            panels.append(charts.Panel(title, lines, {"full recovery": 1.0}, y_range=shown_range))
+            panels.append(charts.Panel(title, lines, {"full recovery": 1.0} if shares else {}, y_range=shown_range))
     return charts.line_panels(
         panels,
         title=f"Recovery from restoring the residual stream ({_title(frame)})",
         x_label="after block",
-        y_label="share of the drop",
+        y_label="share of the drop" if shares else "restored",
+        share=shares,
         width=width,
     )
 
@@ -117,6 +132,10 @@ def causes(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         x_range=(min(-0.25, lowest - 0.1), max(1.0, highest + 0.1)),
         width=width,
     )
+
+
+def _attributed(shares: bool) -> str:
+    return f"attributed_{'recovery' if shares else 'restored'}"
 
 
 def _label(row: Mapping[Any, Any]) -> str:

@@ -17,6 +17,7 @@ from .. import plots
 from ..frames import ALL, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap, recovery
 from ..metrics.contrasts import OTHERS
+from ..metrics.recovery_frame import named_causes
 from ..stats.crossed import OWN_VARIANCE
 
 Frames = Mapping[str, pd.DataFrame]
@@ -346,12 +347,15 @@ def diagnosis_figures(
         return
     asked = frame[frame["component"] == recovery.EVERYTHING]
     what = f"{category} in {named(language)}, n = {int(asked['n'].max())}"
+    shares = plots.recovery.shares_known(frame)
+    in_units = "in per cent of the drop" if shares else "in nats, since the drop is not significant"
+    whole = "1: the whole drop is recovered." if shares else "In nats, since the drop is not significant."
     yield ReportFigure(
         section,
         f"diagnosis-curves-{name}",
         f"Recovery when the dense model's residual stream is patched into {variant} after one block ({what}): the "
         "whole stream, its language-specific part (LSAR, fitted on the dense model) and the language-agnostic rest, on "
-        "all questions. 1: the whole drop is recovered. Bands: 95 % intervals over templates. Controls: 20 random "
+        f"all questions. {whole} Bands: 95 % intervals over templates. Controls: 20 random "
         "subspaces with the specific part's rank and pruning error, their mean and range; exactly at the block or "
         "blocks where the specific part has most effect by gradients, and estimated from gradients after all.",
         lambda: plots.recovery.curves(frame),
@@ -359,17 +363,19 @@ def diagnosis_figures(
     yield ReportFigure(
         section,
         f"diagnosis-map-{name}",
-        f"Share of the drop that each role of each block recovers ({what}), in per cent, estimated from gradients "
+        f"What each role of each block recovers ({what}), {in_units}, estimated from gradients "
         "(attribution). Left: undoing the mask of that projection only. Right: restoring its output, which also undoes "
-        "the damage in its input. Shares need not add up to 100.",
+        "the damage in its input. Values need not add up to the whole drop.",
         lambda: plots.recovery.heatmap(frame),
     )
+    if not len(named_causes(frame)):
+        return
     yield ReportFigure(
         section,
         f"diagnosis-causes-{name}",
         f"The most likely causes, patched exactly, one at a time ({what}), on the half of the questions that did not "
         "choose them, or averaged over both if both chose them. Left: restored from the dense model in the pruned one. "
-        "Right: corrupted in the dense model with the pruned one's. Both as a share of the drop, with 95 % intervals "
-        "over templates.",
+        "Right: corrupted in the dense model with the pruned one's. Both as a share of the drop (in nats, if it is not "
+        "significant on some of these questions), with 95 % intervals over templates.",
         lambda: plots.recovery.causes(frame),
     )
