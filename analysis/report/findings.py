@@ -192,13 +192,23 @@ def _questions(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     changes = of_recipe(frames["accuracy"], {**recipe, "part": ALL})
     metric = "twin_accuracy" if (changes["metric"] == "twin_accuracy").any() else "accuracy"
     changes = _metric(changes, f"{metric}_change")
-    everywhere = changes[changes["language"].isna()]
-    changes = everywhere if len(everywhere) else changes
+    changes = changes[changes["language"].notna()]
+    what = "Minimal-pair accuracy" if metric == "twin_accuracy" else "Accuracy"
     for task, rows in changes.groupby("task", observed=True):
-        by_category = rows.groupby("category", observed=True)["value"].mean()
-        listed = ", ".join(f"{c} {100 * by_category[c]:+.1f}" for c in labels.categories_of(rows))
-        what = "Minimal-pair accuracy" if metric == "twin_accuracy" else "Accuracy"
-        yield f"{what} on {task} changes by {listed} (points, means over models)."
+        able = rows[~rows["at_chance"].astype(bool)]
+        by_category = able.groupby("category", observed=True)["value"].mean()
+        categories = labels.categories_of(rows)
+        if len(able):
+            listed = ", ".join(f"{c} {100 * by_category[c]:+.1f}" for c in categories if c in by_category.index)
+            yield (
+                f"{what} on {task} changes by {listed} (points, means over models and the languages in which the "
+                "dense model is clearly above chance)."
+            )
+        if guessed := [c for c in categories if c not in by_category.index]:
+            yield (
+                f"In {', '.join(guessed)} the dense model is not clearly above chance in any language: what it cannot "
+                "do, or is asked too few items to show, cannot be seen to be lost."
+            )
 
 
 def _between_categories(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 from analysis import plots
-from analysis.frames import dense_columns, joined, labels, tidy
+from analysis.frames import RECIPE_COLUMNS, dense_columns, joined, labels, tidy
 from analysis.metrics import accuracy as tasks
+from analysis.report import findings
 from probes import DENSE, ChoiceScores
 from probes.items import Item
 
@@ -297,6 +298,23 @@ def test_cells_in_which_the_dense_model_guesses_are_marked():
     marked = frame.groupby("part", observed=True)["at_chance"].agg(["all", "any"])
     assert marked.loc["grade 2"].tolist() == [True, True]
     assert marked.loc["grade 1"].tolist() == marked.loc["all"].tolist() == [False, False]
+
+
+def test_the_report_sees_no_loss_where_the_dense_model_guesses():
+    items = {"en": described(60, 60), "sw": described(60, 60)}
+    able, guesses = np.ones(60, dtype=bool), np.arange(60) % 2 == 0
+    scores = {(DENSE, "en"): scored(items["en"], able), (DENSE, "sw"): scored(items["sw"], guesses)}
+    scores |= {("pruned", language): scored(items[language], ~able) for language in LANGUAGES}
+    recipe = {name: PRUNED[name] for name in RECIPE_COLUMNS}
+
+    def said() -> str:
+        frame = tasks.analyze(tasks.item_frame(scores, items, COLUMNS, "mine"))
+        return " ".join(findings._questions({"accuracy": frame}, recipe))
+
+    assert "reasoning -100.0" in said()  # English alone; with Swahili it would be -75.0
+    scores[DENSE, "en"] = scored(items["en"], guesses)
+    assert "changes by" not in said()
+    assert "In reasoning the dense model is not clearly above chance" in said()
 
 
 def test_single_items_are_at_chance_by_their_number_of_choices():
