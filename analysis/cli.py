@@ -11,6 +11,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from pruning.errors import PrunescopeError, StudyError, shortened
+from pruning.files import write_text
 from pruning.text.sources import BUNDLED_LANGUAGES
 
 app = typer.Typer(
@@ -190,7 +191,7 @@ def power(
         typer.echo(words)
     if csv:
         csv.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_csv(csv, index=False)
+        write_text(csv, rows.to_csv(index=False))
 
 
 @app.command()

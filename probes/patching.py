@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -135,6 +135,15 @@ class Component:
     def first_layer(self) -> int:
         """The first block that is patched."""
         return min([place.layer for place in self.places] + [layer for layer, _ in self.weights])
+
+    def on(self, device: torch.device) -> Component:
+        """Return it with its bases and columns on a device, so that they are copied once, not for every batch."""
+
+        def moved(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
+        places = (replace(place, basis=moved(place.basis), columns=moved(place.columns)) for place in self.places)
+        return replace(self, places=tuple(places))
 
     @property
     def label(self) -> str:
@@ -286,6 +295,7 @@ def patch(
     progress
         Called with the number of tokens read, after every batch of every run.
     """
+    components = [component.on(session.anatomy.device) for component in components]
     sites = _sites(place for component in components for place in component.places)
     dense, pruned = ScoreTable(questions), ScoreTable(questions)
     exact = [ScoreTable(questions) for _ in components]
@@ -323,6 +333,7 @@ def attribute(
     The estimate is the gradient of the objective in the patched model times the change that patching would make.
     The parameters are those of :func:`patch`.
     """
+    components = [component.on(session.anatomy.device) for component in components]
     sites = _sites(place for component in components for place in component.places)
     wanted = {key for component in components for key in component.weights}
     dense, pruned = ScoreTable(questions), ScoreTable(questions)

@@ -66,7 +66,7 @@ class Drop:
         return self._lost[on]
 
     def significant(self, on: str = EVERY) -> Bool[np.ndarray, " metrics"]:
-        """Return which metrics have dropped: those whose interval lies above 0; for both halves, in either of them."""
+        """Return which metrics have dropped: those whose interval lies above 0; for both halves, in each of them."""
         if on == BOTH:
             return self.significant(HALVES[0]) & self.significant(HALVES[1])
         low = self._lost[on].low[0]

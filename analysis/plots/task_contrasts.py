@@ -17,7 +17,7 @@ from .accuracy import AT_CHANCE
 
 _EVERYWHERE = "all languages"
 _TITLES = {
-    "category": "What one category loses more than another",
+    "category": "Does pruning hurt one category more than another?",
     "own": "What calibrating on the evaluated language adds to the drop",
 }
 _UNITS = {"accuracy_drop": "drop in accuracy", "margin_drop": "drop in margin (nat)"}

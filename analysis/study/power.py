@@ -72,6 +72,8 @@ def study_power(
             raise StudyError(f"{metric} has no categories; use --metric accuracy_drop or margin_drop")
         studies = _of_text(folder, metric)
     else:
+        if metric == "accuracy_drop" and effect > 1:
+            raise StudyError(f"accuracy is a share, so --effect {effect:g} is too large; give one from 0 to 1")
         studies = _of_items(folder, metric, comparison, category)
     rows = []
     for recipe, scores in studies:

@@ -80,11 +80,17 @@ _IN_TOML = {
 }
 
 
+#: Keys of earlier versions, and what to write instead.
+_RENAMED = {"evaluation.special_tokens": "write skip_first = false to include the first and special tokens"}
+
+
 def _explained(error: Any) -> str:
     kinds = ("str", "float", "HubDataset")
     place = ".".join(shortened(part) for part in error["loc"] if part not in kinds and "tuple" not in str(part))
     if error["type"] == "extra_forbidden":
         section, _, key = place.rpartition(".")
+        if place in _RENAMED:
+            return f'unknown key "{key}" in [{section}]; {_RENAMED[place]}'
         return f'unknown key "{key}"{f" in [{section}]" if section else ""}; {did_you_mean(key, _keys(section))}'
     if error["type"] == "missing":
         return f'the key "{place}" is missing'

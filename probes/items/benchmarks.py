@@ -34,6 +34,8 @@ CONJUNCTIONS = {
     "vi": (" vì", " nên"),
     "zh": ("，因为", "，所以"),
 }
+#: A word that stays as it is in the middle of a sentence. Names at the beginning of a choice are not known as such.
+_ENGLISH_I = re.compile(r"I\b")
 
 
 class Line(BaseModel):
@@ -124,7 +126,7 @@ class Copa(Line):
         prompt, choices = self.premise.strip(), [self.choice1.strip(), self.choice2.strip()]
         if language in CONJUNCTIONS:
             prompt = re.sub(r"[.!?。！？]+$", "", prompt) + CONJUNCTIONS[language][self.question == "effect"]
-            choices = [choice[:1].lower() + choice[1:] for choice in choices]
+            choices = [choice if _ENGLISH_I.match(choice) else choice[:1].lower() + choice[1:] for choice in choices]
         space = "" if language in ("zh", "ja", "th") else " "
         return Item(
             id=self.name,

@@ -253,6 +253,10 @@ def test_premises_are_joined_to_causes_and_effects_by_a_conjunction(tmp_path):
     assert (cause.id, cause.twin, cause.category, cause.kind, cause.answer) == ("4", "4", "commonsense", "cause", 0)
     assert (cause.prompt, cause.choices) == ("The lamp went out because", (" the bulb broke.", " it rained."))
     assert (effect.prompt, effect.answer, effect.kind) == ("The lamp went out so", 1, "effect")
+    (own,) = written(tmp_path, COPA | {"question": "cause", "choice1": "I broke it.", "choice2": "Ice fell."}).items(
+        "en"
+    )
+    assert own.choices == (" I broke it.", " ice fell.")
 
 
 @pytest.mark.parametrize(

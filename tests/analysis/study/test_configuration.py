@@ -195,6 +195,7 @@ def test_the_demo_asks_for_what_the_readme_says():
     ("text", "message"),
     [
         ('languages = ["en", "sw"]', 'the key "model" is missing'),
+        (MINIMAL + "[evaluation]\nspecial_tokens = true", "write skip_first = false to include the first"),
         (MINIMAL + "modle = 3", 'unknown key "modle"; did you mean "model"?'),
         (
             MINIMAL + "[calibration]\nsample = 3",

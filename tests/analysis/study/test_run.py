@@ -255,6 +255,11 @@ def test_power_of_what_a_study_does_not_have_is_refused(finished, options, words
     expect_one_line(prunescope("power", finished, "--effect", 1, *options), words)
 
 
+def test_no_share_differs_by_more_than_one(finished):
+    result = prunescope("power", finished, "--effect", 10, "--metric", "accuracy_drop")
+    expect_one_line(result, "accuracy is a share", "from 0 to 1")
+
+
 def test_power_cannot_be_told_from_a_single_draw(finished, tmp_path):
     for name in ("variants", "readings"):
         shutil.copytree(finished / name, tmp_path / name)
