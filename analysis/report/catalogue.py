@@ -167,12 +167,13 @@ def _of_recipe(
             yield (
                 f"questions-matrix-{labels.slug(str(task))}",
                 f"The same change on {task} by calibration set and evaluation language; red: worse than dense. "
-                "Where the dense model does no better than chance nothing can be lost, and no change is given.",
+                "Where the dense model is not shown to be above chance, no change is given.",
                 drawing(plots.accuracy.matrix, "accuracy", task=str(task), metric=metric),
             )
     between = of_recipe(frames["task_contrasts"], {**recipe, "metric": "accuracy_drop", "part": ALL})
     for task in between["task"].unique():
         own = between[between["task"] == task]
+        own = own[own["contrast"].isin(own.loc[~own["at_chance"].astype(bool), "contrast"])]
         if (own["contrast"] == "category").any():
             yield (
                 f"task-contrasts-{labels.slug(str(task))}",
@@ -180,7 +181,7 @@ def _of_recipe(
                 "another, over all calibration sets; right of zero the first loses more. Intervals (95 %) hold over "
                 "templates and draws of the calibration text together; with a single draw there are none, and nothing "
                 f"is tested. {_few_draws(own)}Filled markers: p < 0.05 (t-test, Benjamini-Hochberg correction). Where "
-                "the dense model does no better than chance nothing can be lost. The frame task_contrasts holds the "
+                "the dense model is not shown to be above chance, no loss can be seen. Frame task_contrasts has the "
                 "same for margins, single sets, pairs of sets, and kinds, grades and domains, and at equal perplexity.",
                 drawing(plots.task_contrasts.effects, "task_contrasts", task=str(task)),
             )

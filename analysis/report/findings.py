@@ -192,7 +192,8 @@ def _questions(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     changes = of_recipe(frames["accuracy"], {**recipe, "part": ALL})
     metric = "twin_accuracy" if (changes["metric"] == "twin_accuracy").any() else "accuracy"
     changes = _metric(changes, f"{metric}_change")
-    changes = changes[changes["language"].notna()]
+    everywhere = changes[changes["language"].isna()]
+    changes = everywhere if len(everywhere) else changes
     what = "Minimal-pair accuracy" if metric == "twin_accuracy" else "Accuracy"
     for task, rows in changes.groupby("task", observed=True):
         able = rows[~rows["at_chance"].astype(bool)]
@@ -200,14 +201,11 @@ def _questions(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         categories = labels.categories_of(rows)
         if len(able):
             listed = ", ".join(f"{c} {100 * by_category[c]:+.1f}" for c in categories if c in by_category.index)
-            yield (
-                f"{what} on {task} changes by {listed} (points, means over models and the languages in which the "
-                "dense model is clearly above chance)."
-            )
+            yield (f"{what} on {task} changes by {listed} (points, all languages together, means over models).")
         if guessed := [c for c in categories if c not in by_category.index]:
             yield (
-                f"In {', '.join(guessed)} the dense model is not clearly above chance in any language: what it cannot "
-                "do, or is asked too few items to show, cannot be seen to be lost."
+                f"In {', '.join(guessed)} the dense model is not clearly above chance: what it cannot do, or is asked "
+                "too few items to show, cannot be seen to be lost."
             )
 
 

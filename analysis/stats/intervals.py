@@ -22,7 +22,7 @@ _Values = Float[np.ndarray, " values"]
 
 
 def share_interval(
-    right: Float[np.ndarray, " units"], asked: Float[np.ndarray, " units"]
+    right: Float[np.ndarray, " units"], asked: Float[np.ndarray, " units"], level: float = 0.95
 ) -> tuple[float, float, float]:
     """Estimate a share of items, with Wilson's interval at the effective number of items.
 
@@ -35,6 +35,8 @@ def share_interval(
     ----------
     right, asked
         Items that are right, and all items, of every unit. With one item a unit this is Wilson's interval itself.
+    level
+        How often the interval should hold the true share.
 
     Returns
     -------
@@ -42,7 +44,7 @@ def share_interval(
     """
     number, share = float(asked.sum()), float(right.sum() / asked.sum())
     rare = min(right.sum(), number - right.sum())
-    effective, quantile = _effective(right - share * asked, asked, share * (1 - share), rare)
+    effective, quantile = _effective(right - share * asked, asked, share * (1 - share), rare, level)
     if np.isnan(effective):
         return share, float("nan"), float("nan")
     added = quantile**2 / effective
@@ -145,7 +147,9 @@ def unit_interval(
     return value, np.where(varies, interval.low, np.nan), np.where(varies, interval.high, np.nan)
 
 
-def _effective(rest: np.ndarray, asked: np.ndarray, variance: float, rare: float) -> tuple[float, float]:
+def _effective(
+    rest: np.ndarray, asked: np.ndarray, variance: float, rare: float, level: float = 0.95
+) -> tuple[float, float]:
     """Return the effective number of items, nan if it is unknown, and the quantile to use with it.
 
     Parameters
@@ -158,13 +162,16 @@ def _effective(rest: np.ndarray, asked: np.ndarray, variance: float, rare: float
         Of one item.
     rare
         Number of items whose value is not the usual one: what an intraclass correlation is known from.
+    level
+        Of the interval.
     """
+    tail = (1 + level) / 2
     units, number = np.count_nonzero(asked), float(asked.sum())
     size = float((asked**2).sum() / number)
     if size <= 1:
-        return number, float(norm.ppf(0.975))
+        return number, float(norm.ppf(tail))
     if units < 2:
         return float("nan"), float("nan")
     effect = units / (units - 1) * float((rest**2).sum()) / (number * variance) if variance > 0 else size
     correlation = (rare * (effect - 1) / (size - 1) + 1) / (rare + 1)
-    return number / max(1 + (size - 1) * min(correlation, 1), 1 / size), float(t.ppf(0.975, units - 1))
+    return number / max(1 + (size - 1) * min(correlation, 1), 1 / size), float(t.ppf(tail, units - 1))
