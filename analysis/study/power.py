@@ -120,10 +120,15 @@ def power_table(rows: pd.DataFrame, target: float) -> Iterator[tuple[Table, str]
             shown = [f"{of.loc[n, 'power']:.2f} ({of.loc[n, 'power_upper']:.2f})" for n in units]
             table.add_row(str(draws), *shown)
         found = [needed(own, target, column) for column in ("power", "power_upper")]
-        takes = [f"{at[0]} draws of each set with {at[1]}" if at else f"more than {max(DRAWS)} draws" for at in found]
+        takes = [
+            f"{at[0]} draws of each set with {at[1]} segments or templates per language"
+            if at
+            else f"more than {max(DRAWS)} draws of each set, or more text or items than is shown"
+            for at in found
+        ]
         words = (
-            f"Power {target:g} takes {takes[0]} segments or templates per language; {takes[1]} if draws vary as "
-            "much as the 80 % upper limit of their variance (in brackets). One test at 5 %, before any correction."
+            f"Power {target:g} takes {takes[0]}; at the 80 % upper limit of the variance between draws (in brackets) "
+            f"it takes {takes[1]}. One test at 5 %, before any correction."
         )
         yield table, words
 
