@@ -150,12 +150,12 @@ def _stream_in_words(shown: _Shown) -> Iterator[str]:
     if not found:
         return
     said = [
-        f"after block {layer}, {shown.words('residual', layer, on=_OTHER[half])} on the {_OTHER[half]} half"
+        f"{shown.words('residual', layer, on=_OTHER[half])} after block {layer} (on the {_OTHER[half]} half)"
         for half, layer in found.items()
     ]
     yield (
-        f"Restoring the whole residual stream recovers {'; '.join(said)} (the first block that brings half of the drop "
-        "back on the other half, or else the one that brings back most). Blocks are numbered from 0."
+        f"Restoring the whole residual stream recovers {' and '.join(said)}: after the first block that brings half of "
+        "the drop back on the other half, or else the one that brings back most. Blocks are numbered from 0."
     )
     for layer in dict.fromkeys(found.values()):
         agnostic, specific = (shown.words(part, layer) for part in ("agnostic", "specific"))

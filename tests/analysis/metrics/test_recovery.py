@@ -551,9 +551,9 @@ def test_sentences_say_what_the_frame_says():
     assert diagnosis_findings(planted_frame(*PLANTED)) == [
         "Pruning lowers the margin of the right choice by 2.00 nats [1.50, 2.50] (reasoning in Swahili, n = 64), and "
         "accuracy by 12.5 points [5.0, 20.0].",
-        "Restoring the whole residual stream recovers after block 1, 65 % [55, 75] on the second half; after block 1, "
-        "55 % [45, 65] on the first half (the first block that brings half of the drop back on the other half, or else "
-        "the one that brings back most). Blocks are numbered from 0.",
+        "Restoring the whole residual stream recovers 65 % [55, 75] after block 1 (on the second half) and 55 % "
+        "[45, 65] after block 1 (on the first half): after the first block that brings half of the drop back on the "
+        "other half, or else the one that brings back most. Blocks are numbered from 0.",
         "After block 1, restoring the language-agnostic part alone recovers 50 % [40, 60], the language-specific part "
         "7 % [-3, 17], 20 random subspaces of the same rank, with 0.97 times its pruning error, between -3 and 4 %.",
         "Chosen on the first half of the questions, estimated on the second: undoing the mask of down in block 1, 30 % "
