@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import product
 
 import tomli_w
 from pydantic import Field, field_validator, model_validator
 
-from probes import DENSE, ItemSource
+from probes import DENSE, Item, ItemSource, some_twins
 from pruning import CalibrationSet, Recipe, Remedy, known_methods
 from pruning.engine import Job, planned_jobs
-from pruning.errors import ModelError, shortened
+from pruning.errors import ModelError, StudyError, shortened, unknown
 from pruning.files import PARTIAL
 from pruning.models.embedded import DEMO, DEMO_NAME
 from pruning.models.loading import Dtype, check_model_name, device_named
-from pruning.text.languages import language_tags
+from pruning.text.languages import language_tags, named
 from pruning.text.sources import BUNDLED_LANGUAGES
 
 from .sections import NO_ITEMS, CalibrationConfig, EvaluationConfig, RecipeGrid, Section, TasksConfig, TextConfig
@@ -123,6 +124,31 @@ class Study(Section):
         if spec is None:
             return ItemSource() if set(self.languages) <= set(BUNDLED_LANGUAGES) else None
         return None if spec == NO_ITEMS else ItemSource(spec)
+
+    def items(self, language: str) -> list[Item]:
+        """Return the items that models are asked in a language; none if the study has no items.
+
+        Raises
+        ------
+        StudyError
+            If ``per_category`` names a category that the items do not have, or no item is left.
+        """
+        source = self.item_source()
+        if source is None:
+            return []
+        items, wanted = source.items(language), self.tasks.per_category
+        if isinstance(wanted, Mapping):
+            categories = dict.fromkeys(item.category for item in items)
+            for name in wanted:
+                if name not in categories:
+                    known = unknown("category", name, categories)
+                    raise StudyError(f"tasks.per_category, items in {named(language)}: {known}")
+        chosen = some_twins(items, wanted)
+        if not chosen:
+            raise StudyError(
+                f'tasks.per_category leaves no item in {named(language)}; raise a number, or set items = "none"'
+            )
+        return chosen
 
     def all_recipes(self) -> list[Recipe]:
         """Return all recipes, without duplicates."""

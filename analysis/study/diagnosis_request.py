@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from probes import Item, some_twins
+from probes import Item
 from probes.patching import COUNTED, Positions
 from pruning.errors import StudyError, did_you_mean, shortened
 from pruning.text.languages import language_tag, named
@@ -88,13 +88,12 @@ def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
     if request.category == TEXT:
         number = study.evaluation.segments
     else:
-        source = study.item_source()
-        if source is None:
+        if study.item_source() is None:
             raise StudyError(
                 f'this study has no items in {named(language)}; add them with items = "file:FOLDER/{{lang}}.jsonl" '
                 "under [tasks], or diagnose held-out text with --category text"
             )
-        items = some_twins(source.items(language), study.tasks.per_category)
+        items = study.items(language)
         categories = [*dict.fromkeys(item.category for item in items), ALL, TEXT]
         if request.category not in categories:
             raise StudyError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -160,7 +160,8 @@ class TasksConfig(Section):
         ``"bundled"``, ``"file:FOLDER/{lang}.jsonl"`` or ``"none"``; by default the bundled ones, if they cover all
         languages of the study.
     per_category
-        Maximum number of items per category; all by default.
+        Maximum number of items of every category, or of each, such as ``{"reasoning": 100, "fluency": 40}``: of a
+        category that is not named all are asked, and of one with 0 none. All by default.
     harness
         Names of tasks of EleutherAI's lm-evaluation-harness; ``"preset"`` stands for those of
         :data:`analysis.study.harness.STUDY_BENCHMARKS` in the study's languages. Needs the extra ``tasks``.
@@ -171,7 +172,7 @@ class TasksConfig(Section):
     """
 
     items: str | None = None
-    per_category: int | None = Field(default=None, ge=2)
+    per_category: Annotated[int, Field(ge=2)] | dict[str, Annotated[int, Field(ge=0)]] | None = None
     harness: tuple[str, ...] = ()
     shots: int | None = Field(default=None, ge=0)
     limit: int | None = Field(default=None, ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from probes import Item, some_twins
+from probes import Item
 from probes.items import items_fingerprint
 from pruning import CalibrationSet, Corpus, Segment
 from pruning.files import content_sha256
@@ -40,11 +40,9 @@ class StudyTexts:
     @cached_property
     def items(self) -> dict[str, list[Item]]:
         """The questions; none if the study has no items."""
-        source = self._study.item_source()
-        if source is None:
+        if self._study.item_source() is None:
             return {}
-        count = self._study.tasks.per_category
-        return {language: some_twins(source.items(language), count) for language in self._study.languages}
+        return {language: self._study.items(language) for language in self._study.languages}
 
     @property
     def task(self) -> str:

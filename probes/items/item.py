@@ -84,26 +84,36 @@ class Item(BaseModel):
         return self
 
 
-def some_twins(items: Sequence[Item], count: int | None) -> list[Item]:
+def some_twins(items: Sequence[Item], count: int | Mapping[str, int] | None) -> list[Item]:
     """Return about `count` items of every category, never splitting a minimal pair; all if it is None.
 
     They are spread over kinds, and within a kind over grades, domains and templates.
+
+    Parameters
+    ----------
+    items
+        In any order.
+    count
+        One number for every category, or one for each; of a category without a number all are taken.
     """
-    if count is None:
-        return list(items)
-    chosen: set[str] = set()
-    for category in dict.fromkeys(item.category for item in items):
+    counts = count if isinstance(count, Mapping) else {} if count is None else dict.fromkeys(_categories(items), count)
+    chosen: set[str] = {item.twin for item in items if item.category not in counts}
+    for category, number in counts.items():
         twins: dict[str, list[Item]] = {}
         for item in items:
             if item.category == category:
                 twins.setdefault(item.twin, []).append(item)
         taken = 0
         for twin in _spread({twin: members[0] for twin, members in twins.items()}):
-            if taken >= count:
+            if taken >= number:
                 break
             chosen.add(twin)
             taken += len(twins[twin])
     return [item for item in items if item.twin in chosen]
+
+
+def _categories(items: Iterable[Item]) -> list[str]:
+    return list(dict.fromkeys(item.category for item in items))
 
 
 def _spread(twins: Mapping[str, Item], by: Sequence[str] = _VARIED, first: int = 0) -> list[str]:

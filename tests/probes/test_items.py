@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -185,6 +186,15 @@ def test_some_twins_never_parts_twins_and_takes_about_as_many_as_asked(places, c
         else:
             largest = max(len(twins) for twins in twins_of(kept).values())
             assert count <= len(kept) < count + largest
+
+
+def test_a_number_for_each_category():
+    items = ItemSource().items("en")
+    chosen = some_twins(items, {"reasoning": 0, "fluency": 6})
+    number = Counter(item.category for item in chosen)
+    whole = Counter(item.category for item in items)
+    assert number == {**{name: whole[name] for name in ("knowledge", "commonsense")}, "fluency": 6}
+    assert chosen == [item for item in items if item in chosen]
 
 
 @pytest.mark.parametrize("language", BUNDLED_LANGUAGES)
