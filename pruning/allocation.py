@@ -39,15 +39,18 @@ class Allocation:
         What a recipe may set.
     surveys
         Whether it surveys the dense model on calibration text before anything is pruned.
+    weighs
+        Whether it looks at all weights of the dense model before anything is pruned, and at no text.
     """
 
     name: str
     source: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     surveys: bool = True
+    weighs: bool = False
 
 
-UNIFORM, OWL, CROSS_LINGUAL, DIAGNOSIS = "uniform", "owl", "cross-lingual", "diagnosis"
+UNIFORM, OWL, CROSS_LINGUAL, DIAGNOSIS, ALPHA = "uniform", "owl", "cross-lingual", "diagnosis", "alpha"
 _ALLOCATIONS = {
     UNIFORM: Allocation(UNIFORM, "every matrix has the same sparsity", surveys=False),
     OWL: Allocation(
@@ -73,6 +76,13 @@ _ALLOCATIONS = {
             ),
         },
         surveys=False,
+    ),
+    ALPHA: Allocation(
+        ALPHA,
+        "AlphaPruning: Lu et al., NeurIPS 2024, 2410.10912",
+        {"spread": _SPREAD},
+        surveys=False,
+        weighs=True,
     ),
 }
 
@@ -153,6 +163,37 @@ def shifted(importance: Sequence[float], sizes: Sequence[int], sparsity: float, 
             f"{sparsities.max():.2f}; lower the spread"
         )
     return [float(value) for value in sparsities]
+
+
+def tail_weighted(exponents: Mapping[Key, float]) -> dict[int, float]:
+    """Return the importance of every block: minus the mean tail exponent of its matrices (AlphaPruning's order).
+
+    The heavier the tail of a block's spectra, the smaller its exponents, and the more the block has learned (Lu et al.,
+    NeurIPS 2024, 2410.10912, sec. 3). Matrices without an exponent do not count.
+
+    Raises
+    ------
+    RecipeError
+        If no matrix of a block has an exponent.
+
+    Examples
+    --------
+    >>> tail_weighted({(0, "q"): 2.0, (0, "down"): 4.0, (1, "q"): 2.5})
+    {0: -3.0, 1: -2.5}
+    """
+    by_block: dict[int, list[float]] = {}
+    for (layer, _), exponent in exponents.items():
+        by_block.setdefault(layer, []).append(exponent)
+    importance = {}
+    for layer, values in by_block.items():
+        known = [value for value in values if value == value]
+        if not known:
+            raise RecipeError(
+                f'allocation "{ALPHA}" finds no spectrum in block {layer}, whose matrices have a rank of 1 at most; '
+                f"leave the block out with blocks = ..., or choose another allocation"
+            )
+        importance[layer] = -float(np.mean(known))
+    return importance
 
 
 def diagnosed(

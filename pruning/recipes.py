@@ -40,8 +40,8 @@ class Recipe(BaseModel):
         Which weights compete with each other: ``row``, ``matrix``, ``model`` (one global threshold), or n:m, which
         removes n out of every m consecutive inputs. Defaults to the method's native pattern.
     allocation
-        How sparsity is distributed over blocks: ``uniform``, ``owl`` or ``cross-lingual``; or over matrices, by
-        `importance`: ``diagnosis``. Defaults to the method's native allocation.
+        How sparsity is distributed over blocks: ``uniform``, ``owl``, ``cross-lingual`` or ``alpha``; or over
+        matrices, by `importance`: ``diagnosis``. Defaults to the method's native allocation.
     propagation
         ``pruned``: each block's statistics are gathered with the preceding blocks already pruned, as published.
         ``dense``: all statistics come from the dense model, which is cheaper but gives other results from the second

@@ -24,6 +24,7 @@ from .engine.workspace import Workspace, begun, clear
 from .errors import DiskError, ModelError, VariantError
 from .files import content_sha256, put_in_place, write_json
 from .models.anatomy import Anatomy
+from .projections import Key
 from .recipes import Recipe
 from .text.calibration import CalibrationSet, CalibrationText, calibration_fingerprint
 from .text.sources import Corpus
@@ -220,6 +221,7 @@ class PruningRun:
         self._corpus = corpus
         self._batch_tokens = batch_tokens
         self._held: dict[str, Variant] = {}
+        self._exponents: dict[Key, float] = {}
         for job in self.jobs.values():
             check_fits(self.anatomy, job.recipe)
         self._texts = {
@@ -303,6 +305,7 @@ class PruningRun:
             batch_tokens=self._batch_tokens,
             workspace=workspace,
             progress=progress,
+            exponents=self._exponents,
         )
         made = [job for job in wave.jobs if job not in swept.set_aside]
         for job in made:

@@ -231,6 +231,44 @@ def diagnosis_sparsities(
     return {key: s - shift for key, shift in zip(importance, shifts, strict=True)}
 
 
+def tail_exponent(W: Tensor, *, bounded: bool = True) -> float:
+    """AlphaPruning's alpha (Lu et al., NeurIPS 2024): 1 + n / sum ln(l / l_min) over the n values from l_min on.
+
+    Of the squared singular values between 0.95 and 1.5 times the peak, l_min is the one with the smallest distance
+    between the empirical and the fitted distribution function. Unless bounded, the lower bound is the logarithm of what
+    it should be, as in the published code.
+    """
+    values = sorted(float(s) ** 2 for s in torch.linalg.svdvals(W.detach().double()))
+    values = [value for value in values if value > 1e-12 * values[-1]]
+    low, high = math.log10(values[0]), math.log10(values[-1])
+    counts = [0] * 100
+    for value in values:
+        counts[min(int((math.log10(value) - low) / (high - low) * 100), 99)] += 1
+    peak = 10 ** (low + counts.index(max(counts)) * (high - low) / 100)
+    least = 0.95 * peak if bounded else math.log10(0.95 * peak)
+    fits = []
+    for i, start in enumerate(values[:-1]):
+        if least <= start <= 1.5 * peak:
+            tail = values[i:]
+            n = len(tail)
+            alpha = 1 + n / sum(math.log(value / start) for value in tail)
+            distance = 0.0
+            for j, value in enumerate(tail):
+                share = 1 - (value / start) ** (1 - alpha)
+                distance = max(distance, abs(share - j / n), abs(share - (j + 1) / n))
+            fits.append((distance, alpha))
+    return min(fits)[1]
+
+
+def alpha_block_sparsities(
+    matrices_by_block: list[list[Tensor]], s: float, spread: float = 0.08, sizes: list[int] | None = None
+) -> list[float]:
+    """AlphaPruning's allocation: blocks with a smaller mean alpha stay denser; shifted as OWL shifts."""
+    alphas = [sum(map(tail_exponent, block)) / len(block) for block in matrices_by_block]
+    sizes = sizes or [sum(matrix.numel() for matrix in block) for block in matrices_by_block]
+    return [s + shift for shift in _shifts(alphas, sizes, spread)]
+
+
 def language_norms(X_by_language: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return M-Wanda's n_l: each language's ||X_j||_2 as if all languages had their mean number of tokens."""
     mean_tokens = sum(X.shape[0] for X in X_by_language.values()) / len(X_by_language)

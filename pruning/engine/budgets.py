@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,22 +19,25 @@ from ..allocation import (
     language_correlation,
     outlier_share,
     shifted,
+    tail_weighted,
     threshold,
     uniform,
 )
 from ..methods import wanda
 from ..models.anatomy import Anatomy
-from ..patterns import MODEL
+from ..patterns import MODEL, Shape
 from ..projections import Key
 from ..recipes import Recipe
+from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import POSITIVE, SQUARES, InputStatistics, Statistics
-from .choosing import Derivatives, scored, unseen
+from .choosing import Derivatives, finite, not_finite, scored, unseen
 from .jobs import Job, covered_shapes, diagnosed_sparsities
 
 
 def needs_survey(recipe: Recipe) -> bool:
-    """Whether statistics of the whole dense model are required before any weight is removed."""
-    return allocation_named(recipe.allocation).surveys or recipe.pattern == MODEL
+    """Whether the whole dense model must be looked at before any weight is removed."""
+    allocation = allocation_named(recipe.allocation)
+    return allocation.surveys or allocation.weighs or recipe.pattern == MODEL
 
 
 def survey_needs(recipe: Recipe) -> frozenset[str]:
@@ -102,16 +106,51 @@ class Survey:
         if recipe.pattern == MODEL:
             apart = {key: even[key] for key in self.unseen}
             return threshold(self.scores, total - sum(apart.values())) | apart, []
-        sign = recipe.allocation_parameters.get("sign", -1.0)  # OWL: the more outliers, the fewer weights a block loses
-        values = [-sign * importance for importance in self.importance.values()]
-        if any(value != value for value in values):
+        if any(value != value for value in self.importance.values()):
             return even, [
                 "cross-lingual allocation needs at least two languages, and this calibration set has one: "
                 "sparsity is uniform"
             ]
-        sizes = [sum(shape[0] * shape[1] for key, shape in shapes.items() if key[0] == b) for b in self.importance]
-        sparsities = shifted(values, sizes, recipe.sparsity, recipe.allocation_parameters["spread"])
-        return by_block(shapes, dict(zip(self.importance, sparsities, strict=True)), total), []
+        sign = recipe.allocation_parameters.get("sign", -1.0)  # OWL: the more outliers, the fewer weights a block loses
+        importance = {layer: -sign * value for layer, value in self.importance.items()}
+        return _by_importance(shapes, importance, recipe, total), []
+
+
+def weighed(anatomy: Anatomy, recipe: Recipe, exponents: dict[Key, float]) -> Budgets:
+    """Return the budgets of a recipe whose allocation follows the spectra of the weights.
+
+    Parameters
+    ----------
+    anatomy, recipe
+        Anatomy of the dense model, and the recipe.
+    exponents
+        Tail exponents that are already known; those of the recipe's other matrices are added.
+
+    Raises
+    ------
+    ModelError
+        If a weight is NaN or infinite.
+    RecipeError
+        If a block has no spectrum, or a sparsity would fall outside [0, 1).
+    """
+    shapes = covered_shapes(anatomy, recipe)
+    for layer in dict.fromkeys(layer for layer, _ in shapes):
+        unknown = [key for key in shapes if key[0] == layer and key not in exponents]
+        with anatomy.loaded(layer, to_read=True) if unknown else nullcontext():
+            for key in unknown:
+                weight = anatomy.weight(*key).detach()
+                if not finite(weight):
+                    raise not_finite(*key)
+                exponents[key] = tail_exponent(squared_singular_values(weight))
+    total = sum(uniform(shapes, recipe.choosing, recipe.sparsity).values())
+    return _by_importance(shapes, tail_weighted({key: exponents[key] for key in shapes}), recipe, total)
+
+
+def _by_importance(shapes: Mapping[Key, Shape], importance: Mapping[int, float], recipe: Recipe, total: int) -> Budgets:
+    sizes = [sum(shape[0] * shape[1] for key, shape in shapes.items() if key[0] == layer) for layer in importance]
+    spread = recipe.allocation_parameters["spread"]
+    sparsities = shifted(list(importance.values()), sizes, recipe.sparsity, spread)
+    return by_block(shapes, dict(zip(importance, sparsities, strict=True)), total)
 
 
 def settled(anatomy: Anatomy, jobs: Sequence[Job]) -> dict[Job, Budgets]:

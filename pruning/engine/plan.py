@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from humanize import naturaldelta, naturalsize
 
+from ..allocation import allocation_named
 from ..errors import RecipeError
 from ..methods import magnitude
 from ..models.anatomy import Anatomy
 from ..models.head import head_of
 from ..patterns import MODEL, Shape, pattern_named
 from ..projections import Key
+from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
 from ..variants.masks import pack_bits
@@ -29,7 +31,9 @@ _BASE = 700 << 20
 _CONTEXT = 500 << 20
 #: Allocated memory relative to memory in use: the allocator leaves gaps.
 _SLACK = 1.4
-_FLOAT = 4
+_FLOAT, _DOUBLE = 4, 8
+#: Size of the matrix whose spectrum is timed.
+_TRIAL = 256
 _GIB = 1 << 30
 #: Time of a sweep relative to its forward passes alone, without and with weight updates, on the embedded model.
 _OVERHEAD = {False: 1.2, True: 1.8}
@@ -144,6 +148,7 @@ def make_plan(
         seconds = loading * len(waves) + a_weight * sum(map(needed.removable, jobs)) / len(anatomy.blocks)
         if text is not None and any(job.recipe.scoring.needs for job in jobs):
             seconds += needed.seconds_a_token() * sum(map(needed.tokens_a_block, waves))
+        seconds += needed.seconds_for_spectra(jobs) / len(anatomy.blocks)
     scratch = max(needed.states(wave) + sum(map(needed.kept, wave)) for wave in waves) if in_folder else 0
     return Plan(
         tuple(waves),
@@ -269,9 +274,15 @@ class _Needs:
         return int(block + self.largest_matrix * _FLOAT * 4)
 
     def _surveyed(self, jobs: Sequence[Job]) -> int:
-        """Return the memory for the scores of the whole model, for jobs with a single threshold over it."""
+        """Return the memory for the scores of the whole model, for jobs with a single threshold over it, or spectra."""
         sizes = [self.removable(job) * _FLOAT for job in jobs if job.recipe.pattern == MODEL]
-        return sum(sizes) + 2 * max(sizes, default=0)
+        spectra = max((min(shape) for shape in self._weighed(jobs)), default=0) ** 2 * 2 * _DOUBLE
+        return sum(sizes) + 2 * max(sizes, default=0) + spectra
+
+    def _weighed(self, jobs: Sequence[Job]) -> list[Shape]:
+        """Return the shapes of the matrices whose spectra are needed."""
+        weighing = [job.recipe for job in jobs if allocation_named(job.recipe.allocation).weighs]
+        return [self._shape(key) for key in self.anatomy if any(recipe.covers(*key) for recipe in weighing)]
 
     def _differentiating(self, jobs: Sequence[Job]) -> int:
         """Return the memory for derivatives: of every weight, and of the activations and logits of a batch."""
@@ -348,6 +359,19 @@ class _Needs:
             if some:
                 total += Schedule(self.anatomy, some, self.text).work / len(self.anatomy.blocks) * _OVERHEAD[solves]
         return total
+
+    def seconds_for_spectra(self, jobs: Sequence[Job]) -> float:
+        """Return the time for the spectra that allocations need, from that of a small matrix."""
+        shapes = self._weighed(jobs)
+        if not shapes:
+            return 0.0
+        trial = torch.randn(_TRIAL, _TRIAL, device=self.anatomy.device)
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            tail_exponent(squared_singular_values(trial))
+            times.append(time.perf_counter() - began)
+        return min(times) / _TRIAL**3 / 2 * sum(min(shape) ** 2 * sum(shape) for shape in shapes)
 
     @torch.no_grad()
     def seconds_to_load_and_choose(self) -> tuple[float, float]:

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..allocation import Budgets
+from ..allocation import Budgets, allocation_named
 from ..errors import ModelError, RecipeError
 from ..models.anatomy import Anatomy
 from ..projections import Key
 from ..statistics import CURVATURE, GRADIENT, InputStatistics
 from ..text.calibration import CalibrationSet, CalibrationText
 from ..variants.masks import MaskSet
-from .budgets import Survey, needs_survey, settled, survey_needs
+from .budgets import Survey, needs_survey, settled, survey_needs, weighed
 from .choosing import Choice, Derivatives, choose
 from .flow import Flow, StatisticsOf
 from .gradients import differentiate
@@ -89,6 +89,7 @@ def sweep(
     batch_tokens: int = 2048,
     workspace: Workspace | None = None,
     progress: Progress = lambda tokens: None,
+    exponents: dict[Key, float] | None = None,
 ) -> Swept:
     """Compute the masks, and updated weights if the method updates them, of any number of variants.
 
@@ -110,6 +111,9 @@ def sweep(
     progress
         Called with the number of tokens that passed through a block, or no longer need to; see :func:`sweep_work` for
         the total.
+    exponents
+        Tail exponents of the dense weights' spectra, as far as they are known from an earlier sweep of the same model;
+        those that an allocation needs are added.
 
     Raises
     ------
@@ -121,7 +125,7 @@ def sweep(
         check_fits(anatomy, job.recipe)
         if job.recipe.calibrated and (job.calibration is None or text is None):
             raise RecipeError(f"{job.recipe.method} needs calibration text; give a corpus and a calibration set")
-    run = _Sweep(anatomy, jobs, text, batch_tokens, workspace or Workspace(), progress)
+    run = _Sweep(anatomy, jobs, text, batch_tokens, workspace or Workspace(), progress, exponents)
     with torch.no_grad():
         run.everything()
     reasons = run.workspace.set_aside
@@ -171,6 +175,7 @@ class _Sweep:
         batch_tokens: int,
         workspace: Workspace,
         progress: Progress,
+        exponents: dict[Key, float] | None,
     ) -> None:
         self.anatomy = anatomy
         self.jobs = jobs
@@ -178,6 +183,7 @@ class _Sweep:
         self.batch_tokens = batch_tokens
         self.workspace = workspace
         self.progress = progress
+        self.exponents = {} if exponents is None else exponents
         self.budgets: dict[Job, Budgets] = settled(anatomy, jobs)
 
     def everything(self) -> None:
@@ -221,6 +227,10 @@ class _Sweep:
 
     def _survey(self) -> None:
         """Determine the budgets that depend on the whole dense model but need no derivatives."""
+        for job in self._left(self.jobs):
+            if allocation_named(job.recipe.allocation).weighs:
+                with self._or_set_aside(job):
+                    self.budgets[job] = weighed(self.anatomy, job.recipe, self.exponents)
         reading = _surveyed(self.jobs)
         surveys = {dense: Survey(dense) for dense in reading}
         for layer, statistics in self._dense_pass(list(reading)):

@@ -15,9 +15,11 @@ from pruning.allocation import (
     outlier_share,
     shifted,
     shuffled,
+    tail_weighted,
     threshold,
 )
 from pruning.errors import RecipeError
+from pruning.spectrum import squared_singular_values, tail_exponent
 from pruning.statistics import InputStatistics
 
 
@@ -37,6 +39,27 @@ def test_owl_equals_a_naive_version():
         expected = naive.owl_block_sparsities(blocks, 0.5, outlier, spread)
         assert shifted(shares, sizes, 0.5, spread) == pytest.approx(expected)
         assert max(shifted(shares, sizes, 0.5, spread)) - min(expected) == pytest.approx(2 * spread)
+
+
+def test_alpha_equals_a_naive_version():
+    blocks = random_blocks([[(24, 16), (16, 40)], [(24, 16), (16, 40)], [(24, 16), (32, 40)]])
+    exponents = {
+        (layer, role): tail_exponent(squared_singular_values(weight))
+        for layer, block in enumerate(blocks)
+        for role, weight in zip(("q", "down"), block, strict=True)
+    }
+    importance = tail_weighted(exponents)
+    sizes = [sum(weight.numel() for weight in block) for block in blocks]
+    for spread in (0.08, 0.2):
+        found = shifted(list(importance.values()), sizes, 0.5, spread)
+        assert found == pytest.approx(naive.alpha_block_sparsities(blocks, 0.5, spread), rel=1e-6)
+
+
+def test_matrices_without_a_spectrum_do_not_count_in_their_block():
+    nan = float("nan")
+    assert tail_weighted({(0, "q"): nan, (0, "down"): 4.0, (1, "q"): 2.5}) == {0: -4.0, 1: -2.5}
+    with pytest.raises(RecipeError, match='allocation "alpha" finds no spectrum in block 1'):
+        tail_weighted({(0, "q"): 4.0, (1, "q"): nan})
 
 
 def test_cross_lingual_correlation_equals_a_naive_version():

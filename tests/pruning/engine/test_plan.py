@@ -58,6 +58,17 @@ def test_a_cap_keeps_states_on_disk_and_cuts_into_waves(anatomy, tokenizer):
     assert waves[-1] == 2  # the recipes of a set share its statistics: fewer at a time would need no less
 
 
+def test_spectra_take_memory_and_time_once(anatomy, monkeypatch):
+    monkeypatch.setattr(_Needs, "seconds_to_load_and_choose", lambda self: (0.0, 0.0))
+    alpha = [Recipe(method="magnitude", sparsity=s, allocation="alpha") for s in (0.4, 0.5)]
+    one, two, none = (
+        make_plan(anatomy, [Job(r) for r in recipes], None) for recipes in (alpha[:1], alpha, [MAGNITUDE])
+    )
+    assert none.seconds_a_block == 0
+    assert 0 < two.seconds_a_block < 1.9 * one.seconds_a_block
+    assert one.memory - none.memory == pytest.approx(1.4 * 2 * 8 * 32**2, abs=2)  # two float64 matrices of 32 inputs
+
+
 def test_a_cap_cuts_jobs_that_need_no_text_or_derivatives_too(anatomy, tokenizer):
     recipes = [Recipe(method=m, sparsity=s / 10, pattern="model") for s in range(3, 7) for m in ("magnitude", "snip")]
     free = planned(anatomy, tokenizer, recipes)

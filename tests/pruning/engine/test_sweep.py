@@ -5,7 +5,7 @@ from typing import Any
 import naive
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ARCHITECTURES, tiny_model
 from pairwise import pairwise
 
 from pruning import Anatomy, CalibrationSet, Recipe, known_methods
@@ -14,6 +14,7 @@ from pruning.engine.sweep import sweep_work
 from pruning.errors import ModelError, RecipeError
 from pruning.methods import Method, registry
 from pruning.parameters import Parameter
+from pruning.spectrum import squared_singular_values
 from pruning.statistics import SQUARES
 from pruning.text.calibration import CalibrationText, Piece
 
@@ -47,6 +48,8 @@ GRID = [
     Recipe(method="m-wanda", sparsity=0.5),
     Recipe(method="magnitude", sparsity=0.5),
     Recipe(method="magnitude", sparsity=0.5, allocation="owl"),
+    Recipe(method="wanda", sparsity=0.5, allocation="alpha"),
+    Recipe(method="magnitude", sparsity=0.5, allocation="alpha"),
     Recipe(method="snip", sparsity=0.5),
     Recipe(method="grasp", sparsity=0.5, pattern="row"),
     Recipe(method="random", sparsity=0.5),
@@ -126,7 +129,9 @@ def test_a_recipe_keeps_to_its_scope_and_its_sparsity_there():
         sweep(anatomy, [Job(Recipe(method="magnitude", sparsity=0.5, blocks="3:"))])
 
 
-@pairwise({"sparsity": [0.1, 0.37, 0.5, 0.99], "allocation": ["owl", "cross-lingual"], "pattern": ["row", "matrix"]})
+@pairwise(
+    {"sparsity": [0.1, 0.37, 0.5, 0.99], "allocation": ["owl", "cross-lingual", "alpha"], "pattern": ["row", "matrix"]}
+)
 def test_allocations_remove_exactly_as_much_as_uniform_does(allocation, pattern, sparsity):
     anatomy = Anatomy(tiny_model("mixtral"))
     spread = {"spread": 0.005}
@@ -138,6 +143,60 @@ def test_allocations_remove_exactly_as_much_as_uniform_does(allocation, pattern,
     shifted, even = (pruned(Job(recipe, MIX)).masks for recipe in recipes)
     assert shifted.kept() == even.kept()
     assert {key: shifted.kept(key) for key in shifted} != {key: even.kept(key) for key in even}
+
+
+ALPHA = [
+    Recipe(method="magnitude", sparsity=0.5, allocation="alpha"),
+    Recipe(method="wanda", sparsity=0.5, allocation="alpha", parameters={"spread": 0.2}),
+]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_alpha_equals_a_naive_version_whatever_the_text_and_the_method(kind):
+    anatomy = Anatomy(tiny_model(kind))
+    wanted = jobs(*ALPHA)
+    result = sweep(anatomy, wanted, text())
+    matrices = [[anatomy.weight(layer, role) for role in anatomy.roles(layer)] for layer in range(len(anatomy.blocks))]
+    for job in wanted:
+        masks, spread = result(job).masks, job.recipe.allocation_parameters["spread"]
+        expected = naive.alpha_block_sparsities(matrices, 0.5, spread)
+        for key in masks:
+            size = masks[key].numel()
+            assert size - masks.kept(key) == pytest.approx(expected[key[0]] * size, abs=1), key
+        assert masks.sparsity() == 0.5
+
+
+def test_spectra_are_computed_once_and_only_of_matrices_in_scope(monkeypatch):
+    seen: list[tuple[int, ...]] = []
+
+    def spectrum(weight: torch.Tensor) -> torch.Tensor:
+        seen.append(weight.shape)
+        return squared_singular_values(weight)
+
+    monkeypatch.setattr("pruning.engine.budgets.squared_singular_values", spectrum)
+    anatomy = Anatomy(tiny_model())
+    exponents: dict[tuple[int, str], float] = {}
+    scoped = Recipe(method="magnitude", sparsity=0.5, allocation="alpha", roles=("o",))
+    sweep(anatomy, [Job(scoped)], exponents=exponents)
+    assert seen == [anatomy.shape(layer, "o") for layer in range(3)]
+    sweep(anatomy, jobs(*ALPHA), text(), exponents=exponents)
+    assert len(seen) == len(exponents) == len(list(anatomy))
+
+
+def test_alpha_takes_no_text():
+    anatomy = Anatomy(tiny_model())
+    even = Recipe(method="wanda", sparsity=0.5)
+    assert not ALPHA[0].calibrated
+    assert sweep_work(anatomy, jobs(ALPHA[1]), text()) == sweep_work(anatomy, jobs(even), text())
+
+
+def test_a_weight_that_is_not_finite_sets_the_jobs_aside_that_look_at_it():
+    anatomy = Anatomy(tiny_model())
+    anatomy.weight(1, "up").data[0, 0] = float("nan")
+    wanted = [ALPHA[0], Recipe(method="magnitude", sparsity=0.5, allocation="alpha", roles=("q", "o"))]
+    result = sweep(anatomy, [Job(recipe) for recipe in wanted])
+    assert [job.recipe for job in result.set_aside] == wanted[:1]
+    assert "block 1, role up: a weight or an activation is NaN or infinite" in result.set_aside[Job(wanted[0])]
 
 
 def importances(anatomy: Anatomy) -> dict[str, float]:

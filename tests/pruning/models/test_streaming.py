@@ -20,6 +20,7 @@ RECIPES = [
     Recipe(method="wanda", sparsity=0.5),
     Recipe(method="sparsegpt", sparsity=0.5),
     Recipe(method="wanda", sparsity=0.5, allocation="owl"),
+    Recipe(method="magnitude", sparsity=0.5, allocation="alpha"),
 ]
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
