@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -51,6 +51,17 @@ class _Origin:
 
     stored: dict[str, str | None] = field(default_factory=dict)
     converter: Any = None
+
+    @property
+    def stacked(self) -> list[list[str]] | None:
+        """The tensors of all experts, in order: one list for each of the parts that are stacked above each other.
+
+        ``None`` if the parameter is not put together in this way.
+        """
+        if self.converter is None or not _stacks_experts(self.converter.operations):
+            return None
+        parts = [[stored for stored, own in self.stored.items() if own == p] for p in self.converter.source_patterns]
+        return parts if len({len(part) for part in parts}) == 1 else None
 
     def value(self, name: str, tensors: Mapping[str, Tensor], model: Any) -> Tensor:
         """Return the parameter, assembled from its stored tensors."""
@@ -166,11 +177,35 @@ class Streamed(Residence):
 
     def _read(self, name: str, *, copy: bool) -> Tensor:
         dtype = torch.float32 if self._in_float32 & set(name.split(".")) else self._dtype
+        stacked = self._origins[name].stacked
+        if stacked is not None:
+            return self._stacked(stacked, dtype)
         return self._value(name).to(self.device, dtype, copy=copy)
+
+    def _stacked(self, parts: Sequence[Sequence[str]], dtype: torch.dtype) -> Tensor:
+        """Return all experts' weights in one tensor, each copied from its shard straight to its place.
+
+        The converter would hold them two or three times on the way: 5.6 GB of a block of Mixtral-8x7B in bfloat16.
+        """
+        tensors = self.shards.tensors([stored for part in parts for stored in part])
+        heights = [tensors[part[0]].shape[0] for part in parts]
+        value = torch.empty(len(parts[0]), sum(heights), tensors[parts[0][0]].shape[1], dtype=dtype, device=self.device)
+        for part, rows in zip(parts, value.split(heights, dim=1), strict=True):
+            for expert, stored in enumerate(part):
+                rows[expert].copy_(tensors[stored])
+        return value
 
     def _value(self, name: str) -> Tensor:
         origin = self._origins[name]
         return origin.value(name, self.shards.tensors(origin.stored), self._model)
+
+
+def _stacks_experts(operations: Sequence[Any]) -> bool:
+    """Whether a converter only stacks one tensor an expert, or gate and up of each above each other."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
+    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 def _origins(model: Any, shards: Shards) -> dict[str, _Origin]:

@@ -244,12 +244,15 @@ def test_a_variant_of_some_projections_leaves_the_others_dense(model, tokenizer,
         assert_same(together[variant.id], read(model, tokenizer, segments, [variant])[variant.id])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "cohere2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "cohere2", "gpt_neox", "mixtral", "qwen2_moe", "qwen3_moe"])
 def test_a_model_is_read_from_its_shards_as_from_memory(tmp_path, tokenizer, segments, kind):
     folder = checkpoint(tmp_path, kind)
     read_from = []
     for stream in (True, False):
         model, _ = load_model(str(folder), stream=stream)
+        if not stream:  # where a tensor starts in its shard can change the last bit of a product with it
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
         variants = prune(model, tokenizer, [Recipe(method="magnitude", sparsity=0.5)])
         read_from.append(read(model, tokenizer, segments, variants, batch_tokens=60))
         if stream:

@@ -53,6 +53,46 @@ def test_streamed_model_is_pruned_as_the_whole_one(tmp_path, tokenizer, kind):
 
 
 @pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("mixtral", "model.layers.{}.block_sparse_moe.experts.{}.w{}.weight"),
+        ("qwen2_moe", "model.layers.{}.mlp.experts.{}.{}_proj.weight"),
+        ("qwen3_moe", "model.layers.{}.mlp.experts.{}.{}_proj.weight"),
+    ],
+)
+def test_experts_that_are_stored_one_by_one_are_put_where_the_model_has_them(tmp_path, kind, names):
+    folder = checkpoint(tmp_path, kind)
+    stored = {name: tensor for shard in shards(folder) for name, tensor in load_file(shard).items()}
+    anatomy = Anatomy(load_model(str(folder), stream=True, dtype="bfloat16", device="cpu")[0])
+    for expert in range(4):
+        for role, part in (("gate", "1"), ("up", "3"), ("down", "2")):
+            own = stored[names.format(2, expert, part if kind == "mixtral" else role)]
+            for to_read in (True, False):
+                with anatomy.loaded(2, to_read=to_read):
+                    assert torch.equal(anatomy.weight(2, f"{role}.{expert}"), own.bfloat16())
+
+
+def test_experts_are_not_held_twice_on_the_way(tmp_path):
+    """They are copied straight from their shards, so nothing beside the block is ever as large as one of its parameters."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            found = function(*arguments, **(named or {}))
+            if isinstance(found, torch.Tensor) and found.numel() == whole and not found._is_view():
+                self.made += function not in (torch.ops.aten.detach.default, torch.ops.aten.copy_.default)
+            return found
+
+    anatomy = Anatomy(load_model(str(checkpoint(tmp_path, "mixtral")), stream=True, device="cpu")[0])
+    whole = anatomy.experts(1).gate_up_proj.numel()
+    with Largest() as largest, anatomy.loaded(1):
+        pass
+    assert largest.made == 1
+
+
+@pytest.mark.parametrize(
     ("kind", "stored", "wanted"),
     [
         ("llama", torch.bfloat16, "bfloat16"),

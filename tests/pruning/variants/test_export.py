@@ -19,7 +19,10 @@ RECIPES = [
     Recipe(method="sparsegpt", sparsity=0.5),
     Recipe(method="magnitude", sparsity=0.3, roles=("o",), blocks="1:"),
 ]
-KINDS = ["llama", "gemma3_text", "gemma3", "gpt2", "opt", "bloom", "gpt_neox", "phi3", "mixtral", "qwen2_moe", "mt5"]
+KINDS = [
+    *("llama", "gemma3_text", "gemma3", "gpt2", "opt", "bloom", "gpt_neox", "phi3"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "mt5"),
+]
 IDS = torch.arange(3, 20)[None]
 
 
