@@ -71,7 +71,7 @@ def analyze(items: pd.DataFrame) -> pd.DataFrame:
     """Return the frame ``accuracy``: by task, category and language, and over all languages together (no language).
 
     Models are compared with the dense one on the same items. Items made after one template are not independent, so
-    intervals are over templates; over all languages a template goes together with its translations. The rows with
+    intervals are over templates; over all languages, templates of one name go together as translations. The rows with
     ``part`` = ``"all"`` are of the whole category; others of one kind, grade or domain, where a category has several.
     ``at_chance`` marks cells in which the dense model does not do better than guessing: nothing can be lost there.
 

@@ -10,7 +10,9 @@ An item source is
   Lines of XWinograd, XCOPA and BLiMP, as they are published in JSON Lines, are read as items too
   (:mod:`probes.items.benchmarks`).
 
-Items with the same id in different languages are translations, except where they test the language itself.
+Items with the same id or template in different languages are taken for translations of each other: where languages are
+pooled, they are not independent. Items that were written for one language need names that no other language uses, such
+as ``fluency-de-agreement-01``.
 """
 
 from __future__ import annotations

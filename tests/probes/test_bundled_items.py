@@ -37,14 +37,30 @@ def reasoning(language):
 # -- what there is ----------------------------------------------------------------------------------------------------
 
 
+def of_its_language(item):
+    """Whether an item is written for its language, not translated."""
+    return item.category == "fluency" or item.domain == "region"
+
+
 @every_language
-def test_bundled_items_are_the_same_in_every_language(language):
+def test_translated_items_are_the_same_in_every_language(language):
     def places(items):
         return [
-            (i.id, i.twin, i.category, i.kind, i.template, i.grade, i.domain) for i in items if i.category != "fluency"
+            (i.id, i.twin, i.category, i.kind, i.template, i.grade, i.domain) for i in items if not of_its_language(i)
         ]
 
     assert places(BUNDLED[language]) == places(BUNDLED["en"])
+
+
+def test_items_written_for_one_language_share_no_name_with_those_of_another():
+    """Whatever is pooled over languages takes equal names for translations."""
+    for language, items in BUNDLED.items():
+        own = [item for item in items if of_its_language(item)]
+        assert len(own) == 2 * (80 + 10)
+        assert all(f"-{language}-" in name for item in own for name in (item.id, item.twin, item.template))
+        others = [item for other, found in BUNDLED.items() if other != language for item in found]
+        for field in ("id", "twin", "template"):
+            assert not {getattr(item, field) for item in own} & {getattr(item, field) for item in others}
 
 
 @every_language
