@@ -64,6 +64,15 @@ def test_items_written_for_one_language_share_no_name_with_those_of_another():
 
 
 @every_language
+def test_bundled_items_are_spelled_with_the_characters_of_the_bundled_text(language):
+    """So an item asks for what the calibration text could have taught, not for another convention."""
+    signs = {sign for item in BUNDLED[language] for text in (item.prompt, *item.choices) for sign in text}
+    unknown = {sign for sign in signs if not sign.isalnum()} - set(corpus_of(language)) - set("《》")
+    assert not unknown
+    assert language != "ru" or "ё" in signs
+
+
+@every_language
 def test_there_are_as_many_minimal_pairs_of_each_category_and_kind_as_promised(language):
     pairs = pairs_of(BUNDLED[language])
     assert Counter(pair.first.category for pair in pairs) == dict(zip(CATEGORIES, (80, 100, 60, 162), strict=True))
