@@ -360,7 +360,11 @@ def test_a_folder_without_a_study_is_refused(place, tmp_path):
         ('items = "file:riddles/{lang}.jsonl"', 'items = "bundeld"', ("tasks.items", "unknown item source")),
         ("[tasks]", "[tasks]\nper_category = 1", ("tasks.per_category", "greater than or equal to 2")),
         ("[tasks]", "[tasks]\nper_category = { reasonign = 4 }", ("tasks.per_category", 'did you mean "reasoning"?')),
-        ("[tasks]", "[tasks]\nper_category = { reasoning = 0, fluency = 0, few = 0 }", ("tasks.per_category leaves no item in English",)),
+        (
+            "[tasks]",
+            "[tasks]\nper_category = { reasoning = 0, fluency = 0, few = 0 }",
+            ("tasks.per_category leaves no item in English",),
+        ),
         ("[tasks]", '[tasks]\nharness = ["belebele_xyz"]', ("belebele_xyz",)),
         ("riddles/{lang}", "nowhere/{lang}", ("no items for English", "nowhere/en.jsonl")),
         ("riddles/{lang}", "wrong/{lang}", ("wrong/en.jsonl, line 2", "no choice is correct")),
