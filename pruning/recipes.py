@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     propagation
         ``pruned``: each block's statistics are gathered with the preceding blocks already pruned, as published.
         ``dense``: all statistics come from the dense model, which is cheaper but gives other results from the second
-        block on. Methods that differentiate the loss of the whole model are always ``dense``.
+        block on. Methods that need only derivatives of the whole model's loss are always ``dense``.
     roles
         Prune only these projections, such as ``("o",)``; all by default.
     blocks
@@ -89,8 +89,9 @@ class Recipe(BaseModel):
             filled["allocation"] = UNIFORM if fixed else method.allocation
         if numbers and filled.get("sparsity") is None:
             filled["sparsity"] = numbers[0] / numbers[1]
-        if method.differentiates or not filled.get("propagation"):
-            filled["propagation"] = "dense" if method.differentiates else "pruned"
+        at_once = method.differentiates and not method.of_inputs
+        if at_once or not filled.get("propagation"):
+            filled["propagation"] = "dense" if at_once else "pruned"
         parameters = filled.get("parameters", ())
         if isinstance(parameters, Mapping):
             filled["parameters"] = tuple(sorted(parameters.items()))

@@ -15,8 +15,11 @@ from torch import Tensor
 from .errors import MethodError
 
 #: Names of the statistics that a method can request.
-SQUARES, GRAM, POSITIVE, GRADIENT, CURVATURE = "squares", "gram", "positive", "gradient", "curvature"
-STATISTICS = (SQUARES, GRAM, POSITIVE, GRADIENT, CURVATURE)
+SQUARES, GRAM, POSITIVE = "squares", "gram", "positive"
+GRADIENT, CURVATURE, SLOPES = "gradient", "curvature", "slopes"
+#: Those of the inputs of a projection, and the derivatives of the whole dense model's loss.
+OF_INPUTS, OF_THE_LOSS = (SQUARES, GRAM, POSITIVE), (GRADIENT, CURVATURE, SLOPES)
+STATISTICS = (*OF_INPUTS, *OF_THE_LOSS)
 #: Panel width for updates of a Gram matrix; only panels on and above the diagonal are computed.
 _PANEL = 512
 
@@ -171,6 +174,11 @@ class Statistics:
         Gradient of the mean token loss, float32 ``[outputs, inputs]``.
     curvature
         Hessian of that loss times its gradient, float32 ``[outputs, inputs]``.
+    slopes
+        Root mean square over the calibration sequences of the gradient of a sequence's mean token loss, float32
+        ``[outputs, inputs]``.
+    sequences
+        Number of calibration sequences.
     seed
         For methods that draw random numbers; differs between projections.
     """
@@ -179,6 +187,8 @@ class Statistics:
     gradient: Tensor | None = None
     curvature: Tensor | None = None
     seed: int = 0
+    slopes: Tensor | None = None
+    sequences: int = 0
 
     @property
     def known_inputs(self) -> InputStatistics:
@@ -200,6 +210,13 @@ class Statistics:
         if self.curvature is None:
             raise _not_asked_for(CURVATURE)
         return self.curvature
+
+    @property
+    def known_slopes(self) -> Float[Tensor, "outputs inputs"]:
+        """The root mean square of sequences' gradients; raises ``MethodError`` if it was not requested."""
+        if self.slopes is None:
+            raise _not_asked_for(SLOPES)
+        return self.slopes
 
 
 def _not_asked_for(need: str) -> MethodError:

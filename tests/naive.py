@@ -62,6 +62,13 @@ def grasp(W: Tensor, hessian_gradient: Tensor) -> Tensor:
     return W.detach().double() * hessian_gradient.detach().double()
 
 
+def gblm(W: Tensor, X: Tensor, sequence_gradients: list[Tensor], slope: float = 100.0) -> Tensor:
+    """GBLM (Das et al., 2023): |W| * (sqrt(sum X_j^2 / N) + slope * sqrt(128) * rms of N sequences' gradients)."""
+    N = len(sequence_gradients)
+    rms = (sum((g.double() ** 2 for g in sequence_gradients), torch.zeros(())) / N).sqrt()
+    return magnitude(W) * (_norms(X) / math.sqrt(N) + slope * math.sqrt(128) * rms)
+
+
 def gradients(loss_function: Callable[[], Tensor], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Return g = dL/dw and Hg for every weight; H is the Hessian over all these weights together, by double backward.
 

@@ -62,6 +62,7 @@ def variant_rank(row: pd.Series) -> tuple[Any, ...]:
 
 #: How papers write the names of methods.
 _METHOD_NAMES = {
+    "gblm": "GBLM",
     "grasp": "GraSP",
     "m-wanda": "M-Wanda",
     "ria": "RIA",

@@ -29,7 +29,7 @@ from ..patterns import MODEL, Shape
 from ..projections import Key
 from ..recipes import Recipe
 from ..spectrum import squared_singular_values, tail_exponent
-from ..statistics import POSITIVE, SQUARES, InputStatistics, Statistics
+from ..statistics import SQUARES, InputStatistics, Statistics
 from .choosing import Derivatives, finite, not_finite, scored, unseen
 from .jobs import Job, covered_shapes, diagnosed_sparsities
 
@@ -42,8 +42,8 @@ def needs_survey(recipe: Recipe) -> bool:
 
 def survey_needs(recipe: Recipe) -> frozenset[str]:
     """Return the input statistics that a recipe's survey requires."""
-    needs = set(recipe.scoring.needs) & {SQUARES, POSITIVE, "gram"} if recipe.pattern == MODEL else set()
-    return frozenset(needs | ({SQUARES} if allocation_named(recipe.allocation).surveys else set()))
+    needs = recipe.scoring.of_inputs if recipe.pattern == MODEL else frozenset()
+    return needs | ({SQUARES} if allocation_named(recipe.allocation).surveys else set())
 
 
 @dataclass

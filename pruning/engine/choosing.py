@@ -43,6 +43,8 @@ class Derivatives:
 
     gradient: Mapping[Key, Tensor] = field(default_factory=dict)
     curvature: Mapping[Key, Tensor] = field(default_factory=dict)
+    slopes: Mapping[Key, Tensor] = field(default_factory=dict)
+    sequences: int = 0
 
 
 def choose(
@@ -112,9 +114,15 @@ def scored(
     ModelError
         If any is NaN or infinite.
     """
-    gradient = derivatives.gradient.get((layer, role)) if derivatives else None
-    curvature = derivatives.curvature.get((layer, role)) if derivatives else None
-    statistics = Statistics(inputs, gradient, curvature, projection_seed((layer, role)))
+    key, known = (layer, role), derivatives or Derivatives()
+    statistics = Statistics(
+        inputs,
+        known.gradient.get(key),
+        known.curvature.get(key),
+        projection_seed(key),
+        known.slopes.get(key),
+        known.sequences,
+    )
     scores = recipe.scoring.score(anatomy.weight(layer, role), statistics, **recipe.method_parameters)
     if not finite(scores):
         raise not_finite(layer, role)

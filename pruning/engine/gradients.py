@@ -1,10 +1,11 @@
-"""Derivatives of the calibration loss of a whole dense model, for SNIP and GraSP."""
+"""Derivatives of the calibration loss of a whole dense model, for SNIP, GraSP and GBLM."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,52 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ModelError
 from ..models.anatomy import Anatomy
+from ..projections import Key
+from ..statistics import CURVATURE, GRADIENT, SLOPES
 from .choosing import Derivatives, finite
 from .streams import Progress, decoder_labels, encoder_ids
 
+#: Tokens per batch when the loss is differentiated: their full logits are held.
+GRADIENT_TOKENS = 256
 #: Smallest loss scale; a float16 model whose derivatives still overflow is refused.
 _LOWEST = 2.0**-12
+
+
+def derivatives_of(
+    anatomy: Anatomy, pieces: Sequence[Tensor], needs: frozenset[str], *, progress: Progress = lambda tokens: None
+) -> Derivatives:
+    """Return the derivatives of the loss on some text that methods need.
+
+    Parameters
+    ----------
+    anatomy
+        Anatomy of the dense model, which must be entirely in memory.
+    pieces
+        Token ids of the text, ``[sequences, length]`` each.
+    needs
+        Any of ``gradient``, ``curvature`` and ``slopes``.
+    progress
+        Called with the number of tokens after each batch, in every pass.
+
+    Raises
+    ------
+    ModelError
+        If the loss is not finite, or its derivatives overflow float16 at every scale.
+    """
+    found = Derivatives(sequences=sum(map(len, pieces)))
+    if needs & {GRADIENT, CURVATURE}:
+        batches = [batch for ids in pieces for batch in ids.split(max(1, GRADIENT_TOKENS // ids.shape[1]))]
+        both = differentiate(anatomy, batches, curvature=CURVATURE in needs, progress=progress)
+        found = replace(found, gradient=both.gradient, curvature=both.curvature)
+    if SLOPES in needs:
+        sequences = [sequence for ids in pieces for sequence in ids.split(1)]
+        found = replace(found, slopes=slopes(anatomy, sequences, progress=progress))
+    return found
+
+
+def passes(needs: frozenset[str]) -> int:
+    """Return how often text passes through the model for some derivatives."""
+    return bool(needs & {GRADIENT, CURVATURE}) + (CURVATURE in needs) + (SLOPES in needs)
 
 
 def differentiate(
@@ -48,10 +90,7 @@ def differentiate(
 
     def loss(ids: Tensor) -> Tensor:
         """Return a batch's share of the mean, scaled."""
-        mean = _loss(anatomy, ids)
-        if not bool(torch.isfinite(mean)):
-            raise ModelError("the loss on the calibration text is not finite; check the checkpoint or its dtype")
-        return mean * (scale.loss * _predicted(anatomy, ids) / tokens)
+        return _finite(_loss(anatomy, ids, twice=True)) * (scale.loss * _predicted(anatomy, ids) / tokens)
 
     with _differentiable(parameters):
         gradient = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
@@ -74,6 +113,57 @@ def differentiate(
             scale.add(product, partial(bend, ids))
             progress(ids.numel())
     return Derivatives(anatomy.by_projection(gradient), anatomy.by_projection(product))
+
+
+def slopes(
+    anatomy: Anatomy, sequences: Sequence[Tensor], *, progress: Progress = lambda tokens: None
+) -> dict[Key, Tensor]:
+    """Return the root mean square over sequences of the gradient of a sequence's mean token loss.
+
+    Every sequence takes a backward pass of its own; one float32 sum per weight is held.
+
+    Parameters
+    ----------
+    anatomy
+        Anatomy of the dense model, which must be entirely in memory.
+    sequences
+        Token ids, ``[1, length]`` each.
+    progress
+        Called with the number of tokens after each sequence.
+
+    Returns
+    -------
+    dict
+        ``(layer, role)`` to float32 ``[outputs, inputs]``.
+
+    Raises
+    ------
+    ModelError
+        If the loss is not finite, or its gradient overflows float16 at every scale.
+    """
+    parameters = anatomy.block_parameters()
+    scale = _Scale(parameters.values(), 1)
+    with _differentiable(parameters):
+        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        for ids in sequences:
+
+            def slope(ids: Tensor = ids) -> dict[str, Tensor]:
+                return _grad(_finite(_loss(anatomy, ids, twice=False)) * scale.loss, parameters)
+
+            for name, part in scale.derived(slope).items():
+                unscaled = part.float().mul_(1 / scale.loss)
+                total[name].addcmul_(unscaled, unscaled)
+            progress(ids.numel())
+    with torch.no_grad():
+        for value in total.values():
+            value.div_(len(sequences)).sqrt_()
+    return anatomy.by_projection(total)
+
+
+def _finite(loss: Tensor) -> Tensor:
+    if not bool(torch.isfinite(loss)):
+        raise ModelError("the loss on the calibration text is not finite; check the checkpoint or its dtype")
+    return loss
 
 
 class _Scale:
@@ -102,14 +192,18 @@ class _Scale:
 
     def add(self, total: Mapping[str, Tensor], derive: Callable[[], Mapping[str, Tensor]]) -> None:
         """Compute derivatives under the current factors, and add them to float32 sums."""
+        for name, part in self.derived(derive).items():
+            total[name].add_(part, alpha=1 / (self.loss * self.direction))
+
+    def derived(self, derive: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Compute derivatives, lowering the factors until none overflows; they are still scaled by both."""
         parts = derive()
         while self._narrow and not all(map(finite, parts.values())):
             if self.loss < _LOWEST:
                 raise ModelError("the derivatives of the loss overflow float16; load the model with dtype bfloat16")
             self.loss, self.direction = self.loss / 2, min(self.direction, max(self.direction / 2, 1.0))
             parts = derive()
-        for name, part in parts.items():
-            total[name].add_(part, alpha=1 / (self.loss * self.direction))
+        return parts
 
 
 def _grad(value: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool = False) -> dict[str, Tensor]:
@@ -117,10 +211,12 @@ def _grad(value: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool
     return {name: part for name, part in zip(parameters, parts, strict=True) if part is not None}
 
 
-def _loss(anatomy: Anatomy, ids: Tensor) -> Tensor:
+def _loss(anatomy: Anatomy, ids: Tensor, *, twice: bool) -> Tensor:
+    """Return the mean token loss, as a function that can be differentiated, or differentiated twice."""
     model: Any = anatomy.model
     ids = ids.to(anatomy.device)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the only backend that can be differentiated twice
+    backend = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()  # the only one with second derivatives
+    with torch.enable_grad(), backend:
         if anatomy.encoder_decoder:
             output = model(input_ids=encoder_ids(ids), labels=decoder_labels(ids), use_cache=False)
         else:

@@ -20,10 +20,11 @@ from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
 from ..variants.masks import pack_bits
+from .gradients import GRADIENT_TOKENS
 from .jobs import Job, Schedule, covered_shapes
 from .shelves import Place
 from .streams import StackStarter, Stream, run_block
-from .sweep import GRADIENT_TOKENS
+from .sweep import differentiated_tokens
 
 #: Bytes that Python, torch, transformers and a tokenizer take before a model is loaded.
 _BASE = 700 << 20
@@ -248,7 +249,10 @@ class _Needs:
         if states == "device":
             working, waiting = working + waiting, 0
         if differentiating:
-            working = max(working, self._differentiating(differentiating))
+            # Derivatives that are needed beside inputs are kept, those of one calibration set after the other.
+            sets = len({job.calibration for job in differentiating if job.recipe.scoring.of_inputs})
+            kept = self._weights() * _FLOAT
+            working = max(working + sets * kept, self._differentiating(differentiating) + max(sets - 1, 0) * kept)
         results = 0 if self.in_folder else sum(map(self.kept, jobs))
         on_host = waiting + results + self.largest_matrix * (self.element + 1)
         if not self.apart:
@@ -291,8 +295,7 @@ class _Needs:
         twice = any(CURVATURE in job.recipe.scoring.needs for job in jobs)
         activations = len(self.anatomy.blocks) * (self.widest * 4 + self.anatomy.hidden_size * 10)
         activations *= 3 if twice else 1
-        weights = sum(outputs * inputs for outputs, inputs in map(self._shape, self.anatomy))
-        kept = weights * _FLOAT * (5 if twice else 3) + sum(self.removable(job) * _FLOAT for job in jobs)
+        kept = self._weights() * _FLOAT * (5 if twice else 3) + sum(self.removable(job) * _FLOAT for job in jobs)
         return int(kept + tokens * (activations + self.anatomy.vocabulary * 4) * _FLOAT)
 
     def _encoded(self, jobs: Sequence[Job]) -> int:
@@ -301,6 +304,10 @@ class _Needs:
             return 0
         tokens = sum(self.text.size(job.calibration) for job in jobs if job.calibration) // 2
         return tokens * self.anatomy.hidden_size * self.element
+
+    def _weights(self) -> int:
+        """Return the number of weights in all projections."""
+        return sum(outputs * inputs for outputs, inputs in map(self._shape, self.anatomy))
 
     def _shape(self, key: Key) -> Shape:
         return self.anatomy.shape(*key)
@@ -328,7 +335,7 @@ class _Needs:
 
     def states(self, jobs: Sequence[Job]) -> int:
         """Return the memory for the hidden states of a wave, before and after a block."""
-        reading = [job for job in jobs if job.recipe.scoring.needs and not job.recipe.scoring.differentiates]
+        reading = [job for job in jobs if job.recipe.scoring.of_inputs]
         if not reading or self.text is None:
             return 0
         schedule = Schedule(self.anatomy, reading, self.text)
@@ -347,14 +354,10 @@ class _Needs:
 
     def tokens_a_block(self, jobs: Sequence[Job]) -> float:
         """Return the tokens that pass through a block, with the jobs' other work counted as additional tokens."""
-        total = 0.0
+        total = float(differentiated_tokens(jobs))
         for solves in (False, True):
             some = [
-                job
-                for job in jobs
-                if job.recipe.scoring.needs
-                and not job.recipe.scoring.differentiates
-                and (job.recipe.scoring.solve is not None) == solves
+                job for job in jobs if job.recipe.scoring.of_inputs and (job.recipe.scoring.solve is not None) == solves
             ]
             if some:
                 total += Schedule(self.anatomy, some, self.text).work / len(self.anatomy.blocks) * _OVERHEAD[solves]

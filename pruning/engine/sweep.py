@@ -18,20 +18,19 @@ from ..allocation import Budgets, allocation_named
 from ..errors import ModelError, RecipeError
 from ..models.anatomy import Anatomy
 from ..projections import Key
-from ..statistics import CURVATURE, GRADIENT, InputStatistics
+from ..statistics import InputStatistics
 from ..text.calibration import CalibrationSet, CalibrationText
 from ..variants.masks import MaskSet
 from .budgets import Survey, needs_survey, settled, survey_needs, weighed
 from .choosing import Choice, Derivatives, choose
 from .flow import Flow, StatisticsOf
-from .gradients import differentiate
+from .gradients import derivatives_of, passes
 from .jobs import Job, Schedule, check_fits, covered_shapes
 from .streams import Progress
 from .workspace import Workspace
 
-_OF_THE_LOSS = frozenset({GRADIENT, CURVATURE})
-#: Tokens per batch when the loss is differentiated: their full logits are held.
-GRADIENT_TOKENS = 256
+#: Time of a forward and a backward pass relative to a forward pass alone.
+_BACKWARD = 3
 
 
 @dataclass(frozen=True)
@@ -134,17 +133,31 @@ def sweep(
 
 def sweep_work(anatomy: Anatomy, jobs: Sequence[Job], text: CalibrationText | None) -> int:
     """Return how many tokens a sweep will pass through blocks in total, as its `progress` counts them."""
-    differentiating, streaming = _split(jobs)
-    work = Schedule(anatomy, streaming, text).work + Schedule(anatomy, list(_surveyed(jobs)), text).work
-    for calibration, curvature in _differentiated(differentiating).items():
-        work += calibration.samples * calibration.length * 3 * len(anatomy.blocks) * (1 + curvature)
-    return work
+    work = Schedule(anatomy, _streaming(jobs), text).work + Schedule(anatomy, list(_surveyed(jobs)), text).work
+    return work + differentiated_tokens(jobs) * len(anatomy.blocks)
 
 
-def _split(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
-    """Return the jobs that differentiate the loss, and those that read text block by block."""
-    differentiating = [job for job in jobs if job.recipe.scoring.differentiates]
-    return differentiating, [job for job in jobs if job.recipe.scoring.needs - _OF_THE_LOSS]
+def differentiated_tokens(jobs: Sequence[Job]) -> int:
+    """Return how many tokens would take a forward pass as long as all passes for derivatives of the loss."""
+    tokens = 0
+    for some in _differentiating(jobs):
+        for calibration, needs in _differentiated(some).items():
+            tokens += calibration.samples * calibration.length * passes(needs)
+    return tokens * _BACKWARD
+
+
+def _streaming(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs that read text block by block."""
+    return [job for job in jobs if job.recipe.scoring.of_inputs]
+
+
+def _differentiating(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """Return the jobs that need derivatives of the loss: those that read text block by block too, and the others."""
+    both: tuple[list[Job], list[Job]] = ([], [])
+    for job in jobs:
+        if job.recipe.scoring.differentiates:
+            both[not job.recipe.scoring.of_inputs].append(job)
+    return both
 
 
 def _surveyed(jobs: Sequence[Job]) -> dict[Job, list[Job]]:
@@ -157,12 +170,13 @@ def _surveyed(jobs: Sequence[Job]) -> dict[Job, list[Job]]:
     return surveys
 
 
-def _differentiated(jobs: Sequence[Job]) -> dict[CalibrationSet, bool]:
-    """Return the calibration sets whose loss is differentiated, and whether second derivatives are needed."""
-    sets: dict[CalibrationSet, bool] = {}
+def _differentiated(jobs: Sequence[Job]) -> dict[CalibrationSet, frozenset[str]]:
+    """Return the calibration sets whose loss is differentiated, and the derivatives that are needed of each."""
+    sets: dict[CalibrationSet, frozenset[str]] = {}
     for job in jobs:
         if job.calibration is not None:
-            sets[job.calibration] = sets.get(job.calibration, False) or CURVATURE in job.recipe.scoring.needs
+            scoring = job.recipe.scoring
+            sets[job.calibration] = sets.get(job.calibration, frozenset()) | (scoring.needs - scoring.of_inputs)
     return sets
 
 
@@ -184,17 +198,19 @@ class _Sweep:
         self.workspace = workspace
         self.progress = progress
         self.exponents = {} if exponents is None else exponents
+        self.derivatives: dict[CalibrationSet | None, Derivatives] = {}
         self.budgets: dict[Job, Budgets] = settled(anatomy, jobs)
 
     def everything(self) -> None:
-        differentiating, streaming = _split(self.jobs)
         if self.workspace.is_complete:
             self.progress(sweep_work(self.anatomy, self.jobs, self.text))
             return
+        with_inputs, alone = _differentiating(self.jobs)
+        self._keep_derivatives(with_inputs)
         self._survey()
-        self._differentiate(differentiating)
+        self._differentiate(alone)
         at_once = [job for job in self.jobs if not job.recipe.scoring.needs]
-        self._stream(streaming, at_once)
+        self._stream(_streaming(self.jobs), at_once)
         self.workspace.complete()
 
     def _left(self, jobs: Iterable[Job]) -> list[Job]:
@@ -226,7 +242,7 @@ class _Sweep:
     # -- the survey ------------------------------------------------------------------------------------------
 
     def _survey(self) -> None:
-        """Determine the budgets that depend on the whole dense model but need no derivatives."""
+        """Determine the budgets that depend on the whole dense model, unless the method needs derivatives alone."""
         for job in self._left(self.jobs):
             if allocation_named(job.recipe.allocation).weighs:
                 with self._or_set_aside(job):
@@ -238,7 +254,7 @@ class _Sweep:
                 readers = self._left(reading[dense])
                 if readers:
                     with self._or_set_aside(*readers):
-                        survey.look(self.anatomy, layer, statistics(dense))
+                        survey.look(self.anatomy, layer, statistics(dense), self.derivatives.get(dense.calibration))
         for dense, survey in surveys.items():
             for job in self._left(reading[dense]):
                 self._settle(job, survey)
@@ -273,31 +289,44 @@ class _Sweep:
 
     # -- derivatives -----------------------------------------------------------------------------------------
 
-    def _differentiate(self, jobs: Sequence[Job]) -> None:
-        for calibration, curvature in _differentiated(jobs).items():
-            assert self.text is not None
+    def _keep_derivatives(self, jobs: Sequence[Job]) -> None:
+        """Compute the derivatives that jobs need beside statistics of their inputs."""
+        for calibration, needs in _differentiated(jobs).items():
             readers = [job for job in jobs if job.calibration == calibration]
-            batches = [
-                batch
-                for piece in self.text.pieces[calibration]
-                for batch in self.text.tokens[piece].split(max(1, GRADIENT_TOKENS // piece.length))
-            ]
-            left = self.text.size(calibration) * (1 + curvature)
+            derivatives = self._derivatives(calibration, needs, readers)
+            if derivatives is not None:
+                self.derivatives[calibration] = derivatives
 
-            def told(tokens: int) -> None:
-                nonlocal left
-                left -= tokens
-                self.progress(3 * tokens * len(self.anatomy.blocks))  # a backward pass costs about two forward passes
-
-            derivatives = None
-            with self._or_set_aside(*readers), torch.enable_grad():
-                derivatives = differentiate(self.anatomy, batches, curvature=curvature, progress=told)
+    def _differentiate(self, jobs: Sequence[Job]) -> None:
+        """Prune for the jobs that need nothing but derivatives."""
+        for calibration, needs in _differentiated(jobs).items():
+            readers = [job for job in jobs if job.calibration == calibration]
+            derivatives = self._derivatives(calibration, needs, readers)
             if derivatives is None:
-                told(left)
                 continue
             for job in readers:
                 with self._or_set_aside(job):
                     self._choose_by_derivatives(job, derivatives)
+
+    def _derivatives(
+        self, calibration: CalibrationSet, needs: frozenset[str], readers: Sequence[Job]
+    ) -> Derivatives | None:
+        """Return derivatives of the loss on a calibration set, or ``None`` if this failed and set the jobs aside."""
+        assert self.text is not None
+        left = self.text.size(calibration) * passes(needs)
+
+        def told(tokens: int) -> None:
+            nonlocal left
+            left -= tokens
+            self.progress(_BACKWARD * tokens * len(self.anatomy.blocks))
+
+        found: Derivatives | None = None
+        with self._or_set_aside(*readers), torch.enable_grad():
+            pieces = [self.text.tokens[piece] for piece in self.text.pieces[calibration]]
+            found = derivatives_of(self.anatomy, pieces, needs, progress=told)
+        if found is None:
+            told(left)
+        return found
 
     def _choose_by_derivatives(self, job: Job, derivatives: Derivatives) -> None:
         layers = range(len(self.anatomy.blocks))
@@ -320,7 +349,7 @@ class _Sweep:
         spared = sum(schedule.drop(job) for job in jobs if job.id in self.workspace.set_aside)
         if spared:
             self.progress(spared)
-        flow = self._flow(schedule, self.workspace, lambda job: job.recipe.scoring.needs - _OF_THE_LOSS)
+        flow = self._flow(schedule, self.workspace, lambda job: job.recipe.scoring.of_inputs)
         start = flow.resume() if schedule.jobs else 0
         if start:
             self.progress(sum(schedule.tokens(layer) for layer in range(start)))
@@ -348,7 +377,8 @@ class _Sweep:
     def _choose(self, job: Job, layer: int, statistics: Mapping[str, InputStatistics]) -> Choice | None:
         """Return a job's masks and weights for a block, or ``None`` if the job was set aside."""
         with self._or_set_aside(job):
-            choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], statistics)
+            derivatives = self.derivatives.get(job.calibration)
+            choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], statistics, derivatives)
             self.workspace.put(job.id, layer, choice)
             return choice
         return None

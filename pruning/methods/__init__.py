@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from .registry import Method, Solved, known_methods, method_named, register
 
-from . import grasp, m_wanda, magnitude, random, ria, snip, sparsegpt, wanda  # isort: skip  (they register themselves)
+from . import gblm, grasp, m_wanda, magnitude, random, ria, snip, sparsegpt, wanda  # isort: skip  (they register themselves)
 
 __all__ = [
     "Method",
     "Solved",
+    "gblm",
     "grasp",
     "known_methods",
     "m_wanda",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import MethodError, RecipeError, unknown
 from ..parameters import Parameter
-from ..statistics import CURVATURE, GRADIENT, STATISTICS
+from ..statistics import OF_INPUTS, OF_THE_LOSS, STATISTICS
 
 #: ``score(weight, statistics, **parameters)`` returns a float32 score for every weight; the lowest are pruned.
 Score = Callable[..., Tensor]
@@ -52,8 +52,8 @@ class Method:
     source
         The publication that defines it.
     needs
-        Statistics it requests: ``squares``, ``positive`` or ``gram`` of the inputs, ``gradient`` or ``curvature`` of
-        the loss; none if it needs no calibration text.
+        Statistics it requests: ``squares``, ``positive`` or ``gram`` of the inputs, ``gradient``, ``curvature`` or
+        ``slopes`` of the loss; none if it needs no calibration text.
     pattern, allocation
         Native pattern and allocation, used when a recipe names none.
     solve
@@ -79,7 +79,12 @@ class Method:
     @property
     def differentiates(self) -> bool:
         """Whether it needs derivatives of the whole model's loss."""
-        return bool(self.needs & {GRADIENT, CURVATURE})
+        return bool(self.needs & set(OF_THE_LOSS))
+
+    @property
+    def of_inputs(self) -> frozenset[str]:
+        """The statistics of a projection's inputs that it needs, for which text passes through block by block."""
+        return self.needs & set(OF_INPUTS)
 
 
 _METHODS: dict[str, Method] = {}

@@ -33,6 +33,8 @@ def test_native_choices_follow_the_method_and_the_pattern():
     assert Recipe(method="sparsegpt", sparsity=0.5).pattern == "matrix"
     assert Recipe(method="snip", sparsity=0.5).pattern == "model"
     assert Recipe(method="snip", sparsity=0.5).propagation == "dense"
+    assert Recipe(method="gblm", sparsity=0.5).propagation == "pruned"
+    assert Recipe(method="gblm", sparsity=0.5, propagation="dense").propagation == "dense"
     assert Recipe(method="wanda", sparsity=0.5).allocation == "uniform"
     assert Recipe(method="m-wanda", sparsity=0.5).allocation == "cross-lingual"
     assert Recipe(method="m-wanda", pattern="2:4").allocation == "uniform"

@@ -69,6 +69,16 @@ def test_spectra_take_memory_and_time_once(anatomy, monkeypatch):
     assert one.memory - none.memory == pytest.approx(1.4 * 2 * 8 * 32**2, abs=2)  # two float64 matrices of 32 inputs
 
 
+def test_gradients_beside_inputs_are_kept_for_one_set_at_a_time(anatomy, tokenizer):
+    gblm = Recipe(method="gblm", sparsity=0.5)
+    plan = planned(anatomy, tokenizer, [WANDA, gblm, SNIP], LONG[:2])
+    methods = [[job.recipe.method for job in wave] for wave in plan.waves]
+    assert methods == [["gblm", "snip"], ["gblm", "snip"], ["wanda", "wanda"]]
+    weights = sum(a * b for a, b in covered_shapes(anatomy, gblm).values())
+    alone, both = (planned(anatomy, tokenizer, [gblm], sets, in_folder=False).memory for sets in (LONG[:1], LONG[:2]))
+    assert both - alone > 1.4 * 4 * weights
+
+
 def test_a_cap_cuts_jobs_that_need_no_text_or_derivatives_too(anatomy, tokenizer):
     recipes = [Recipe(method=m, sparsity=s / 10, pattern="model") for s in range(3, 7) for m in ("magnitude", "snip")]
     free = planned(anatomy, tokenizer, recipes)

@@ -53,6 +53,9 @@ GRID = [
     Recipe(method="snip", sparsity=0.5),
     Recipe(method="grasp", sparsity=0.5, pattern="row"),
     Recipe(method="random", sparsity=0.5),
+    Recipe(method="gblm", sparsity=0.5),
+    Recipe(method="gblm", sparsity=0.5, pattern="model", propagation="dense"),
+    Recipe(method="gblm", sparsity=0.3, allocation="owl"),
 ]
 OWL = Recipe(method="wanda", sparsity=0.5, allocation="owl")
 
@@ -393,6 +396,7 @@ def test_a_survey_or_a_loss_that_fails_takes_only_its_own_jobs(model):
     model.get_input_embeddings().weight.data[text().tokens[Piece("sw", 16, 0, 2)].flatten()[0]] = torch.inf
     wanted = jobs(
         Recipe(method="snip", sparsity=0.5),
+        Recipe(method="gblm", sparsity=0.5),
         OWL,
         Recipe(method="wanda", sparsity=0.5, pattern="model"),
         Recipe(method="magnitude", sparsity=0.5, pattern="model"),

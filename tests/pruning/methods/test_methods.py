@@ -20,7 +20,9 @@ from pruning.models.anatomy import role_kind
 from pruning.text.calibration import CalibrationText, Piece
 
 PATTERNS = ["row", "matrix", "model", "2:4", "4:8"]
-METHODS = ["magnitude", "wanda", "ria", "m-wanda", "snip", "grasp"]
+METHODS = ["magnitude", "wanda", "ria", "m-wanda", "snip", "grasp", "gblm"]
+#: Those that read the inputs of a projection, and those that differentiate the loss.
+READ, DIFFERENTIATE = ("wanda", "ria", "m-wanda", "gblm"), ("snip", "grasp", "gblm")
 AXES = {"kind": ARCHITECTURES, "method": [*METHODS, "sparsegpt", "random"], "pattern": PATTERNS}
 #: What SparseGPT must do better than.
 RIVALS = ["wanda", "magnitude"]
@@ -145,20 +147,37 @@ def derivatives(kind: str) -> tuple[dict[tuple[int, str], torch.Tensor], dict[tu
 
 
 @cache
+def sequence_gradients(kind: str) -> dict[tuple[int, str], list[torch.Tensor]]:
+    """Return the gradient of every sequence's own mean token loss, one backward pass each."""
+    anatomy, _ = double(kind)
+    parameters = anatomy.block_parameters()
+    found: dict[tuple[int, str], list[torch.Tensor]] = {key: [] for key in anatomy}
+    for row in torch.cat(list(tokens().values())):
+        if anatomy.encoder_decoder:
+            loss = run_model(anatomy, row[None]).loss
+        else:
+            loss = torch.nn.functional.cross_entropy(run_model(anatomy, row[None]).logits[0, :-1], row[1:])
+        parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        for key, part in anatomy.by_projection(dict(zip(parameters, parts, strict=True))).items():
+            found[key].append(part)
+    return found
+
+
+@cache
 def naive_scores(kind: str, method: str) -> dict[tuple[int, str], torch.Tensor]:
     anatomy, inputs = double(kind)
     scores = {}
     for key in anatomy:
         weight, by_language = anatomy.weight(*key).detach(), inputs[key]
-        if (
-            method in ("wanda", "ria", "m-wanda") and sum(map(len, by_language.values())) == 0
-        ) or method == "magnitude":
+        if (method in READ and sum(map(len, by_language.values())) == 0) or method == "magnitude":
             scores[key] = naive.magnitude(weight)
         elif method in ("wanda", "ria"):
             score = naive.wanda if method == "wanda" else naive.ria
             scores[key] = score(weight, torch.cat(list(by_language.values())))
         elif method == "m-wanda":
             scores[key] = naive.m_wanda(weight, {lang: x for lang, x in by_language.items() if len(x)})
+        elif method == "gblm":
+            scores[key] = naive.gblm(weight, torch.cat(list(by_language.values())), sequence_gradients(kind)[key])
         elif method == "snip":
             scores[key] = naive.snip(derivatives(kind)[0][key], weight)
         else:
@@ -171,9 +190,7 @@ def naive_masks(kind: str, method: str, pattern: str) -> dict[tuple[int, str], t
     if pattern == "model":
         _, inputs = double(kind)
         seen = {
-            key: score
-            for key, score in scores.items()
-            if method not in ("wanda", "ria", "m-wanda") or sum(map(len, inputs[key].values()))
+            key: score for key, score in scores.items() if method not in READ or sum(map(len, inputs[key].values()))
         }
         kept = naive.keep_model({f"{key}": score for key, score in seen.items()}, 0.5)
         apart = {key: naive.keep_matrix(score, 0.5) for key, score in scores.items() if key not in seen}
@@ -194,7 +211,7 @@ def test_masks_equal_a_naive_float64_version(kind, method, pattern):
     differing = sum(int((masks[key] != expected[key]).sum()) for key in masks)
     total = sum(mask.numel() for mask in expected.values())
     # Scores that differ by less than float32 can tell may change places; derivatives sum up more rounding.
-    assert differing <= (2e-3 if method in ("snip", "grasp") else 2e-4) * total
+    assert differing <= (2e-3 if method in DIFFERENTIATE else 2e-4) * total
     assert masks.kept() * 2 == total
 
 
@@ -257,6 +274,24 @@ def test_pruned_propagation_equals_a_naive_version_that_starts_anew_for_every_bl
             scores = naive.wanda(weight, rows) if len(rows) else naive.magnitude(weight)
             expected = naive.keep_row(scores, 0.5)
             assert int((masks[layer, role] != expected).sum()) <= 2e-4 * expected.numel(), (layer, role)
+        for role in anatomy.roles(layer):
+            anatomy.set_weight(layer, role, anatomy.weight(layer, role) * masks[layer, role])
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "mt5"])
+def test_gblm_has_inputs_of_the_pruned_model_and_gradients_of_the_dense_one(kind):
+    recipe = Recipe(method="gblm", sparsity=0.5, parameters={"slope": 300})
+    assert recipe.propagation == "pruned"
+    masks = sweep(Anatomy(tiny_model(kind)), [job(recipe)], text(), batch_tokens=32)(job(recipe)).masks
+    anatomy = Anatomy(double_model(kind))
+    slopes = sequence_gradients(kind)
+    for layer in range(len(anatomy.blocks)):
+        inputs = catch_inputs(anatomy)
+        for role in anatomy.roles(layer):
+            rows = torch.cat(list(inputs[layer, role].values()))
+            scores = naive.gblm(anatomy.weight(layer, role), rows, slopes[layer, role], 300)
+            expected = naive.keep_row(scores, 0.5)
+            assert int((masks[layer, role] != expected).sum()) <= 2e-3 * expected.numel(), (layer, role)
         for role in anatomy.roles(layer):
             anatomy.set_weight(layer, role, anatomy.weight(layer, role) * masks[layer, role])
 
