@@ -58,12 +58,16 @@ class Pattern:
         ``uniform(shape, sparsity)`` returns the budget of a matrix under uniform allocation.
     group
         m for an n:m pattern, the number of consecutive inputs that compete; 0 for other patterns.
+    structure
+        Kinds of structure that are removed as a whole, such as ``("neurons", "heads")``; none if single weights are.
+        What competes is then the structures, not the weights: see :mod:`pruning.engine.units`.
     """
 
     name: str
     choose: Keep
     uniform: Callable[[Shape, float], int]
     group: int = 0
+    structure: tuple[str, ...] = ()
 
     def keep(
         self, scores: Float[Tensor, "outputs columns"], budget: int, columns: Columns | None = None
@@ -168,10 +172,15 @@ def _matrix_share(shape: Shape, sparsity: float) -> int:
 
 #: One threshold over all weights of the model; ``allocation.threshold`` turns it into a budget per matrix.
 MODEL = "model"
+#: Kinds of structure.
+NEURONS, HEADS, BLOCKS = "neurons", "heads", "blocks"
 _PATTERNS: dict[str, Pattern] = {
     "row": Pattern("row", _row, _rows_share),
     "matrix": Pattern("matrix", _matrix, _matrix_share),
     MODEL: Pattern(MODEL, _matrix, _matrix_share),
+} | {
+    name: Pattern(name, _matrix, _matrix_share, structure=tuple(name.split("+")))
+    for name in (NEURONS, HEADS, f"{NEURONS}+{HEADS}")
 }
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 
@@ -197,7 +206,7 @@ def n_of_m(name: str) -> tuple[int, int] | None:
 
 
 def pattern_named(name: str) -> Pattern:
-    """Return the pattern called `name`: ``row``, ``matrix``, ``model``, or n:m such as ``2:4``.
+    """Return the pattern called `name`: ``row``, ``matrix``, ``model``, n:m such as ``2:4``, or a structure.
 
     Raises
     ------
@@ -211,6 +220,15 @@ def pattern_named(name: str) -> Pattern:
     if name not in _PATTERNS:
         raise RecipeError(unknown("pattern", name, known_patterns()))
     return _PATTERNS[name]
+
+
+def is_structure(name: str) -> bool:
+    """Whether a pattern removes whole structures.
+
+    >>> is_structure("heads"), is_structure("row")
+    (True, False)
+    """
+    return name in _PATTERNS and bool(_PATTERNS[name].structure)
 
 
 def known_patterns() -> tuple[str, ...]:

@@ -14,8 +14,9 @@ from .errors import RecipeError, shortened, unknown
 from .files import content_sha256
 from .methods import Method, method_named
 from .models.anatomy import ROLES, role_kind
+from .models.families import is_reader, roles_of
 from .parameters import checked, exact
-from .patterns import MODEL, Pattern, n_of_m, pattern_named
+from .patterns import MODEL, Pattern, is_structure, n_of_m, pattern_named
 from .text.calibration import CalibrationSet
 
 #: Value of the calibration column for variants made without text, and for the dense model.
@@ -38,7 +39,8 @@ class Recipe(BaseModel):
         Share of weights to prune, between 0 and 1; may be omitted with an n:m pattern.
     pattern
         Which weights compete with each other: ``row``, ``matrix``, ``model`` (one global threshold), or n:m, which
-        removes n out of every m consecutive inputs. Defaults to the method's native pattern.
+        removes n out of every m consecutive inputs; or which structures are removed as a whole: ``neurons``, ``heads``
+        or ``neurons+heads``. Defaults to the method's native pattern.
     allocation
         How sparsity is distributed over blocks: ``uniform``, ``owl``, ``cross-lingual`` or ``alpha``; or over
         matrices, by `importance`: ``diagnosis``. Defaults to the method's native allocation.
@@ -85,7 +87,7 @@ class Recipe(BaseModel):
         filled["pattern"] = filled.get("pattern") or method.pattern
         numbers = n_of_m(str(filled["pattern"]))
         if not filled.get("allocation"):
-            fixed = numbers is not None or filled["pattern"] == MODEL
+            fixed = numbers is not None or filled["pattern"] == MODEL or is_structure(str(filled["pattern"]))
             filled["allocation"] = UNIFORM if fixed else method.allocation
         if numbers and filled.get("sparsity") is None:
             filled["sparsity"] = numbers[0] / numbers[1]
@@ -178,10 +180,27 @@ class Recipe(BaseModel):
             )
         if self.importance and self.allocation != DIAGNOSIS:
             raise RecipeError(f'importance needs allocation "{DIAGNOSIS}", not "{self.allocation}"')
+        self._check_structure()
         known = dict(self.scoring.parameters) | dict(allocation_named(self.allocation).parameters)
         given = checked(f'"{self.method}" with {self.allocation} allocation', known, dict(self.parameters))
         object.__setattr__(self, "parameters", tuple(sorted(given.items())))
         return self
+
+    def _check_structure(self) -> None:
+        if not self.choosing.structure:
+            if self.scoring.scores != "weights":
+                raise RecipeError(
+                    f'{self.method} removes whole structures: use pattern "{self.scoring.pattern}" (its native one), '
+                    f'not "{self.pattern}"'
+                )
+            return
+        removes = f'pattern "{self.pattern}" removes whole structures'
+        if self.scoring.solve is not None:
+            raise RecipeError(f'{removes}, and {self.method} chooses single weights; use pattern "row", or wanda-sp')
+        if self.roles:
+            raise RecipeError(f"{removes}, which determines the projections; leave out roles")
+        if self.allocation != UNIFORM:
+            raise RecipeError(f'{removes}, with allocation "{UNIFORM}" only, not "{self.allocation}"')
 
     @property
     def scoring(self) -> Method:
@@ -216,7 +235,17 @@ class Recipe(BaseModel):
 
     def covers(self, layer: int, role: str) -> bool:
         """Whether a projection is in the recipe's scope."""
-        return (not self.roles or role_kind(role) in self.roles) and self.covers_block(layer)
+        kind = role_kind(role)
+        return (not self.roles or kind in self.roles) and kind in self._structured and self.covers_block(layer)
+
+    @property
+    def _structured(self) -> frozenset[str]:
+        """The kinds of roles that the pattern may prune."""
+        return roles_of(self.choosing.structure)
+
+    def reads(self, layer: int, role: str) -> bool:
+        """Whether the method needs statistics of a projection's input."""
+        return self.covers(layer, role) and (self.scoring.scores == "weights" or is_reader(role))
 
     def covers_block(self, layer: int) -> bool:
         """Whether any projection of a block may be in the recipe's scope."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ def magnitude(W: Tensor) -> Tensor:
 def wanda(W: Tensor, X: Tensor) -> Tensor:
     """Wanda (Sun et al., ICLR 2024): |W_ij| * ||X_j||_2."""
     return magnitude(W) * _norms(X)
+
+
+def wanda_sp(W: Tensor, X: Tensor) -> Tensor:
+    """Wanda-sp (An et al., AAAI 2024): for every input the mean over outputs of Wanda's scores."""
+    return wanda(W, X).mean(dim=0)
 
 
 def ria(W: Tensor, X: Tensor, power: float = 0.5) -> Tensor:
@@ -122,6 +128,43 @@ def keep_n_m(scores: Tensor, n: int, m: int) -> Tensor:
         for a in range(0, inputs, m):
             keep[i, a : a + m] = _keep_all_but_lowest(scores[i, a : a + m], n)
     return keep
+
+
+# Structures: a unit is a list of (role, rows, columns), the weights that belong to it
+
+
+def units(anatomy: Any, layer: int, pattern: str) -> dict[str, list[list[tuple[str, slice, slice]]]]:
+    """Return the neurons and heads of a block by the role that reads them; heads with common keys are one unit."""
+    found: dict[str, list[list[tuple[str, slice, slice]]]] = {}
+    everything = slice(None)
+    for role in anatomy.roles(layer):
+        if "down" in role and "neurons" in pattern:
+            writers = [role.replace("down", "gate"), role.replace("down", "up")]
+            found[role] = [
+                [(writer, slice(n, n + 1), everything) for writer in writers if writer in anatomy.roles(layer)]
+                + [(role, everything, slice(n, n + 1))]
+                for n in range(anatomy.weight(layer, role).shape[1])
+            ]
+        if role in ("o", "cross_o") and "heads" in pattern:
+            q, k, v = (role.replace("o", name, 1) if role == "o" else f"cross_{name}" for name in "qkv")
+            heads = anatomy.config.num_attention_heads
+            shared = heads // (getattr(anatomy.config, "num_key_value_heads", None) or heads)
+            size = anatomy.weight(layer, role).shape[1] // heads
+            found[role] = []
+            for n in range(heads) if shared == heads else range(heads // shared):
+                queries = 1 if shared == heads else shared
+                mine = slice(n * queries * size, (n + 1) * queries * size)
+                unit = [(q, mine, everything), (role, everything, mine)]
+                if shared < heads or heads == 1:
+                    keys = slice(n * size, (n + 1) * size)
+                    unit += [(k, keys, everything), (v, keys, everything)]
+                found[role].append(unit)
+    return found
+
+
+def keep_units(scores: list[float], s: float) -> list[bool]:
+    """Remove the floor(n * s) lowest units."""
+    return _keep_all_but_lowest(torch.tensor(scores, dtype=torch.float64), _count(len(scores), s)).tolist()
 
 
 # SparseGPT

@@ -11,6 +11,7 @@ import pandas as pd
 from probes import DENSE
 from probes.items import CATEGORIES
 from pruning.allocation import UNIFORM
+from pruning.patterns import is_structure
 from pruning.recipes import EVERYWHERE, UNCALIBRATED
 from pruning.text.languages import language_name
 from pruning.variants.store import UNKNOWN
@@ -69,6 +70,7 @@ _METHOD_NAMES = {
     "snip": "SNIP",
     "sparsegpt": "SparseGPT",
     "wanda": "Wanda",
+    "wanda-sp": "Wanda-sp",
 }
 
 
@@ -130,6 +132,8 @@ def slug(text: str) -> str:
 def _pattern_words(pattern: object) -> str:
     if str(pattern) == UNKNOWN:
         return "pruned elsewhere"
+    if is_structure(str(pattern)):
+        return f"whole {str(pattern).replace('+', ' and ')}"
     return str(pattern) if ":" in str(pattern) else f"per {pattern}"
 
 

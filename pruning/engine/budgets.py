@@ -32,6 +32,7 @@ from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import SQUARES, InputStatistics, Statistics
 from .choosing import Derivatives, finite, not_finite, scored, unseen
 from .jobs import Job, covered_shapes, diagnosed_sparsities
+from .structures import unit_budgets
 
 
 def needs_survey(recipe: Recipe) -> bool:
@@ -159,6 +160,8 @@ def settled(anatomy: Anatomy, jobs: Sequence[Job]) -> dict[Job, Budgets]:
 
 
 def _settled(anatomy: Anatomy, recipe: Recipe) -> Budgets:
+    if recipe.choosing.structure:
+        return unit_budgets(anatomy, recipe)
     shapes = covered_shapes(anatomy, recipe)
     even = uniform(shapes, recipe.choosing, recipe.sparsity)
     if recipe.allocation == DIAGNOSIS:

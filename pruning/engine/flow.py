@@ -183,7 +183,7 @@ class Flow:
     def _wanted(self, layer: int, jobs: Sequence[Job]) -> dict[InputGroup, frozenset[str]]:
         wanted: dict[InputGroup, frozenset[str]] = {}
         for group in self.anatomy.groups(layer):
-            readers = [job for job in jobs if any(job.recipe.covers(layer, role) for role in group.roles)]
+            readers = [job for job in jobs if any(job.recipe.reads(layer, role) for role in group.roles)]
             if readers:
                 wanted[group] = frozenset().union(*(self.needs(job) for job in readers))
         return wanted

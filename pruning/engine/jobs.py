@@ -13,6 +13,7 @@ from ..patterns import Shape
 from ..projections import Key
 from ..recipes import Recipe
 from ..text.calibration import CalibrationSet, CalibrationText, Piece
+from .structures import covered_families, unit_budgets
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> l
 
 def covered_shapes(anatomy: Anatomy, recipe: Recipe) -> dict[Key, Shape]:
     """Return the shape of every projection in a recipe's scope."""
-    return {key: anatomy.shape(*key) for key in anatomy if recipe.covers(*key)}
+    keys = [key for key in anatomy if recipe.covers(*key)]
+    if recipe.choosing.structure:
+        layers = dict.fromkeys(layer for layer, _ in keys)
+        owned = {(n, role) for n in layers for family in covered_families(anatomy, n, recipe) for role in family.roles}
+        keys = [key for key in keys if key in owned]
+    return {key: anatomy.shape(*key) for key in keys}
 
 
 def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
@@ -58,7 +64,8 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     ------
     RecipeError
         If the model lacks a role or the blocks, its inputs cannot be divided into groups of m, the method needs the
-        whole model in memory but its weights stay on disk, or a diagnosis does not match its matrices.
+        whole model in memory but its weights stay on disk, a diagnosis does not match its matrices, or the sparsity
+        removes none of the structures of a block.
     """
     if anatomy.streamed and recipe.scoring.differentiates:
         raise RecipeError(
@@ -84,6 +91,8 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
             )
     if recipe.allocation == DIAGNOSIS:
         diagnosed_sparsities(anatomy, recipe)
+    if recipe.choosing.structure:
+        unit_budgets(anatomy, recipe)
 
 
 def diagnosed_sparsities(anatomy: Anatomy, recipe: Recipe) -> dict[Key, float]:

@@ -22,11 +22,12 @@ from ..statistics import InputStatistics
 from ..text.calibration import CalibrationSet, CalibrationText
 from ..variants.masks import MaskSet
 from .budgets import Survey, needs_survey, settled, survey_needs, weighed
-from .choosing import Choice, Derivatives, choose
+from .choosing import Choice, Derivatives
 from .flow import Flow, StatisticsOf
 from .gradients import derivatives_of, passes
 from .jobs import Job, Schedule, check_fits, covered_shapes
 from .streams import Progress
+from .units import choose
 from .workspace import Workspace
 
 #: Time of a forward and a backward pass relative to a forward pass alone.

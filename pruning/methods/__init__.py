@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .registry import Method, Solved, known_methods, method_named, register
 
-from . import gblm, grasp, m_wanda, magnitude, random, ria, snip, sparsegpt, wanda  # isort: skip  (they register themselves)
+from . import gblm, grasp, m_wanda, magnitude, random, ria, snip, sparsegpt, wanda, wanda_sp  # isort: skip  (they register themselves)
 
 __all__ = [
     "Method",
@@ -24,4 +24,5 @@ __all__ = [
     "snip",
     "sparsegpt",
     "wanda",
+    "wanda_sp",
 ]

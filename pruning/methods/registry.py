@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -49,6 +50,7 @@ class Method:
         As written in a recipe.
     score
         ``score(weight, statistics, **parameters)`` returns a float32 score for every weight; the lowest are pruned.
+        If it scores ``channels``, it returns one for every input of a projection that reads neurons or heads.
     source
         The publication that defines it.
     needs
@@ -60,6 +62,9 @@ class Method:
         For methods that also update the remaining weights; `score` then only serves comparisons between matrices.
     parameters
         What a recipe may set.
+    scores
+        What `score` scores: ``weights``; or the ``channels`` that ``o`` and ``down`` read, for methods that remove
+        whole neurons and heads.
     """
 
     name: str
@@ -70,6 +75,7 @@ class Method:
     allocation: str = "uniform"
     solve: Solve | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    scores: Literal["weights", "channels"] = "weights"
 
     @property
     def calibrated(self) -> bool:

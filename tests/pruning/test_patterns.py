@@ -83,4 +83,7 @@ def test_unknown_patterns_are_refused():
         with pytest.raises(RecipeError, match="n out of every m"):
             pattern_named(name)
     assert n_of_m("matrix") is None
-    assert set(known_patterns()) == {"row", "matrix", "model", "2:4", "4:8"}
+    assert set(known_patterns()) == {
+        *("row", "matrix", "model", "2:4", "4:8"),
+        *("neurons", "heads", "neurons+heads"),
+    }

@@ -12,7 +12,7 @@ from pruning import Anatomy, CalibrationSet, Recipe, known_methods
 from pruning.engine import Job, Schedule, Workspace, sweep
 from pruning.engine.sweep import sweep_work
 from pruning.errors import ModelError, RecipeError
-from pruning.methods import Method, registry
+from pruning.methods import Method, method_named, registry
 from pruning.parameters import Parameter
 from pruning.spectrum import squared_singular_values
 from pruning.statistics import SQUARES
@@ -217,6 +217,7 @@ def test_a_diagnosis_shifts_what_every_method_removes_and_not_how_much(kind, pat
     wanted = [
         Job(Recipe(method=method, sparsity=0.5, pattern=pattern, **allocation), None if method in TEXTLESS else MIX)
         for method in known_methods()
+        if method_named(method).scores == "weights"
         for allocation in (
             {"allocation": "uniform"},
             {"allocation": "diagnosis", "importance": importance},
