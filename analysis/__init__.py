@@ -13,6 +13,7 @@ from .metrics import (
     mask_overlap,
     perplexity,
     recovery,
+    routing,
     signal,
     task_contrasts,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "read_frame",
     "recovery",
     "report",
+    "routing",
     "run_study",
     "signal",
     "stats",

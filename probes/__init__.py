@@ -11,10 +11,12 @@ from .readers.firing import NeuronFiring
 from .readers.hidden_states import PooledStates
 from .readers.keep import Keep
 from .readers.loss import TokenLoss
+from .readers.routing import RouterChoices
 from .readers.signal import SignalError, SignalPower
 from .reading import pooled_states, read_against_dense
 from .reading_plan import ReadingPlan, plan_reading
 from .readings import Readings, StoredReadings
+from .routing import Routed
 from .scoring import ChoiceScores, item_questions, score, text_questions
 from .session import Session
 from .streams import DENSE, FittingStream, HeldoutStream, QuestionStream
@@ -36,6 +38,8 @@ __all__ = [
     "Reader",
     "ReadingPlan",
     "Readings",
+    "Routed",
+    "RouterChoices",
     "Session",
     "SignalError",
     "SignalPower",

@@ -11,13 +11,13 @@ from humanize import naturaldelta, naturalsize
 
 from pruning.engine.plan import MemoryCapError
 from pruning.memory import free_memory
-from pruning.models.anatomy import Anatomy
+from pruning.models.anatomy import Anatomy, role_kind
 
 from .batches import Batch
 from .readers.loss import log_likelihood, tile_rows
 from .readers.signal import SIGNAL_SITES
 from .session import Session
-from .streams import DENSE, Stream, readable_neurons
+from .streams import DENSE, Stream, most_experts, readable_neurons
 
 #: Bytes taken by Python, torch, transformers, nnsight and a tokenizer before a model is loaded.
 _BASE = 800 << 20
@@ -198,6 +198,7 @@ class _Needs:
         layers = len(self.anatomy.blocks)
         rows = sum(len(batch.segments) for batch in stream.batches)
         a_model = layers * (rows * (self.anatomy.hidden_size * 4 + 128) + readable_neurons(self.anatomy) * 32)
+        a_model += layers * rows * most_experts(self.anatomy) * 4
         if stream.compares:
             return a_model * sum(model not in files for model in stream.models)
         return a_model if stream.models == (DENSE,) else 0
@@ -207,6 +208,10 @@ class _Needs:
         longest = max((batch.ids.shape[1] for batch in self._batches()), default=0)
         heads = int(self.anatomy.config.num_attention_heads)
         width = self.widest * 5 + self.anatomy.hidden_size * 6 + heads * longest
+        if most_experts(self.anatomy):  # each token passes through several
+            shapes = (self.anatomy.shape(*key) for key in self.anatomy if role_kind(key[1]) != key[1])
+            expert = max(outputs + inputs for outputs, inputs in shapes)
+            width += int(self.anatomy.config.num_experts_per_tok) * expert * 4
         return max((batch.ids.numel() for batch in self._batches()), default=0) * width * max(self.element, _FLOAT)
 
     def _scoring(self) -> int:

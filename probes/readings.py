@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Readings:
         Mean hidden state of each segment after each block, float32 ``[layers, segments, hidden]``.
     fired
         Number of tokens on which each MLP neuron fires, int32 ``[folds, layers, neurons]``, where segment i counts in
-        fold i mod :data:`probes.readers.firing.FOLDS`; no neurons in a mixture of experts.
+        fold i mod :data:`probes.readers.firing.FOLDS`. Those of expert e are number e · (neurons of an expert) and on;
+        blocks with fewer neurons than others have zeros after them.
     tokens
         Number of tokens counted in each segment, int64 ``[segments]``.
     nll
@@ -50,6 +51,15 @@ class Readings:
         sites of :data:`probes.readers.signal.SIGNAL_SITES`; NaN where a block lacks a site.
     error
         ``Σ‖x − x̂‖²`` between the dense model and this one, of the same shape; zero for the dense model itself.
+    routed
+        Number of tokens of each segment that are routed to each expert, int32 ``[segments, layers, experts]``; no
+        experts in a model without.
+    agreed
+        Number of a token's experts that the dense model chooses for it too, summed over tokens, int32 ``[segments,
+        layers]``; no layers in a model without experts.
+    neurons
+        Of a mixture of experts: neurons of each expert, and, last, those that all tokens pass through, int64 ``[layers,
+        experts + 1]``.
     """
 
     pooled: Tensor
@@ -60,9 +70,14 @@ class Readings:
     utf8_bytes: Tensor
     power: Tensor
     error: Tensor
+    routed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.int32))
+    agreed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int32))
+    neurons: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.int64))
 
     @classmethod
-    def empty(cls, segments: int, layers: int, hidden: int, neurons: int, path: Path | None = None) -> Readings:
+    def empty(
+        cls, segments: int, layers: int, hidden: int, neurons: int, path: Path | None = None, *, experts: int = 0
+    ) -> Readings:
         """Return empty readings to be filled in, in memory or in a new file at `path`.
 
         Raises
@@ -79,6 +94,9 @@ class Readings:
             "utf8_bytes": ("I64", (segments,)),
             "power": ("F64", (segments, layers, len(SIGNAL_SITES))),
             "error": ("F64", (segments, layers, len(SIGNAL_SITES))),
+            "routed": ("I32", (segments, layers, experts)),
+            "agreed": ("I32", (segments, layers if experts else 0)),
+            "neurons": ("I64", (layers if experts else 0, experts + 1)),
         }
         if path is None:
             arrays = {name: np.zeros(shape, dtype=_DTYPES[kind]) for name, (kind, shape) in shapes.items()}
@@ -91,6 +109,16 @@ class Readings:
     def pooled_at(self, layer: int) -> Tensor:
         """Return the mean hidden state of each segment after one block, float32 ``[segments, hidden]``."""
         return self.pooled[layer]
+
+    @property
+    def experts(self) -> int:
+        """Number of experts of a block, 0 in a model without."""
+        return self.routed.shape[2]
+
+    @property
+    def n_neurons(self) -> int:
+        """Number of neurons of all blocks."""
+        return int(self.neurons.sum()) if self.experts else self.fired[0].numel()
 
     @classmethod
     def open(cls, path: Path) -> Readings:

@@ -4,7 +4,8 @@ An *edit* replaces the value at a site; everything downstream sees the new value
 
 A *reader* (:mod:`probes.readers`) names the sites that it reads (the roles of every block, the MLP activation, the
 residual stream after a block, the final state) and reduces each value inside the trace. The model runs once, however
-many readers there are. Blocks that lack a site (the inside of experts, the gate of an MLP without one) are skipped.
+many readers there are. Blocks that lack a site (experts, the gate of an MLP without one) are skipped. At the site
+``routing`` readers get a :class:`probes.routing.Routed`, elsewhere tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import Parameter
 
 from pruning.engine.streams import Arguments, StackStarter
 from pruning.errors import ModelError
-from pruning.models.anatomy import Anatomy
+from pruning.models.anatomy import ROUTING, Anatomy
 from pruning.models.arithmetic import fast_float32
 from pruning.text.sources import Segment
 from pruning.variants.owner import DenseModel
@@ -30,6 +31,7 @@ from pruning.variants.owner import DenseModel
 from .batches import Batch, Batcher, Side
 from .readers.base import Reader
 from .readers.keep import Keep
+from .routing import Routed
 
 
 class Edit(Protocol):
@@ -161,10 +163,11 @@ class Session:
             for block in skipped:
                 block.skip(goes_on_from)
             for module, visits in wanted:
+                given = module.inputs if visits[0].inside_experts else None
                 before = module.output
                 output = before
                 for visit in visits:
-                    output = visit(output, batch)
+                    output = visit(output, batch, given)
                     if keep is not None and visit.site == "residual":
                         keep[visit.layer] = output
                 if output is not before:
@@ -255,9 +258,10 @@ class Session:
             block.trace(hidden, *arguments.positional, **arguments.named),
         ):
             for module, visits in wanted:
+                given = module.inputs if visits[0].inside_experts else None
                 output = module.output
                 for visit in visits:
-                    visit(output, batch)
+                    visit(output, batch, given)
         return after.values[layer, "residual"]
 
     def read_final(self, hidden: Tensor, batch: Batch, readers: Sequence[Reader]) -> None:
@@ -321,13 +325,38 @@ class _Visit:
     edits: list[Edit]
     dense: Mapping[str, Tensor]
 
-    def __call__(self, output: Any, batch: Batch) -> Any:
-        """Apply the edits, call the readers, and return the module's output."""
+    @property
+    def inside_experts(self) -> bool:
+        """Whether the value is in the arguments of the module of all experts, or made from them."""
+        return self.site == ROUTING or self.site.startswith("expert.")
+
+    def __call__(self, output: Any, batch: Batch, given: Any = None) -> Any:
+        """Apply the edits, call the readers, and return the module's output.
+
+        `given` are the module's positional and named arguments.
+        """
+        if self.inside_experts:
+            return self._inside(output, batch, Routed.of(self.anatomy, self.layer, given))
         value = output if self.site == "final" else self.anatomy.site(self.layer, self.site, output, batch.ids.shape)
         for edit in self.edits:
             value = edit.change(value, batch)
         if self.edits:
             output = self.anatomy.with_site(self.layer, self.site, output, value)
+        self._show(value, batch)
+        return output
+
+    def _inside(self, output: Tensor, batch: Batch, routed: Routed) -> Tensor:
+        """Show the readers how tokens are routed, or what one expert adds; and replace that."""
+        if self.site == ROUTING:
+            self._show(routed, batch)
+            return output
+        before = routed.contribution(int(self.site.partition(".")[2])).view(*batch.ids.shape, -1)
+        value = before
+        for edit in self.edits:
+            value = edit.change(value, batch)
+        self._show(value, batch)
+        return output + (value - before).view(output.shape) if self.edits else output
+
+    def _show(self, value: Any, batch: Batch) -> None:
         for reader in self.readers:
             reader.read(self.layer, self.site, value, batch, self.dense.get(self.site) if reader.compares else None)
-        return output

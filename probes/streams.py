@@ -17,9 +17,10 @@ from pruning.text.sources import Segment
 
 from .batches import Batch
 from .readers.base import Reader
-from .readers.firing import NeuronFiring
+from .readers.firing import NeuronFiring, neuron_places
 from .readers.hidden_states import PooledStates
 from .readers.loss import TokenLoss
+from .readers.routing import Choices, RouterChoices
 from .readers.signal import SIGNAL_SITES, SignalError, SignalPower
 from .readings import Readings
 from .scoring import ChoiceScores, Question, ScoreTable, question_batches
@@ -95,17 +96,21 @@ class HeldoutStream:
         self._anatomy = session.anatomy
         self.files = dict(files or {})
         self._utf8 = torch.tensor([session.batcher.bytes_predicted(segment) for segment in segments])
+        self._places = neuron_places(session.anatomy)
+        self._choices: Choices = {}
         self._readers: dict[str, list[Reader]] = {}
 
     def opened(self) -> AbstractContextManager[object]:
         """See :class:`Stream`."""
         anatomy = self._anatomy
         shape = (len(self._utf8), len(anatomy.blocks), anatomy.hidden_size, readable_neurons(anatomy))
+        experts = most_experts(anatomy)
         with ExitStack() as stack:  # if a file cannot be made, those made before it are removed
             for model in self.models:
                 path = stack.enter_context(whole_file(self.files[model])) if model in self.files else None
-                self.readings[model] = Readings.empty(*shape, path)
+                self.readings[model] = Readings.empty(*shape, path, experts=experts)
             stack.callback(self._readers.clear)
+            stack.callback(self._choices.clear)
             for model in self.models:
                 self._readers[model] = self._readers_of(model)
                 self._fill(self.readings[model])
@@ -120,7 +125,9 @@ class HeldoutStream:
         read = self.readings[model]
         readers: list[Reader] = [PooledStates(read.pooled), TokenLoss(read.nll, read.predicted, self._anatomy)]
         if read.fired.numel():
-            readers.append(NeuronFiring(read.fired))
+            readers.append(NeuronFiring(read.fired, self._places))
+        if read.experts:
+            readers.append(RouterChoices(read.routed, read.agreed, self._choices, reference=model == DENSE))
         if model == DENSE:
             return [*readers, SignalPower([one.power for one in self.readings.values()])]
         return [*readers, SignalError([read.error])]
@@ -128,6 +135,9 @@ class HeldoutStream:
     def _fill(self, read: Readings) -> None:
         """Fill in what does not depend on the model."""
         read.utf8_bytes[:] = self._utf8
+        for (layer, site), place in self._places.items() if read.experts else ():
+            kind, _, expert = site.partition(".")
+            read.neurons[layer, int(expert) if kind == "expert" else -1] = place.stop - place.start
         for batch in self.batches:
             read.tokens[list(batch.segments)] = batch.counted.sum(dim=1).long().cpu()
 
@@ -235,8 +245,21 @@ class _Scoring(Reader):
         self._stream.take(self._model, self._number, value)
 
 
+def most_experts(anatomy: Anatomy) -> int:
+    """Return the number of experts of the block with most, 0 in a model without experts."""
+    return max(anatomy.n_experts(layer) for layer in range(len(anatomy.blocks)))
+
+
 def readable_neurons(anatomy: Anatomy) -> int:
-    """Return the number of MLP neurons per block, 0 if they cannot be read in every block."""
+    """Return the number of MLP neurons per block, 0 if they cannot be read in every block.
+
+    In a mixture of experts, it is that of the block with most, those of all its experts together.
+    """
+    blocks = range(len(anatomy.blocks))
+    if most_experts(anatomy):
+        groups = [anatomy.neuron_groups(layer) for layer in blocks]
+        able = all(anatomy.experts(layer) is None or hasattr(anatomy.experts(layer), "act_fn") for layer in blocks)
+        return max(sum(own.values()) for own in groups) if able and all(groups) else 0
     if not all("activation" in anatomy.sites(layer) for layer in range(len(anatomy.blocks))):
         return 0
     try:

@@ -47,6 +47,8 @@ _TYPES: dict[str, pa.DataType] = {
     "quantile": pa.float64(),
     "dense_firing": pa.float64(),
     "neuron": pa.int32(),
+    "expert": pa.int32(),
+    "other_language": _WORD,
     "other_calibration": _WORD,
     "other_seed": pa.int32(),
     "contrast": _WORD,
@@ -69,6 +71,9 @@ RECIPE_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "scope
 VARIANT_COLUMNS = (*RECIPE_COLUMNS, "calibration", "seed")
 #: Category of a diagnosis of text, which has no items, and of one of all items together.
 TEXT, ALL = "text", "all"
+#: Tokens of a language that an expert must get for how often its neurons fire to be estimated: then the standard error
+#: is 0.05 at the most. Fewer make rare firing look specific to the languages in which it happened to be seen.
+FEWEST_ROUTED = 100
 _ESTIMATE = ("low", "high", "n")
 _TEST = ("draws", "df", "p_value", "p_adjusted")
 
@@ -121,6 +126,11 @@ _OVER_SHARE = "95 % Wilson interval at the effective number of items, templates 
 _OVER_CHANGE = "95 % interval of Agresti and Min at the effective number of items, templates as clusters"
 _OVER_TEMPLATES = "95 % BCa bootstrap interval over templates (fewer than 20: jackknife, t quantiles)"
 _JACKKNIFE = "95 % jackknife interval over held-out segments, translations left out together"
+_VARIATION = (
+    "total variation distance, ½ Σ|p − q|, between (estimated without the noise that would add to it: one half of the "
+    "segments says which experts have more, the other how much more; on average 0 where nothing differs)"
+)
+_MEAN_AND_JACKKNIFE = f"no layer: mean over layers; {_JACKKNIFE}"
 _DIAGNOSED = (
     "estimated_on: all questions, or one half of them, split by template; 95 % interval over templates (for text: over "
     "segments; empty where nothing varies)"
@@ -244,6 +254,30 @@ FRAMES: dict[str, FrameSpec] = {
             **_decoding("transferred", "its part in the dense model's subspace, by the dense model's own discriminant"),
         },
     ),
+    "routing": FrameSpec(
+        ("language", "other_language", "layer", "expert"),
+        {
+            "share": Metric(
+                "",
+                f"share of the top-k slots that go to this expert; a token that counts ({_COUNTED}) has k, one for "
+                f"each expert that it is routed to; {_OVER}",
+            ),
+            "shift": Metric(
+                "",
+                f"{_VARIATION} the shares of this model's experts and the dense model's, on the same tokens; "
+                f"{_MEAN_AND_JACKKNIFE}",
+            ),
+            "moved": Metric(
+                "",
+                "share of the top-k slots whose expert the dense model does not choose for the same token; no layer: "
+                f"mean over layers; {_OVER}",
+            ),
+            "language_distance": Metric(
+                "",
+                f"{_VARIATION} the shares of the experts in two languages; {_MEAN_AND_JACKKNIFE}",
+            ),
+        },
+    ),
     "mask_overlap": FrameSpec(
         ("layer", "role", "other_calibration", "other_seed", "shared_text"),
         {
@@ -266,10 +300,16 @@ FRAMES: dict[str, FrameSpec] = {
     "neurons": FrameSpec(
         ("language", "layer", "neuron"),
         {
-            "firing_probability": Metric("", f"share with a positive gate activation of the {_COUNTED}"),
+            "firing_probability": Metric(
+                "",
+                f"share with a positive gate activation of the {_COUNTED}; for a neuron of an expert, of those routed "
+                f"to it, if they are {FEWEST_ROUTED} or more. Neuron n of expert e has the number e · (neurons of an "
+                "expert) + n; those of a shared expert come last",
+            ),
             "lape": Metric(
                 "nat",
-                "entropy over languages of the normalised firing probabilities (no language); +inf if it never fires",
+                "entropy over languages of the normalised firing probabilities (no language); +inf if it never fires; "
+                "left out if a probability is unknown",
             ),
         },
         estimates=False,

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from probes import Readings
 from probes.readers.firing import FOLDS, fold_of
 
+from ..frames.schema import FEWEST_ROUTED
+
 Probabilities = Float[np.ndarray, "layers neurons languages"]
 
 #: A neuron counts for a language if it fires more often than this share of all neurons do in all languages.
@@ -32,27 +34,43 @@ class FiringCounts:
         Tokens on which each neuron fired, one ``[folds, layers, neurons]`` a language: those that were read, no copies.
     tokens
         Tokens that were counted, ``[languages, folds]``.
+    routed
+        Of a mixture of experts: those that reached each expert, all of them as the last but one, and none as the last,
+        one ``[folds, layers, experts + 2]`` a language.
+    owner
+        Which of these each neuron is to be counted by, ``[layers, neurons]``; the last: there is no such neuron.
     """
 
     languages: tuple[str, ...]
     fired: tuple[np.ndarray, ...]
     tokens: Int64[np.ndarray, "languages folds"]
+    routed: tuple[np.ndarray, ...] = ()
+    owner: np.ndarray | None = None
 
     @classmethod
     def of(cls, readings: Mapping[tuple[str, str], Readings], variant: str) -> FiringCounts:
         """Take the counts of one model from what was read of all."""
         languages = tuple(dict.fromkeys(language for _, language in readings))
         fired, tokens = [], np.zeros((len(languages), FOLDS), dtype=np.int64)
+        routed: list[np.ndarray] = []
+        owner = None
         for own, language in zip(tokens, languages, strict=True):
             read = readings[variant, language]
             fired.append(read.fired.numpy())
-            np.add.at(own, fold_of(torch.arange(len(read.tokens))).numpy(), read.tokens.numpy())
-        return cls(languages, tuple(fired), tokens)
+            folds = fold_of(torch.arange(len(read.tokens))).numpy()
+            np.add.at(own, folds, read.tokens.numpy())
+            if read.experts:
+                routed.append(_routed(read, folds, own))
+                owner = _owners(read.neurons.numpy(), read.fired.shape[2])
+        return cls(languages, tuple(fired), tokens, tuple(routed), owner)
 
     def probabilities(
         self, folds: Sequence[int] = range(FOLDS), layers: slice | Sequence[int] = slice(None)
     ) -> Probabilities:
         """Return the share of tokens on which each neuron fires, by language, on some folds of the text.
+
+        For neurons of experts, it is the share of the tokens that were routed there, and nan if they were fewer than
+        :data:`analysis.frames.schema.FEWEST_ROUTED` in a language.
 
         Parameters
         ----------
@@ -62,10 +80,43 @@ class FiringCounts:
             Blocks that are wanted; all by default.
         """
         shares = [
-            sum(fired[fold][layers] for fold in folds) / tokens[list(folds)].sum()
-            for fired, tokens in zip(self.fired, self.tokens, strict=True)
+            sum(fired[fold][layers] for fold in folds) / self._reached(i, list(folds), layers)
+            for i, fired in enumerate(self.fired)
         ]
         return np.stack(shares, axis=-1)
+
+    def _reached(self, language: int, folds: list[int], layers: slice | Sequence[int]) -> np.ndarray | np.int64:
+        """Return the tokens that reached each neuron, or every neuron; nan where they are too few."""
+        if self.owner is None:
+            return self.tokens[language][folds].sum()
+        found = self.routed[language][folds].sum(axis=0)[layers].astype(np.float64)
+        experts = found[:, :-2]
+        experts[experts < FEWEST_ROUTED] = np.nan
+        found[:, -1] = np.nan
+        return np.take_along_axis(found, self.owner[layers], axis=1)
+
+
+def _routed(read: Readings, folds: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the tokens that reached each expert, all, and none, by fold and block."""
+    _, layers, experts = read.routed.shape
+    found = np.zeros((FOLDS, layers, experts + 2), dtype=np.int64)
+    np.add.at(found[..., :experts], folds, read.routed.numpy())
+    found[..., experts] = tokens[:, None]
+    return found
+
+
+def _owners(neurons: Int64[np.ndarray, "layers groups"], most: int) -> np.ndarray:
+    """Return the group that each neuron belongs to; blocks that have fewer than `most` are filled up."""
+    layers, groups = neurons.shape
+    owner = np.full((layers, most), groups)
+    for own, sizes in zip(owner, neurons, strict=True):
+        own[: sizes.sum()] = np.repeat(np.arange(groups), sizes)
+    return owner
+
+
+def estimated(probabilities: Float[np.ndarray, "*neurons languages"]) -> Bool[np.ndarray, "*neurons"]:
+    """Return which neurons have a firing probability in every language; the others have no LAPE."""
+    return ~np.isnan(probabilities).any(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -87,7 +138,8 @@ class Selection:
 def entropy(probabilities: Float[np.ndarray, "*neurons languages"]) -> Float[np.ndarray, "*neurons"]:
     """Return LAPE: the entropy in nats of each neuron's firing probabilities, normalised over languages.
 
-    A neuron that never fires has no distribution; its entropy is +inf, so that it is never taken for specific.
+    A neuron that never fires has no distribution; its entropy is +inf, so that it is never taken for specific. One with
+    an unknown probability (nan) in a language has none: entropies over fewer languages are lower, and not comparable.
 
     Examples
     --------
@@ -98,7 +150,8 @@ def entropy(probabilities: Float[np.ndarray, "*neurons languages"]) -> Float[np.
     total = ordered.sum(axis=-1)
     share = ordered / np.where(total > 0, total, 1)[..., None]
     logs = np.log(share, out=np.zeros_like(share), where=share > 0)
-    return np.where(total > 0, np.maximum(-(share * logs).sum(axis=-1), 0.0), np.inf)
+    found = np.where(total > 0, np.maximum(-(share * logs).sum(axis=-1), 0.0), np.inf)
+    return np.where(np.isnan(total), np.nan, found)
 
 
 def select(
@@ -111,19 +164,23 @@ def select(
 
     The threshold is the k-th smallest of all probabilities, k = round(quantile · their number). Of all neurons,
     round(share · their number) with the lowest entropy are selected, those left out that exceed the threshold in
-    no language; ties go by position. Each belongs to every language in which it exceeds the threshold.
+    no language; ties go by position. Each belongs to every language in which it exceeds the threshold. Neurons without
+    a probability in some language (nan) are left out of all of this.
     """
-    threshold = firing_threshold(probabilities, threshold_quantile)
-    above = probabilities > threshold
+    known = estimated(probabilities)
+    threshold = firing_threshold(probabilities if known.all() else probabilities[known], threshold_quantile)
+    above = (probabilities > threshold) & known[..., None]
     scores = np.where(above.any(axis=-1), entropy(probabilities), np.inf).ravel()
-    wanted = np.argsort(scores, kind="stable")[: selection_size(scores.size, selected_share)]
+    wanted = np.argsort(scores, kind="stable")[: selection_size(int(known.sum()), selected_share)]
     chosen = np.zeros(scores.size, dtype=bool)
     chosen[wanted[np.isfinite(scores[wanted])]] = True
     return Selection(above & chosen.reshape(above.shape[:2])[..., None], threshold)
 
 
 def firing_threshold(probabilities: np.ndarray, quantile: float = THRESHOLD_QUANTILE) -> float:
-    """Return the firing probability above which a neuron counts for a language: a quantile of all of them."""
+    """Return the firing probability above which a neuron counts for a language: a quantile of all; of none, +inf."""
+    if not probabilities.size:
+        return np.inf
     k = max(round(quantile * probabilities.size), 1) - 1
     return float(np.partition(probabilities.ravel(), k)[k])
 

@@ -2,7 +2,11 @@
 
 All functions take what was read of all models, open one model at a time and keep only what their frame needs. Of one
 model with 32 blocks of 14336 neurons in seven languages that is 103 MB of counts and as much again while it is worked
-on, however many variants there are.
+on, however many variants there are; of eight such experts a block, eight times as much.
+
+The firing probability of an expert's neurons is a share of the tokens routed to it. Where these are too few in some
+language (:data:`analysis.frames.schema.FEWEST_ROUTED`), its neurons have no LAPE and are not selected: that a language
+hardly uses an expert is seen in the frame ``routing``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,16 @@ from probes import DENSE, Readings
 from probes.readers.firing import FOLDS
 
 from ..frames import tidy
-from .firing import FiringCounts, Probabilities, Selection, entropy, firing_threshold, select, selection_size
+from .firing import (
+    FiringCounts,
+    Probabilities,
+    Selection,
+    entropy,
+    estimated,
+    firing_threshold,
+    select,
+    selection_size,
+)
 
 __all__ = [
     "FiringCounts",
@@ -77,11 +90,11 @@ def neurons(
             "neuron": np.tile(np.arange(count), len(wanted)),
         }
         rows += [
-            {**place, "language": language, "metric": "firing_probability", "value": probabilities[..., i].ravel()}
+            _known(place, {"language": language, "metric": "firing_probability"}, probabilities[..., i])
             for i, language in enumerate(counts.languages)
             if languages is None or language in languages
         ]
-        rows.append({**place, "metric": "lape", "value": entropy(probabilities).ravel()})
+        rows.append(_known(place, {"metric": "lape"}, entropy(probabilities)))
     return tidy("neurons", rows)
 
 
@@ -93,7 +106,8 @@ def analyze(
 
     Quantiles are each model's own, so both questions are answered: does the dense set still fire in the pruned model
     (``still_firing``, at the dense model's threshold), and which neurons would be selected now (``kept, lost,
-    gained``)? Both frames are empty for a mixture of experts, whose neurons are not read.
+    gained``)? Both frames are empty if no neuron has a firing probability in every language. A neuron whose expert a
+    pruned model no longer uses enough is neither kept nor still firing.
 
     Parameters
     ----------
@@ -104,7 +118,10 @@ def analyze(
     """
     if not _were_read(readings):
         return tidy("language_neurons", []), tidy("neuron_selection", [])
-    before = select(FiringCounts.of(readings, DENSE).probabilities())
+    dense = FiringCounts.of(readings, DENSE).probabilities()
+    if not estimated(dense).any():
+        return tidy("language_neurons", []), tidy("neuron_selection", [])
+    before = select(dense)
     sets, checks = [], []
     for variant in _variants(readings):
         counts = FiringCounts.of(readings, variant)
@@ -140,6 +157,8 @@ def distributions(
     if not _were_read(readings):
         return tidy("neuron_entropy", []), tidy("neuron_shift", [])
     dense = FiringCounts.of(readings, DENSE).probabilities()
+    if not estimated(dense).any():
+        return tidy("neuron_entropy", []), tidy("neuron_shift", [])
     specific = select(dense).members
     entropies, shifts = [], []
     for variant in _variants(readings):
@@ -163,13 +182,20 @@ def distributions(
 def _shift(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return log2 of the ratio of mean firing probabilities, in bins of the probability before, and their middles."""
     bins = np.digitize(before, _BINS) - 1
-    inside = (bins >= 0) & (bins < len(_BINS) - 1)
+    inside = (bins >= 0) & (bins < len(_BINS) - 1) & ~np.isnan(before) & ~np.isnan(after)
     number, old, new = (
         np.bincount(bins[inside], weights, minlength=len(_BINS) - 1)
         for weights in (None, before[inside], after[inside])
     )
     there = (number >= _FEW) & (new > 0)
     return np.sqrt(_BINS[1:] * _BINS[:-1])[there], np.log2(new[there] / old[there])
+
+
+def _known(place: Mapping[str, Any], row: Mapping[str, Any], values: np.ndarray) -> dict[str, Any]:
+    """Return rows for the values that are known; those of columns are picked likewise."""
+    known = ~np.isnan(values).ravel()
+    picked = {name: own[known] if isinstance(own, np.ndarray) else own for name, own in place.items()}
+    return {**picked, **row, "value": values.ravel()[known]}
 
 
 def _variants(readings: Mapping[tuple[str, str], Readings]) -> list[str]:
@@ -191,7 +217,7 @@ def _check(
     for metric, value in whole.items():
         yield {"metric": metric, "value": value}
     halves = [select(counts.probabilities(range(which, FOLDS, 2))).members for which in (0, 1)]
-    total = chosen.size
+    total = int(estimated(probabilities).sum())
     for i, language in enumerate(counts.languages):
         dense, now = before.members[..., i], after.members[..., i]
         one, other = halves[0][..., i], halves[1][..., i]
@@ -215,13 +241,19 @@ def _selected_by_chance(counts: FiringCounts, highest: float) -> dict[str, float
     owner, fold = np.nonzero(counts.tokens)
     fired = np.stack([counts.fired[i][f].ravel() for i, f in zip(owner, fold, strict=True)]).astype(np.float32)
     read = counts.tokens[owner, fold].astype(np.float32)
+    routed, group = read[:, None], slice(None)
+    if counts.owner is not None:  # tokens that reached each expert of each block, and the one that a neuron belongs to
+        known = estimated(counts.probabilities()).ravel()
+        routed = np.stack([counts.routed[i][f].ravel() for i, f in zip(owner, fold, strict=True)]).astype(np.float32)
+        places = counts.owner + counts.routed[0].shape[2] * np.arange(len(counts.owner))[:, None]
+        fired, group = fired[:, known], places.ravel()[known]
     samples = [np.flatnonzero(owner == i).astype(np.float64) for i in range(len(counts.languages))]
 
     def reached(*dealt: np.ndarray) -> float:
         weights = np.zeros((len(dealt), len(read)), dtype=np.float32)
         for language, chosen in enumerate(dealt):
             weights[language, chosen.astype(np.int64)] = 1
-        probabilities = (weights @ fired) / (weights @ read)[:, None]
+        probabilities = (weights @ fired) / np.maximum(weights @ routed, 1)[:, group]
         able = probabilities[:, (probabilities > firing_threshold(probabilities)).any(axis=0)]
         return float((entropy(able.T) <= highest).sum())
 

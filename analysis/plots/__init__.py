@@ -6,7 +6,19 @@ Every function takes a frame, the recipe whose variants it shows (one of :func:`
 
 from __future__ import annotations
 
-from . import accuracy, contrasts, geometry, lape, lsar, mask_overlap, perplexity, recovery, signal, task_contrasts
+from . import (
+    accuracy,
+    contrasts,
+    geometry,
+    lape,
+    lsar,
+    mask_overlap,
+    perplexity,
+    recovery,
+    routing,
+    signal,
+    task_contrasts,
+)
 from .style import COLUMN_WIDTH, PAGE_WIDTH, colour, save
 
 __all__ = [
@@ -21,6 +33,7 @@ __all__ = [
     "mask_overlap",
     "perplexity",
     "recovery",
+    "routing",
     "save",
     "signal",
     "task_contrasts",

@@ -17,6 +17,7 @@ from .. import plots
 from ..frames import ALL, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap, recovery
 from ..metrics.contrasts import OTHERS
+from ..metrics.firing import FEWEST_ROUTED
 from ..metrics.recovery_frame import named_causes
 from ..stats.crossed import OWN_VARIANCE
 
@@ -110,6 +111,15 @@ def study_figures(frames: Frames, facts: ReportFacts) -> Iterator[ReportFigure]:
         "are not comparable between languages; bits per byte are.",
         lambda: plots.perplexity.all_models(frames["perplexity"]),
     )
+    if (frames["routing"]["metric"] == "language_distance").any():
+        yield ReportFigure(
+            ALL_MODELS,
+            "routing-languages",
+            "How far two languages are apart by the experts that they use in the dense model: total variation distance "
+            "between their shares of the tokens' top-k slots, mean over layers; 0: the same experts equally often, 1: "
+            f"no expert in common. Noise adds nothing to it on average. On {text}.",
+            lambda: plots.routing.languages(frames["routing"]),
+        )
     for recipe in recipes_of(frames["signal"]):
         for name, caption, draw in _of_recipe(frames, facts, recipe, text):
             yield ReportFigure(section_of(recipe), f"{name}-{labels.recipe_slug(recipe)}", caption, draw)
@@ -273,18 +283,33 @@ def _of_recipe(
                 "keep, by layer for each role; 1: identical direction, 0: unrelated.",
                 drawing(plots.mask_overlap.roles, "mask_overlap", metric="correction_cosine"),
             )
+    if len(of_recipe(frames["routing"], recipe)):
+        yield (
+            "routing",
+            "Router's choices in the pruned model, mean over layers. Left: share of the top-k slots whose expert the "
+            "dense model does not choose for the same token. Right: total variation distance between the shares of "
+            "the experts before and after; 0 if every expert is used as often as before, by whichever tokens. On "
+            f"{text}.",
+            drawing(plots.routing.matrix, "routing"),
+        )
+        yield (
+            "routing-layers",
+            "The same distance by layer. Bands: 95 % jackknife intervals over segments. The frame routing also holds "
+            "each expert's share.",
+            drawing(plots.routing.layers, "routing"),
+        )
     chosen = of_recipe(frames["neuron_selection"], recipe)
     if (chosen["metric"] == "kept_share").any():
         yield (
             "neurons-kept",
             "LAPE: share of the dense model's language-specific neurons that are selected again in the pruned model. "
             f"Language-specific are the 1 % of all {facts.neurons:,} MLP neurons whose firing has the lowest entropy "
-            "over languages; each counts for every language in which it fires above the 95 % quantile. Bottom rows: "
-            "the share that the dense model itself selects again on the other half of the text, which is the ceiling, "
-            f"and chance. Firing counted on {text}.",
+            "over languages; each counts for every language in which it fires above the 95 % quantile. "
+            f"{_experts(frames)}Bottom rows: the share that the dense model itself selects again on the other half of "
+            f"the text, which is the ceiling, and chance. Firing counted on {text}.",
             drawing(plots.lape.kept, "neuron_selection"),
         )
-    if facts.neurons:
+    if len(frames["language_neurons"]):
         yield (
             "neurons-layers",
             "Language-specific neurons by layer: those of the dense model that are kept and lost, those gained, and "
@@ -297,6 +322,7 @@ def _of_recipe(
             "the dense model, where the language-specific neurons lie.",
             drawing(plots.lape.entropy, "neuron_entropy"),
         )
+    if len(of_recipe(frames["neuron_shift"], recipe)):
         yield (
             "neurons-shift",
             "Change in firing probability after pruning, by firing probability in the dense model, for its "
@@ -304,6 +330,16 @@ def _of_recipe(
             "maximum.",
             drawing(plots.lape.shift, "neuron_shift"),
         )
+
+
+def _experts(frames: Frames) -> str:
+    """Say which neurons of experts are left out."""
+    if not len(frames["routing"]):
+        return ""
+    return (
+        f"Neurons of experts fire on a share of the tokens routed to them; those of experts that get fewer than "
+        f"{FEWEST_ROUTED} tokens of some language are left out. "
+    )
 
 
 def _few_draws(rows: pd.DataFrame) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from .catalogue import ALL_MODELS, Frames, section_of
 from .geometry import geometry_of_dense, geometry_of_recipe
+from .routing import routing_of_dense, routing_of_recipe
 
 
 def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
@@ -39,7 +40,8 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
     after = (
         f"Pruning multiplies perplexity by {', '.join(factors)}; geometric means over languages and calibration sets."
     )
-    yield ALL_MODELS, [before, after, *_knowledge(frames["subspaces"]), *geometry_of_dense(frames["geometry"])]
+    dense_only = (_knowledge(frames["subspaces"]), geometry_of_dense(frames["geometry"]))
+    yield ALL_MODELS, [before, after, *chain(*dense_only, routing_of_dense(frames["routing"]))]
     for recipe in recipes_of(perplexity):
         sentences = [sentence for part in _PARTS for sentence in part(frames, recipe)]
         yield section_of(recipe), sentences
@@ -249,7 +251,16 @@ def _significance(row: Mapping[Any, Any]) -> str:
     return f"{'' if row['p_adjusted'] < SIGNIFICANT else 'not '}significant, p = {row['p_adjusted']:.2g}"
 
 
-_PARTS = (_text_matters, _questions, _between_categories, _where_the_damage_is, geometry_of_recipe, _masks, _neurons)
+_PARTS = (
+    _text_matters,
+    _questions,
+    _between_categories,
+    _where_the_damage_is,
+    geometry_of_recipe,
+    _masks,
+    routing_of_recipe,
+    _neurons,
+)
 
 
 def _own_language_best(rows: pd.DataFrame, *, lowest: bool) -> tuple[int, int]:

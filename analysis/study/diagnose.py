@@ -288,10 +288,13 @@ class Diagnosis:
         return [(own - other).numpy() for own, other in zip(dense.pooled, pruned.pooled, strict=True)]
 
     def _language_neurons(self) -> tuple[dict[int, list[int]], np.ndarray | None]:
-        """Return the dense model's neurons that are specific to the language (LAPE), by block, and all firing rates."""
+        """Return the dense model's neurons that are specific to the language (LAPE), by block, and all firing rates.
+
+        None in a mixture of experts, where they are not patched.
+        """
         counts = firing.FiringCounts.of(stored_readings(self.context, [DENSE]), DENSE)
         probabilities = counts.probabilities()
-        if not probabilities.size:
+        if not probabilities.size or counts.owner is not None:
             return {}, None
         language = counts.languages.index(self.request.language)
         members = firing.select(probabilities).members[..., language]

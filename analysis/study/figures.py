@@ -101,7 +101,7 @@ def report_facts(context: Context) -> ReportFacts:
         skip_first=study.evaluation.skip_first,
         heldout_tokens={lang: int(own.tokens.sum()) for lang, own in read.items()},
         blocks=context.model.facts.blocks,
-        neurons=int(next(iter(read.values())).fired[0].numel()),
+        neurons=next(iter(read.values())).n_neurons,
         versions=versions(),
     )
 

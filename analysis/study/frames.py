@@ -13,7 +13,18 @@ from pruning.code_version import code_version
 from pruning.files import content_sha256
 
 from ..frames import joined, read_frame, write_frame
-from ..metrics import accuracy, contrasts, geometry, lape, lsar, mask_overlap, perplexity, signal, task_contrasts
+from ..metrics import (
+    accuracy,
+    contrasts,
+    geometry,
+    lape,
+    lsar,
+    mask_overlap,
+    perplexity,
+    routing,
+    signal,
+    task_contrasts,
+)
 from . import benchmark
 from .context import Context
 from .read import (
@@ -157,6 +168,10 @@ def _mask_overlap(context: Context) -> Analyzed:
     return {"mask_overlap": joined("mask_overlap", parts)}
 
 
+def _routing(context: Context) -> Analyzed:
+    return {"routing": routing.analyze(_readings(context), context.variants.columns())}
+
+
 def _neurons(context: Context) -> Analyzed:
     by_language, selection = lape.analyze(_readings(context), context.variants.columns())
     return {"language_neurons": by_language, "neuron_selection": selection}
@@ -202,6 +217,7 @@ _ANALYSES: dict[tuple[str, ...], Callable[[Context], Analyzed]] = {
     ("subspaces",): _subspaces,
     ("geometry",): _geometry,
     ("mask_overlap",): _mask_overlap,
+    ("routing",): _routing,
     ("language_neurons", "neuron_selection"): _neurons,
     ("neuron_entropy", "neuron_shift"): _distributions,
     ("contrasts",): _contrasts,

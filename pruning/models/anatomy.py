@@ -1,8 +1,9 @@
 """The parts of a loaded model by canonical names, whatever its architecture.
 
 The rest of prunescope uses *roles* (the projections, :data:`ROLES`) and *sites* (the roles, the MLP ``activation``, the
-``residual`` stream after a block and the ``final`` normed state); only this file and :mod:`pruning.models.layouts` know
-the attribute paths and storage behind them.
+``residual`` stream after a block and the ``final`` normed state; of experts also :data:`ROUTING`, what each adds to the
+stream, ``"expert.3"``, and what all add, :data:`EXPERTS`); only this file and :mod:`pruning.models.layouts` know the
+attribute paths and storage behind them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,29 @@ from .layouts import (
 )
 from .streaming import Streamed, residence_of
 
-__all__ = ["ROLES", "Anatomy", "InputGroup", "Stack", "role_kind", "supported_architectures"]
+__all__ = [
+    "EXPERTS",
+    "ROLES",
+    "ROUTING",
+    "Anatomy",
+    "InputGroup",
+    "Stack",
+    "expert_site",
+    "role_kind",
+    "supported_architectures",
+]
+
+#: Sites of a block with experts: what they are given, and the sum of what they add to the stream.
+ROUTING, EXPERTS = "routing", "experts"
+
+
+def expert_site(expert: int) -> str:
+    """Return the site of what one expert adds to the stream.
+
+    >>> expert_site(3)
+    'expert.3'
+    """
+    return f"expert.{expert}"
 
 
 @dataclass(frozen=True)
@@ -333,6 +356,20 @@ class Anatomy:
         block = self._blocks[layer]
         return self.module(layer, block.experts.path) if block.experts is not None and block.n_experts else None
 
+    def expert_activation(
+        self, layer: int, expert: int, x: Float[Tensor, "tokens inputs"]
+    ) -> Float[Tensor, "tokens neurons"]:
+        """Return ``act(gate(x))`` of one expert with its current weights: positive where its neurons fire."""
+        experts: Any = self.experts(layer)
+        activation: Tensor = experts.act_fn(linear(x, self._view(layer, f"gate.{expert}")))
+        return activation
+
+    def expert_output(
+        self, layer: int, expert: int, x: Float[Tensor, "tokens inputs"]
+    ) -> Float[Tensor, "tokens inputs"]:
+        """Return the output of one expert with its current weights, before the router's weight."""
+        return linear(self.expert_inner(layer, expert, x), self._view(layer, f"down.{expert}"))
+
     def expert_inner(
         self, layer: int, expert: int, x: Float[Tensor, "tokens inputs"]
     ) -> Float[Tensor, "tokens neurons"]:
@@ -348,15 +385,43 @@ class Anatomy:
     def sites(self, layer: int) -> tuple[str, ...]:
         """Return the sites of one block, in order of execution.
 
-        These are its roles, the MLP's ``activation`` and the ``residual`` stream after the block; nothing inside
-        experts.
+        These are its roles outside experts, the ``activation`` of its MLP (or ``shared_activation``, of its shared
+        expert), and the ``residual`` stream after the block; before that, of experts, :data:`ROUTING`, what each adds,
+        and :data:`EXPERTS`.
         """
-        return (*self._blocks[layer].sites, "residual")
+        block = self._blocks[layer]
+        inside = (ROUTING, *map(expert_site, range(block.n_experts)), EXPERTS) if block.n_experts else ()
+        return (*block.sites, *inside, "residual")
 
     def path(self, layer: int, site: str) -> str:
-        """Return the attribute path, from the model's root, of the module whose output contains `site`."""
+        """Return the attribute path, from the model's root, of the module whose output contains `site`.
+
+        That of :data:`ROUTING` is in the arguments of the module.
+        """
         block = self._blocks[layer]
-        return block.path if site == "residual" else f"{block.path}.{path_of(block.sites[site])}"
+        if site == "residual":
+            return block.path
+        if site in block.sites:
+            return f"{block.path}.{path_of(block.sites[site])}"
+        assert block.experts is not None
+        return f"{block.path}.{block.experts.path}"
+
+    def n_experts(self, layer: int) -> int:
+        """Return the number of experts of a block, 0 if it has none."""
+        return self._blocks[layer].n_experts
+
+    def neuron_groups(self, layer: int) -> dict[str, int]:
+        """Return how many neurons the MLPs of a block have, by site, in the order in which they are numbered.
+
+        The neurons of expert 0 come first, then those of expert 1 and so on; those that every token passes through (the
+        shared expert's, or the MLP's in a block without experts) come last, under the site of their activation.
+        """
+        block = self._blocks[layer]
+        groups = {expert_site(e): self.shape(layer, f"gate.{e}")[0] for e in range(block.n_experts)}
+        for site, role in (("shared_activation", "shared_up"), ("activation", "up")):
+            if site in block.sites:
+                groups[site] = self.shape(layer, role)[0]
+        return groups
 
     def site(self, layer: int, site: str, value: Any, shape: Sequence[int] | None = None) -> Tensor:
         """Extract one site's values, ``[batch, tokens, width]``, from the output of the module at its path.

@@ -112,7 +112,7 @@ class Layout:
     sites
         Every role and the MLP's ``activation`` (whose sign tells whether a neuron fires), in order of execution, to a
         module's path below a block or a part of a fused module. An MLP without ``gate`` has only ``up`` and ``down``.
-        Blocks with experts have the ``shared_*`` roles, those without have ``gate``, ``up`` and ``down``.
+        Blocks with experts have the ``shared_*`` sites, others ``gate``, ``activation``, ``up`` and ``down``.
     experts
         Where a mixture of experts stores its experts, which run last in their block.
     transposed
@@ -137,7 +137,7 @@ class Layout:
     def sites_of(self, block: nn.Module) -> dict[str, str | Fused]:
         """Return the sites that this block has."""
         sparse = self.experts_of(block) is not None
-        absent = {"gate", "activation", "up", "down"} if sparse else {"shared_gate", "shared_up", "shared_down"}
+        absent = {"gate", "activation", "up", "down"} if sparse else _SHARED.keys()
         return {site: place for site, place in self.sites.items() if site not in absent}
 
     def experts_of(self, block: nn.Module) -> nn.Module | None:
@@ -149,6 +149,7 @@ _ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.
 _GATED = {"gate": "mlp.gate_proj", "activation": "mlp.act_fn", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 _SHARED = {
     "shared_gate": "mlp.shared_expert.gate_proj",
+    "shared_activation": "mlp.shared_expert.act_fn",
     "shared_up": "mlp.shared_expert.up_proj",
     "shared_down": "mlp.shared_expert.down_proj",
 }

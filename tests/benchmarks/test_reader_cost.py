@@ -5,8 +5,10 @@ PRUNESCOPE_BENCH_ROUNDS   how often everything is timed (7)
 
 from __future__ import annotations
 
+import pytest
 import torch
 from benchmarks.harness import number, paired_ratios, report
+from conftest import tiny_model, tiny_tokenizer
 
 from probes import DENSE, FittingStream, HeldoutStream, Session, plan_reading, read_streams
 from pruning import Corpus, Recipe, load_model, prune, text_source
@@ -51,3 +53,39 @@ def test_lockstep_reading_over_plain_forward_passes(capsys):
         print(f"\n{tokens} tokens in {len(batches)} batches, median of {rounds} pairs (lowest to highest)")
         report("all readers of three models in lockstep / three forward passes with logits", whole)
         report("pooled states / forward pass without the head", inner)
+
+
+class WithoutExperts(HeldoutStream):
+    """Reads everything but what goes on inside experts."""
+
+    def readers(self, model, batch):
+        return [reader for reader in super().readers(model, batch) if "routing" not in reader.sites]
+
+
+@pytest.mark.parametrize(("kind", "experts", "chosen", "neurons"), [("mixtral", 8, 2, 3584), ("qwen3_moe", 64, 8, 384)])
+def test_reading_experts_over_reading_all_else(kind, experts, chosen, neurons, capsys):
+    """Random mixtures of four blocks, a quarter as wide as Mixtral-8x7B and half as wide as Qwen3-30B-A3B."""
+    number_of = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}[kind]
+    model = tiny_model(
+        kind,
+        hidden_size=1024,
+        num_attention_heads=8,
+        head_dim=128,
+        num_hidden_layers=4,
+        num_experts_per_tok=chosen,
+        mlp_only_layers=[],
+        **{number_of: experts, "intermediate_size": neurons, "moe_intermediate_size": neurons},
+    )
+    source = text_source("bundled")
+    segments = Corpus(source, source, source).take("heldout", "en", 24)
+    session = Session(model, tiny_tokenizer())
+
+    def read(kind: type[HeldoutStream]) -> None:
+        stream = kind(session, segments, [])
+        read_streams(session, [stream], {}, plan_reading(session, [stream], trial=False))
+
+    rounds = number("ROUNDS", 7)
+    ratios = paired_ratios(lambda: read(HeldoutStream), lambda: read(WithoutExperts), rounds)
+    assert min(ratios) > 0
+    with capsys.disabled():
+        report(f"{kind}: reading with routing and firing inside experts / without", ratios)

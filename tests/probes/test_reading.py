@@ -100,9 +100,9 @@ def test_sums_are_there_for_the_sites_that_a_model_has(make_model, decoder, toke
                 assert (own == 0).all()
             else:
                 assert torch.stack([power, error, own]).isnan().all()
-    experts = decoder in ("mixtral", "qwen2_moe", "qwen3_moe")
-    assert readings[DENSE].fired.shape == (FOLDS, 3, 0 if experts else 128 if decoder == "bloom" else 48)
-    assert readings[DENSE].fired.sum() > 0 or experts
+    neurons = {"bloom": 128, "mixtral": 4 * 48, "qwen2_moe": 4 * 24 + 40, "qwen3_moe": 4 * 24}
+    assert readings[DENSE].fired.shape == (FOLDS, 3, neurons.get(decoder, 48))
+    assert readings[DENSE].fired.sum() > 0
 
 
 def test_activations_that_were_kept_are_those_that_were_read(make_model, decoder, tokenizer, segments):

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from probes import NeuronFiring, PooledStates, Reader, Session, TokenLoss
-from probes.readers.firing import FOLDS
+from probes.readers.firing import FOLDS, neuron_places
 from pruning import Segment
 from pruning.errors import ModelError, TextError
 from pruning.models.anatomy import ROLES
@@ -19,7 +19,7 @@ from pruning.models.arithmetic import fast_float32
 class Recorder(Reader):
     """Keeps everything: what the probes see."""
 
-    sites = frozenset({*ROLES, "activation", "residual", "final"})
+    sites = frozenset({*ROLES, "activation", "shared_activation", "experts", "residual", "final"})
 
     def __init__(self):
         self.seen = {}
@@ -37,7 +37,12 @@ def token_loss(segments, session):
 def hooked(model, anatomy, batch):
     """What plain PyTorch hooks see of the same modules in an ordinary forward pass."""
     seen, handles = {}, []
-    places = {(layer, site): anatomy.path(layer, site) for layer in range(3) for site in anatomy.sites(layer)}
+    places = {
+        (layer, site): anatomy.path(layer, site)
+        for layer in range(3)
+        for site in anatomy.sites(layer)
+        if site != "routing" and not site.startswith("expert.")  # no module has them for output
+    }
     places[3, "final"] = anatomy.final_norm_path
 
     def hook(key):
@@ -96,7 +101,9 @@ def test_pooled_states_and_firing_counts_equal_sums_over_hooked_values(make_mode
     seen = hooked(session.model, session.anatomy, batch)
     active = [layer for layer in range(3) if (layer, "activation") in seen]
     pooled = PooledStates(torch.zeros(3, len(segments), 32))
-    firing = NeuronFiring(torch.zeros(FOLDS, 3, 128 if decoder == "bloom" else 48, dtype=torch.int32))
+    places = neuron_places(session.anatomy)
+    neurons = max(place.stop for place in places.values())
+    firing = NeuronFiring(torch.zeros(FOLDS, 3, neurons, dtype=torch.int32), places)
     session.read(batch, [pooled, firing])
     for row, index in enumerate(batch.segments):
         counted = batch.counted[row].bool()
@@ -105,10 +112,11 @@ def test_pooled_states_and_firing_counts_equal_sums_over_hooked_values(make_mode
     assert active == {"mixtral": [], "qwen2_moe": [0], "qwen3_moe": [1]}.get(decoder, [0, 1, 2])
     for layer in active:
         fired = (seen[layer, "activation"][batch.counted.bool()] > 0).sum(dim=0)
-        assert torch.equal(firing.fired[:, layer].sum(dim=0), fired)
+        counts = firing.fired[:, layer, places[layer, "activation"]]
+        assert torch.equal(counts.sum(dim=0), fired)
         for row, index in enumerate(batch.segments):  # fewer segments than folds: each has one of its own
             alone = (seen[layer, "activation"][row, batch.counted[row].bool()] > 0).sum(dim=0)
-            assert torch.equal(firing.fired[index, layer].long(), alone)
+            assert torch.equal(counts[index].long(), alone)
 
 
 def test_two_sessions_of_one_model_read_the_same(make_model, decoder, tokenizer, segments):

@@ -176,3 +176,106 @@ def test_distributions_are_those_of_all_neurons_that_fire():
     assert set(frequent["language"]) == set("abcd")
     assert frequent["value"].to_numpy() == pytest.approx(1, abs=0.02)  # twice as often
     assert (shifts["method"] == "wanda").all()
+
+
+# -- experts -------------------------------------------------------------------------------------------------------------
+
+
+def expert_reading(rates: np.ndarray, routed: np.ndarray, seed: int, segments: int = 16) -> Readings:
+    """What is read of experts of 500 neurons that fire with these rates, ``[layers, neurons]``.
+
+    Each segment sends ``routed`` tokens ``[layers, experts]`` to them.
+    """
+    rng = np.random.default_rng(seed)
+    layers, experts = routed.shape
+    reached = np.repeat(routed, 500, axis=1) * (segments // FOLDS)
+    fired = rng.binomial(reached, rates, size=(FOLDS, *rates.shape))
+    each = torch.full((segments,), 200)
+    none = torch.zeros(segments, layers, 8, dtype=torch.float64)
+    sizes = torch.tensor([[500] * experts + [0]] * layers)
+    counts = torch.from_numpy(np.tile(routed, (segments, 1, 1))).int()
+    return Readings(
+        torch.zeros(segments, layers, 2),
+        torch.from_numpy(fired).int(),
+        *(each, each.double(), each, each, none, none),
+        *(counts, torch.zeros(segments, layers), sizes),
+    )
+
+
+def expert_readings(unused: int = 2) -> dict[tuple[str, str], Readings]:
+    """Planted neurons in two blocks of two experts; language b sends `unused` tokens a segment to expert 1 of block 1."""
+    rates = planted_rates()
+    readings = {}
+    for i, language in enumerate(rates):
+        routed = np.array([[120, 80], [150, 50]])
+        if language == "b":
+            routed[1] = 200 - unused, unused
+        readings[DENSE, language] = expert_reading(rates[language], routed, i)
+    return readings
+
+
+def test_experts_neurons_fire_on_a_share_of_the_tokens_that_they_get():
+    readings = expert_readings()
+    found = lape.FiringCounts.of(readings, DENSE).probabilities()
+    fired = readings[DENSE, "c"].fired.sum(0).numpy()
+    np.testing.assert_allclose(found[0, :500, 2], fired[0, :500] / (16 * 120))
+    np.testing.assert_allclose(found[1, 500:, 2], fired[1, 500:] / (16 * 50))
+    half = lape.FiringCounts.of(readings, DENSE).probabilities(range(0, FOLDS, 2), [1])
+    own = readings[DENSE, "c"].fired[::2, 1].sum(0).numpy()
+    np.testing.assert_allclose(half[0, 500:, 2], own[500:] / (8 * 50))
+
+
+def test_where_an_expert_gets_few_tokens_of_a_language_there_is_no_estimate_and_no_lape():
+    readings = expert_readings()  # 32 tokens
+    found = lape.FiringCounts.of(readings, DENSE).probabilities()
+    assert np.isnan(found).sum() == 500
+    assert np.isnan(found[1, 500:, 1]).all()
+    assert not lape.select(found).members[1, 500:].any()
+    frame = lape.neurons(readings, {DENSE: COLUMNS})
+    rows = frame[(frame["layer"] == 1) & (frame["neuron"] >= 500)]
+    assert set(rows["language"].dropna()) == set("acd")
+    assert set(frame[frame["metric"] == "lape"].groupby("layer").size()) == {1000, 500}
+    assert not np.isnan(lape.FiringCounts.of(expert_readings(unused=7), DENSE).probabilities()).any()  # 112 tokens
+
+
+def test_selection_leaves_out_what_is_not_known():
+    """As if the neurons without an estimate did not exist."""
+    whole = lape.FiringCounts.of(expert_readings(), DENSE).probabilities()
+    found = lape.select(whole, selected_share=0.02)
+    known = whole.reshape(-1, 4)[~np.isnan(whole).any(axis=-1).ravel()]
+    alone = lape.select(known[None], selected_share=0.02)
+    assert found.threshold == alone.threshold
+    np.testing.assert_array_equal(found.members.reshape(-1, 4)[~np.isnan(whole).any(axis=-1).ravel()], alone.members[0])
+    assert found.members.any(axis=-1).sum() == 30
+
+
+def test_planted_neurons_of_experts_are_told_from_chance():
+    readings = expert_readings()
+    readings |= {("v", language): read for (_, language), read in readings.items()}
+    columns = {DENSE: COLUMNS, "v": COLUMNS | {"method": "wanda", "calibration": "en"}}
+    by_language, checks = lape.analyze(readings, columns)
+    found = checks[checks["method"] == "wanda"].groupby("metric", observed=True)["value"].mean()
+    assert found["selected"] == 15  # 1 % of those with an estimate
+    assert found["selected_by_chance"] < 2
+    assert found["p_value"] == pytest.approx(1 / (lape.PERMUTATIONS + 1))
+    assert found["kept_share"] == 1
+    assert set(by_language["layer"]) == {0, 1}
+    entropies, shifts = lape.distributions(readings, columns)
+    assert np.isfinite(entropies["value"]).all()
+    assert shifts["value"].to_numpy() == pytest.approx(0)
+
+
+def test_there_is_nothing_to_say_of_experts_that_get_next_to_nothing():
+    rates = planted_rates()
+    routed = np.array([[2, 2], [2, 2]])
+    readings = {(DENSE, language): expert_reading(rates[language], routed, i) for i, language in enumerate("abcd")}
+    assert [len(frame) for frame in lape.analyze(readings, {DENSE: COLUMNS})] == [0, 0]
+    assert [len(frame) for frame in lape.distributions(readings, {DENSE: COLUMNS})] == [0, 0]
+    assert len(lape.neurons(readings, {DENSE: COLUMNS})) == 0
+
+
+def test_blocks_of_other_sizes_are_filled_up_with_nothing():
+    from analysis.metrics.firing import _owners
+
+    owner = _owners(np.array([[2, 2, 1], [0, 0, 3]]), 5)
+    assert owner.tolist() == [[0, 0, 1, 1, 2], [2, 2, 2, 3, 3]]

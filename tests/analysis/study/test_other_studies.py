@@ -58,11 +58,16 @@ def small(place, tmp_path, model, *lines):
         ("qwen2_moe", {"q", "k", "v", "o", "gate", "up", "down"}),  # its first block has no experts
     ],
 )
-def test_models_without_gates_or_with_experts_are_read_as_far_as_they_can_be(place, tmp_path, kind, roles):
+def test_models_without_gates_or_with_experts_are_read_too(place, tmp_path, kind, roles):
     out = small(place, tmp_path, checkpoint(tmp_path / "model", kind, max_position_embeddings=1024))
     frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
     assert set(frames["signal"]["role"]) == roles | {"residual"}
-    assert (len(frames["language_neurons"]) > 0) == (kind == "gpt2")
+    assert len(frames["language_neurons"])
+    assert (len(frames["routing"]) > 0) == (kind != "gpt2")
+    drawn = {re.sub("-(wanda|magnitude).*", "", path.stem) for path in (out / "figures").glob("routing*.png")}
+    assert drawn == ({"routing", "routing-layers", "routing-languages"} if kind != "gpt2" else set())
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert ("of the experts that tokens are routed to are not those" in page) == (kind != "gpt2")
     kinds = {role.partition(".")[0] for role in frames["mask_overlap"]["role"]}
     assert kinds >= roles
     assert ("gate.3" in set(frames["sparsity"]["role"])) == (kind != "gpt2")

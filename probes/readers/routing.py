@@ -1,0 +1,61 @@
+"""Reader: which experts the tokens of each segment are routed to, and whether the dense model chose the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..batches import Batch
+from ..routing import Routed
+from .base import Reader
+
+#: The dense model's choices in the block that is being read, by the segments of a batch.
+Choices = dict[tuple[int, ...], Tensor]
+
+
+class RouterChoices(Reader):
+    """Counts the counted tokens of each segment that are routed to each expert.
+
+    Parameters
+    ----------
+    routed
+        Filled in, int32 ``[segments, layers, experts]``.
+    agreed
+        Filled in with the number of a token's experts that the dense model chooses for it too, summed over counted
+        tokens, int32 ``[segments, layers]``.
+    dense
+        Where the dense model's reader leaves its choices for those of the variants, which read the same block after it.
+    reference
+        Whether this is the dense model's reader.
+    """
+
+    sites = frozenset({"routing"})
+
+    def __init__(self, routed: Tensor, agreed: Tensor, dense: Choices, *, reference: bool) -> None:
+        self.routed = routed
+        self.agreed = agreed
+        self._dense = dense
+        self._reference = reference
+        self._waiting: list[tuple[int, tuple[int, ...], Tensor, Tensor]] = []
+
+    def read(self, layer: int, site: str, value: Tensor | Routed, batch: Batch, dense: Tensor | None = None) -> None:
+        """Count one block's choices."""
+        assert isinstance(value, Routed)
+        rows = len(batch.segments)
+        chosen = value.chosen.view(rows, -1, value.chosen.shape[1])
+        if self._reference:
+            self._dense[batch.segments] = chosen.to(torch.int16)
+        theirs = self._dense[batch.segments]
+        same = (chosen[..., None] == theirs[..., None, :]).any(dim=-1).sum(dim=-1)
+        counts = torch.zeros(rows, value.anatomy.n_experts(layer), device=chosen.device)
+        counted = batch.counted[..., None].expand(chosen.shape)
+        counts.scatter_add_(1, chosen.flatten(1), counted.flatten(1))
+        self._waiting.append((layer, batch.segments, counts, (same * batch.counted).sum(dim=1)))
+
+    def flush(self) -> None:
+        """Write the counts of the batches that were read."""
+        for layer, segments, counts, same in self._waiting:
+            found = torch.cat([counts, same[:, None]], dim=1).round().int().cpu()
+            self.routed[list(segments), layer, : counts.shape[1]] = found[:, :-1]
+            self.agreed[list(segments), layer] = found[:, -1]
+        self._waiting.clear()
