@@ -1,10 +1,11 @@
 """Activation and weight patching between the dense and the pruned model, to locate where pruning does its damage.
 
-A *component* is what is patched: the residual stream after a block, a subspace of it, the output of a role, some
-neurons, or the weights of a projection. *Restoring* patches the dense model's values into the pruned model;
-*damaging* patches the pruned model's values into the dense one. Both runs read the same tokens, so values correspond
-position by position. By default activations are patched where tokens count (:meth:`probes.batches.Batcher.counts`), so
-not at the first one unless the session was told to count it; weights act on every token.
+A *component* is what is patched: the residual stream after a block, a subspace of it, the output of a role, what one
+expert adds to the stream (nothing to tokens that are not routed to it), some neurons, or the weights of a projection.
+*Restoring* patches the dense model's values into the pruned model; *damaging* patches the pruned model's values into
+the dense one. Both runs read the same tokens, so values correspond position by position. By default activations are
+patched where tokens count (:meth:`probes.batches.Batcher.counts`), so not at the first one unless the session was told
+to count it; weights act on every token.
 
 Exact patching needs one run per component. Attribution patching (Nanda, 2023; Syed et al., 2024, 2310.10348) estimates
 all effects at once from gradients of the patched run. It is a first-order approximation; the exact runs tell how good.
@@ -12,7 +13,7 @@ all effects at once from gradients of the patched run. It is a first-order appro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -21,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruning.models.anatomy import ROLES, Anatomy
+from pruning.models.anatomy import EXPERTS, ROLES, Anatomy, expert_site
 from pruning.projections import Key
 from pruning.variants.owner import DenseModel, write_weight
 from pruning.variants.variant import Variant
 
 from .batches import Batch, within_memory
+from .readers.base import Reader
 from .readers.keep import Keep
+from .readers.routing import Added, KeepAdded
 from .scoring import (
     ChoiceScores,
     Progress,
@@ -166,6 +169,19 @@ def stream_part(kind: str, layer: int, basis: Tensor, *, outside: bool = False, 
 def role_output(layer: int, role: str) -> Component:
     """Return the output of a role in one block."""
     return Component("output", layer, role, places=(Place(layer, role),))
+
+
+def expert_output(layer: int, expert: int) -> Component:
+    """Return what one expert of a block adds to the stream: its output times the router's weight.
+
+    Patching it also undoes the change in which tokens are routed to this expert, and with what weight.
+    """
+    return Component("output", layer, expert_site(expert), places=(Place(layer, expert_site(expert)),))
+
+
+def experts_output(layer: int) -> Component:
+    """Return what all experts of a block add to the stream together."""
+    return Component("output", layer, EXPERTS, places=(Place(layer, EXPERTS),))
 
 
 def role_weights(layer: int, role: str) -> Component:
@@ -334,23 +350,31 @@ def attribute(
     The parameters are those of :func:`patch`.
     """
     components = [component.on(session.anatomy.device) for component in components]
-    sites = _sites(place for component in components for place in component.places)
+    inside = {place.layer for component in components for place in component.places if _of_expert(place.site)}
+    sites = _sites(_with_gradient(place) for component in components for place in component.places)
     wanted = {key for component in components for key in component.weights}
     dense, pruned = ScoreTable(questions), ScoreTable(questions)
     first, second = (dense, pruned) if direction == RESTORE else (pruned, dense)
     totals: dict[Key, float] = dict.fromkeys(wanted, 0.0)
     placed = [i for i, component in enumerate(components) if component.places]
     sums = np.zeros((len(placed), len(questions)))
-    for group in _groups(session, questions, sites, smaller=_DIFFERENTIATED):
+    for group in _groups(session, questions, sites, inside, smaller=_DIFFERENTIATED):
         with _as(damage, direction == DAMAGE):
-            kept = [_run(session, batch, first, sites, progress) for batch in group]
+            added = [KeepAdded(inside) for _ in group]
+            kept = [
+                _run(session, batch, first, sites, progress, readers=[own])
+                for batch, own in zip(group, added, strict=True)
+            ]
         summed: dict[Key, Tensor] = {}
         with _as(damage, direction == RESTORE):
-            for batch, values in zip(group, kept, strict=True):
-                gradients = _differentiate(session, batch, second, sites, bool(wanted))
+            for batch, values, theirs in zip(group, kept, added, strict=True):
+                own = KeepAdded(inside)
+                gradients = _differentiate(session, batch, second, sites, bool(wanted), own)
                 progress(3 * int(batch.batch.real.sum()))
                 if placed:
-                    rows = _effects([components[i] for i in placed], gradients, values, _mask(batch.batch, positions))
+                    mask = _mask(batch.batch, positions)
+                    by_expert = _by_expert(gradients, theirs, own, mask)
+                    rows = _effects([components[i] for i in placed], gradients, values, mask, by_expert)
                     np.add.at(sums.T, np.array(batch.batch.segments), rows.T.cpu().numpy())
                 for key, gradient in gradients.weights.items():
                     if key in wanted:
@@ -410,10 +434,11 @@ def _run(
     sites: Mapping[Site, None],
     progress: Progress,
     outputs: dict[int, Any] | None = None,
+    readers: Sequence[Reader] = (),
 ) -> dict[Site, Tensor]:
     """Score one batch with the model as it is, and return its activations at some sites."""
     keep = Keep(sites)
-    final = final_states(session, batch.batch, [keep], outputs=outputs)
+    final = final_states(session, batch.batch, [keep, *readers], outputs=outputs)
     scores.take(batch, batch.scores(session.anatomy, final))
     progress(int(batch.batch.real.sum()))
     return keep.values
@@ -429,14 +454,14 @@ class _Gradients:
 
 
 def _differentiate(
-    session: Session, batch: QuestionBatch, scores: ScoreTable, sites: Mapping[Site, None], weights: bool
+    session: Session, batch: QuestionBatch, scores: ScoreTable, sites: Mapping[Site, None], weights: bool, added: Reader
 ) -> _Gradients:
     # Every site gets an identity edit: its value may be a view of a larger output, and must be a tensor of its own in
     # the graph to have a gradient.
     with session.differentiable() as parameters, torch.enable_grad():
         keep = Keep(sites)
         touches = [_Touch(*site) for site in sites]
-        final = final_states(session, batch.batch, [keep], touches)
+        final = final_states(session, batch.batch, [keep, added], touches)
         found = batch.scores(session.anatomy, final)
         scores.take(batch, found)
         total = objective(found, batch.answers).sum()
@@ -465,24 +490,69 @@ class _Touch:
         return value * 1.0
 
 
-def _effects(components: Sequence[Component], run: _Gradients, others: Mapping[Site, Tensor], mask: Tensor) -> Tensor:
+def _of_expert(site: str) -> bool:
+    return site.startswith("expert.")
+
+
+def _with_gradient(place: Place) -> Place:
+    """Return where the gradient is taken: what an expert adds has that of the sum of all experts of the block."""
+    return replace(place, site=EXPERTS) if _of_expert(place.site) else place
+
+
+def _by_expert(run: _Gradients, others: KeepAdded, own: KeepAdded, mask: Tensor) -> dict[Site, Tensor]:
+    """Return the estimated effect of patching what each expert adds, float64 ``[rows]``, by block and its site.
+
+    No tensor has a place for every expert and token: each token is routed to a few.
+    """
+    found: dict[Site, Tensor] = {}
+    for layer, theirs in others.added.items():
+        if (layer, EXPERTS) not in run.gradients:
+            continue
+        gradient = run.gradients[layer, EXPERTS] * mask[..., None]
+        change = _towards(gradient, theirs) - _towards(gradient, own.added[layer])
+        found |= {(layer, expert_site(expert)): effect for expert, effect in enumerate(change.T)}
+    return found
+
+
+def _towards(gradient: Tensor, added: Added) -> Tensor:
+    """Return the inner product of the gradient and what each expert adds, float64 ``[rows, experts]``."""
+    products = (gradient.flatten(0, 1)[:, None] * added.values).sum(dim=-1).double()
+    sums = products.new_zeros(len(gradient), added.experts)
+    rows = (len(gradient), -1)
+    return sums.scatter_add_(1, added.chosen.view(rows), products.view(rows))
+
+
+def _effects(
+    components: Sequence[Component],
+    run: _Gradients,
+    others: Mapping[Site, Tensor],
+    mask: Tensor,
+    by_expert: Mapping[Site, Tensor],
+) -> Tensor:
     """Return the estimated effect of patching each component on the objective, float64 ``[components, rows]``."""
     changes = {site: (others[site] - run.values[site]) * mask[..., None] for site in run.gradients}
     found = mask.new_zeros((len(components), len(mask)), dtype=torch.float64)
     for own, component in zip(found, components, strict=True):
         for place in component.places:
             site = place.layer, place.site
-            if site in changes:
+            if site in by_expert:
+                own += by_expert[site]
+            elif site in changes:
                 own += place.product(changes[site], run.gradients[site]).sum(dim=1)
     return found
 
 
 def _groups(
-    session: Session, questions: Sequence[Question], sites: Mapping[Site, None], smaller: int = 1
+    session: Session,
+    questions: Sequence[Question],
+    sites: Mapping[Site, None],
+    inside: Collection[int] = (),
+    smaller: int = 1,
 ) -> Iterator[list[QuestionBatch]]:
     """Yield groups of batches whose kept activations fit into the memory set aside for them."""
     anatomy = session.anatomy
-    width = sum(_width(anatomy, *site) for site in sites) + len(anatomy.blocks) * anatomy.hidden_size
+    width = sum(anatomy.hidden_size * int(anatomy.config.num_experts_per_tok) for _ in inside)
+    width += sum(_width(anatomy, *site) for site in sites) + len(anatomy.blocks) * anatomy.hidden_size
     batches = question_batches(session, questions, smaller)
     sizes = [batch.batch.ids.numel() * width * anatomy.element_size for batch in batches]
     return within_memory(batches, sizes, _KEPT_BYTES)

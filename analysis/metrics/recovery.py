@@ -29,6 +29,8 @@ from probes.patching import (
     Patched,
     Positions,
     attribute,
+    expert_output,
+    experts_output,
     neurons,
     patch,
     residual,
@@ -186,6 +188,10 @@ def components_of(
     """
     found: list[Component] = [role_weights(*key) for key in projections]
     found += [role_output(layer, role) for layer, role in anatomy if role in anatomy.sites(layer)]
+    for layer in range(len(anatomy.blocks)):
+        if anatomy.n_experts(layer):
+            found.append(experts_output(layer))
+            found += [expert_output(layer, expert) for expert in range(anatomy.n_experts(layer))]
     for layer, subspace in enumerate(subspaces):
         basis = torch.from_numpy(subspace.basis_).float()
         found.append(residual(layer))

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from probes.patching import DAMAGE, RESTORE
-from pruning.models.anatomy import ROLES, role_kind
+from pruning.models.anatomy import EXPERTS, ROLES, role_kind
 from pruning.text.languages import language_name
 
 from ..frames import labels
@@ -38,7 +38,7 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         rows = shown[shown["component"] == kind]
         rows = rows.assign(layer=rows["layer"].astype(int))
         table = rows.pivot_table(index="layer", columns="role", values="value", aggfunc="sum", observed=True)
-        table = table[[role for role in ROLES if role in table.columns]]
+        table = table[[role for role in (*ROLES, "expert", EXPERTS) if role in table.columns]]
         tables[name] = ((100 * table).round() if shares else table) + 0.0
     return charts.heatmaps(
         {name: table for name, table in tables.items() if table.size},

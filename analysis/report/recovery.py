@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from probes.patching import RESTORE
+from pruning.models.anatomy import EXPERTS, role_kind
 from pruning.text.languages import language_name
 
 from ..frames import labels
@@ -239,9 +240,14 @@ def _agreement_in_words(frame: pd.DataFrame) -> Iterator[str]:
 def describe(row: Mapping[Any, Any]) -> str:
     """Return a component in words."""
     layer = "" if pd.isna(row["layer"]) else f" in block {int(row['layer'])}"
+    role = str(row["role"])
+    if role == EXPERTS:
+        role = "all experts together"
+    elif role_kind(role) == "expert":
+        role = role.replace(".", " ")
     return {
-        "weights": f"undoing the mask of {row['role']}{layer}",
-        "output": f"the output of {row['role']}{layer}",
+        "weights": f"undoing the mask of {role}{layer}",
+        "output": f"the output of {role}{layer}",
         "specific": f"the language-specific part{layer.replace('in', 'after')}",
         "neurons": "the language-specific neurons",
     }.get(str(row["component"]), f"{row['component']}{layer}")

@@ -290,7 +290,7 @@ class Diagnosis:
     def _language_neurons(self) -> tuple[dict[int, list[int]], np.ndarray | None]:
         """Return the dense model's neurons that are specific to the language (LAPE), by block, and all firing rates.
 
-        None in a mixture of experts, where they are not patched.
+        None in a mixture of experts: what is patched there is all that an expert adds.
         """
         counts = firing.FiringCounts.of(stored_readings(self.context, [DENSE]), DENSE)
         probabilities = counts.probabilities()

@@ -1,6 +1,9 @@
-"""Reader: which experts the tokens of each segment are routed to, and whether the dense model chose the same."""
+"""Readers: which experts tokens are routed to, and whether the dense model chose the same; what each expert adds."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,3 +62,50 @@ class RouterChoices(Reader):
             self.routed[list(segments), layer, : counts.shape[1]] = found[:, :-1]
             self.agreed[list(segments), layer] = found[:, -1]
         self._waiting.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """What the experts of a block add to each token.
+
+    Attributes
+    ----------
+    experts
+        How many the block has.
+    chosen
+        Those that each token is routed to, int64 ``[tokens, k]``.
+    values
+        What each of these adds, ``[tokens, k, hidden]``.
+    """
+
+    experts: int
+    chosen: Tensor
+    values: Tensor
+
+
+class KeepAdded(Reader):
+    """Keeps what every expert adds to the tokens of one batch, on the model's device and without a graph.
+
+    Parameters
+    ----------
+    layers
+        The blocks that are wanted.
+
+    Attributes
+    ----------
+    added
+        By block.
+    """
+
+    sites = frozenset({"routing"})
+
+    def __init__(self, layers: Collection[int]) -> None:
+        self._layers = layers
+        self.added: dict[int, Added] = {}
+
+    def read(self, layer: int, site: str, value: Tensor | Routed, batch: Batch, dense: Tensor | None = None) -> None:
+        """Keep one block's."""
+        assert isinstance(value, Routed)
+        if layer in self._layers:
+            with torch.no_grad():
+                self.added[layer] = Added(value.anatomy.n_experts(layer), value.chosen, value.contributions())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from operator import attrgetter
 
+import numpy as np
 import pytest
 import torch
+from disturbed import Disturbed
 
-from probes import DENSE, Reader, Session, read_against_dense
+from probes import DENSE, Item, Reader, Session, item_questions, read_against_dense, text_questions
+from probes.patching import DAMAGE, RESTORE, DamagedModel, attribute, expert_output, experts_output, patch
 from probes.readers.firing import FOLDS
 from pruning import Anatomy, Recipe, prune
+from pruning.variants.owner import DenseModel
 
 KINDS = ["mixtral", "qwen2_moe", "qwen3_moe"]
 
@@ -138,3 +143,86 @@ def test_what_single_experts_add_sums_to_what_all_add(make_model, kind, implemen
         for expert, part in enumerate(parts):
             there = (routed.chosen == expert).any(dim=1)
             assert torch.equal(part.flatten(0, 1).any(dim=1), there)
+
+
+# -- patching ------------------------------------------------------------------------------------------------------------
+
+ITEM = Item(id="1", prompt="Bei Nacht sind alle Katzen", choices=(" grau.", " rot.", " g"), answer=0)
+
+
+def added_by_hand(module, hidden, chosen, weights, expert):
+    """What an expert adds to each token, token by token."""
+    found = torch.zeros(hidden.shape, dtype=torch.float64)
+    for token, (x, experts, own) in enumerate(zip(hidden.double(), chosen.tolist(), weights.double(), strict=True)):
+        if expert in experts:
+            gate, up = (module.gate_up_proj.data[expert].double() @ x).chunk(2)
+            inner = torch.nn.functional.silu(gate) * up
+            found[token] = own[experts.index(expert)] * (module.down_proj.data[expert].double() @ inner)
+    return found
+
+
+@pytest.mark.parametrize("direction", [RESTORE, DAMAGE])
+@pytest.mark.parametrize("kind", KINDS)
+def test_patching_an_expert_replaces_what_it_adds_to_every_token_but_the_first(make_model, kind, direction, tokenizer):
+    model = make_model(kind)
+    session = Session(model, tokenizer)
+    (variant,) = prune(model, tokenizer, Recipe(method="magnitude", sparsity=0.5))
+    components = [expert_output(2, expert) for expert in range(4)]
+    damage = DamagedModel(DenseModel(model), variant)
+    patched = patch(session, item_questions(session, [ITEM]), damage, components, direction=direction)
+    module = session.anatomy.experts(2)
+
+    def run(ids, expert, other=None):
+        """The logits, and what the expert adds; or the logits with what it adds taken from there."""
+        seen = []
+
+        def hook(module, given, output):
+            own = added_by_hand(module, *given, expert)
+            seen.append(own)
+            if other is not None:
+                change = other - own
+                change[0] = 0
+                return (output.double() + change).to(output.dtype)
+            return None
+
+        handle = module.register_forward_hook(hook)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits
+        handle.remove()
+        return logits, seen[0]
+
+    start = len(tokenizer(ITEM.prompt)["input_ids"])
+    routed = 0
+    for expert in range(4):
+        for choice, text in enumerate(ITEM.choices):
+            ids = torch.tensor([tokenizer(ITEM.prompt + text)["input_ids"]])
+            with nullcontext() if direction == RESTORE else variant.applied(model):
+                _, other = run(ids, expert)
+            with variant.applied(model) if direction == RESTORE else nullcontext():
+                logits, own = run(ids, expert, other)
+            routed += bool(torch.count_nonzero(other - own))
+            logs = logits[0].log_softmax(dim=-1)
+            expected = sum(float(logs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
+            assert patched.exact[expert].values[0, choice] == pytest.approx(expected, abs=2e-4)
+    assert routed > 3
+
+
+@pytest.mark.parametrize("skip_first", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attribution_to_experts_is_the_derivative_of_exact_patching(make_model, kind, skip_first, tokenizer, segments):
+    model = make_model(kind).double()
+    model.config._experts_implementation = "eager"  # the grouped product has no float64
+    session = Session(model, tokenizer, skip_first=skip_first)
+    damage = Disturbed(model, 3e-5)  # so little that no token is routed to another expert
+    components = [*(expert_output(2, e) for e in range(4)), experts_output(2)]
+    questions = text_questions(session, segments)
+    for direction in (RESTORE, DAMAGE):
+        exact = patch(session, questions, damage, components, direction=direction)
+        estimate = attribute(session, questions, damage, components, direction=direction).attributed
+        from_here = exact.pruned if direction == RESTORE else exact.dense
+        for number, component in enumerate(components):
+            change = exact.exact[number].margin - from_here.margin
+            assert np.abs(change).max() > 5e-6 or number < 4  # some expert may get a single token
+            # norms compute in float32
+            np.testing.assert_allclose(estimate[number], change, rtol=0.01, atol=1e-6, err_msg=component.label)
+        np.testing.assert_allclose(sum(estimate[e] for e in range(4)), estimate[4], rtol=1e-6)

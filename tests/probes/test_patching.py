@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DECODERS
+from disturbed import Disturbed
 from pairwise import pairwise
 
 from probes import Session
@@ -232,25 +233,3 @@ def test_attribution_is_the_derivative_of_exact_patching(make_model, kind, skip_
                 change = exact.exact[number].margin - from_here.margin
                 close = pytest.approx(change.sum(), abs=0.05 * np.abs(change).sum() + 1e-5)
                 assert estimate.attributed[number].sum() == close, component.label
-
-
-class Disturbed(DamagedModel):
-    """A model whose weights have all changed by a small share, another one for each."""
-
-    def __init__(self, model, share):
-        self._owner = DenseModel(model)
-        self.share = share
-
-    def change(self, key):
-        before = self._owner.dense[key]
-        noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(key[0]), dtype=before.dtype)
-        return -before * self.share * noise
-
-    def _write(self, key, *, dense):
-        before = self._owner.dense[key]
-        self._owner.anatomy.set_weight(*key, before if dense else before - self.change(key))
-
-    @contextmanager
-    def damaged(self):
-        with self.with_weights(list(self._owner.dense), dense=False):
-            yield

@@ -18,6 +18,7 @@ from analysis.metrics.drop import Drop
 from analysis.metrics.recovery import CAUSES, CONTROLS, Asked, components_of, diagnose, importance, to_confirm
 from analysis.metrics.recovery_frame import named_causes
 from analysis.report import diagnosis_findings
+from analysis.report.recovery import describe
 from probes import Session, item_questions, text_questions
 from probes.items import Item
 from probes.patching import DAMAGE, RESTORE, DamagedModel, attribute, patch
@@ -118,6 +119,25 @@ def test_a_removed_projection_is_the_first_cause_and_brings_back_everything(make
     assert len(before) >= 2
     assert list(before.values()) == pytest.approx([0] * len(before), abs=1e-4)  # the same in both models
     assert stream == pytest.approx({(block, None): float(block >= layer) for block in range(3)}, abs=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "role"), [("mixtral", "down.2"), ("qwen2_moe", "gate.1")])
+def test_a_damaged_expert_is_found_and_no_other_one(make_model, kind, role, tokenizer):
+    model = make_model(kind)
+    damage = DamagedModel(DenseModel(model), planted_variant(model, lambda masks: masks[1, role].fill_(False)))
+    frame = diagnosed(model, tokenizer, damage, skip_first=False, confirm=EVERYTHING)
+    assert first_cause(frame) == ("weights", 1, role)
+    outputs = exactly(frame, "output")
+    expert = f"expert.{role[-1]}"
+    assert outputs[1, expert] == pytest.approx(1, abs=1e-4)
+    assert outputs[1, "experts"] == pytest.approx(1, abs=1e-4)
+    same = {place: value for place, value in outputs.items() if place[0] == 1 and place[1] not in (expert, "experts")}
+    assert len(same) >= 7  # roles of the attention, and the other experts, which read the same input
+    assert list(same.values()) == pytest.approx([0] * len(same), abs=1e-4)
+    estimated = exactly(frame, "output", "attributed_recovery")
+    assert max(estimated, key=lambda place: estimated[place] * (place[0] == 1)) in ((1, expert), (1, "experts"))
+    assert f"the output of expert {role[-1]} in block 1" in [describe(row) for row in frame.to_dict("records")]
+    assert plots.recovery.heatmap(frame)
 
 
 def test_a_removed_projection_is_found_by_attribution_alone(model, tokenizer):
