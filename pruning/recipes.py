@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from .allocation import DIAGNOSIS, UNIFORM, allocation_named
+from .correction import NONE, corrector_named, refiner_named
 from .errors import RecipeError, shortened, unknown
 from .files import content_sha256
 from .methods import Method, method_named
@@ -17,6 +18,7 @@ from .models.anatomy import ROLES, role_kind
 from .models.families import is_reader, roles_of
 from .parameters import checked, exact
 from .patterns import MODEL, Pattern, is_structure, n_of_m, pattern_named
+from .statistics import GRAM, OF_INPUTS
 from .text.calibration import CalibrationSet
 
 #: Value of the calibration column for variants made without text, and for the dense model.
@@ -29,7 +31,7 @@ _BLOCKS = re.compile(r"(\d*):(\d*)|(\d+)")
 
 
 class Recipe(BaseModel):
-    """How a model is pruned: method, sparsity, pattern, allocation, propagation and scope.
+    """How a model is pruned: method, sparsity, pattern, allocation, propagation, refinement, correction and scope.
 
     Attributes
     ----------
@@ -48,13 +50,19 @@ class Recipe(BaseModel):
         ``pruned``: each block's statistics are gathered with the preceding blocks already pruned, as published.
         ``dense``: all statistics come from the dense model, which is cheaper but gives other results from the second
         block on. Methods that need only derivatives of the whole model's loss are always ``dense``.
+    refinement
+        ``swaps`` exchanges kept and pruned weights of a row for as long as that lowers the reconstruction error;
+        ``none`` by default. Methods that update weights refuse it.
+    correction
+        ``admm`` or ``least-squares`` update the kept weights after the mask is settled, starting from the dense ones;
+        ``none`` by default. With a refinement or a correction, a recipe needs calibration text whatever its method.
     roles
         Prune only these projections, such as ``("o",)``; all by default.
     blocks
         Prune only these blocks, as comma-separated Python slices without a step: ``0:4`` or ``0:4,30:``; all by
         default.
     parameters
-        Hyperparameters of the method and the allocation, such as ``{"power": 0.7}``.
+        Hyperparameters of the method, the allocation, the refinement and the correction, such as ``{"power": 0.7}``.
     importance
         For allocation ``diagnosis`` only: how much restoring each matrix's dense weights recovers, such as
         ``{"9.down": 0.12}``, for every matrix in scope. See :class:`pruning.Remedy`.
@@ -72,6 +80,8 @@ class Recipe(BaseModel):
     pattern: str = ""
     allocation: str = ""
     propagation: Literal["pruned", "dense"] = "pruned"
+    refinement: str = NONE
+    correction: str = NONE
     roles: tuple[str, ...] = ()
     blocks: str = ""
     parameters: tuple[tuple[str, float], ...] = ()
@@ -121,6 +131,16 @@ class Recipe(BaseModel):
     @classmethod
     def _known_allocation(cls, name: str) -> str:
         return allocation_named(name).name
+
+    @field_validator("refinement")
+    @classmethod
+    def _known_refinement(cls, name: str) -> str:
+        return refiner_named(name).name
+
+    @field_validator("correction")
+    @classmethod
+    def _known_correction(cls, name: str) -> str:
+        return corrector_named(name).name
 
     @field_validator("parameters")
     @classmethod
@@ -181,8 +201,15 @@ class Recipe(BaseModel):
         if self.importance and self.allocation != DIAGNOSIS:
             raise RecipeError(f'importance needs allocation "{DIAGNOSIS}", not "{self.allocation}"')
         self._check_structure()
+        if self.refinement != NONE and self.scoring.solve is not None:
+            raise RecipeError(
+                f'refinement "{self.refinement}" exchanges weights with their dense values, and "{self.method}" '
+                'updates them; leave refinement out, or refine the mask of another method, such as "wanda"'
+            )
         known = dict(self.scoring.parameters) | dict(allocation_named(self.allocation).parameters)
-        given = checked(f'"{self.method}" with {self.allocation} allocation', known, dict(self.parameters))
+        known |= dict(refiner_named(self.refinement).parameters) | dict(corrector_named(self.correction).parameters)
+        owner = "+".join(f'"{step}"' for step in self._steps)
+        given = checked(f"{owner} with {self.allocation} allocation", known, dict(self.parameters))
         object.__setattr__(self, "parameters", tuple(sorted(given.items())))
         return self
 
@@ -197,6 +224,11 @@ class Recipe(BaseModel):
         removes = f'pattern "{self.pattern}" removes whole structures'
         if self.scoring.solve is not None:
             raise RecipeError(f'{removes}, and {self.method} chooses single weights; use pattern "row", or wanda-sp')
+        if self.follows:
+            raise RecipeError(
+                f"{removes}; leave out refinement and correction, which follow masks of single weights, or use pattern "
+                '"row"'
+            )
         if self.roles:
             raise RecipeError(f"{removes}, which determines the projections; leave out roles")
         if self.allocation != UNIFORM:
@@ -209,8 +241,33 @@ class Recipe(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method or the allocation needs calibration text."""
-        return self.scoring.calibrated or allocation_named(self.allocation).surveys
+        """Whether any part of it needs calibration text."""
+        return bool(self.needs) or allocation_named(self.allocation).surveys
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that the method, the refinement and the correction request."""
+        return self.scoring.needs | ({GRAM} if self.follows else frozenset())
+
+    @property
+    def of_inputs(self) -> frozenset[str]:
+        """Those of a projection's inputs, for which text passes through block by block."""
+        return self.needs & set(OF_INPUTS)
+
+    @property
+    def follows(self) -> bool:
+        """Whether a refinement or a correction follows the choice of the mask."""
+        return (self.refinement, self.correction) != (NONE, NONE)
+
+    @property
+    def updates(self) -> bool:
+        """Whether kept weights are updated, by the method or by a correction."""
+        return self.scoring.solve is not None or self.correction != NONE
+
+    @property
+    def _steps(self) -> tuple[str, ...]:
+        """The method, and the refinement and the correction if there are any."""
+        return (self.method, *(step for step in (self.refinement, self.correction) if step != NONE))
 
     @property
     def choosing(self) -> Pattern:
@@ -220,7 +277,20 @@ class Recipe(BaseModel):
     @property
     def method_parameters(self) -> dict[str, float]:
         """The parameters that belong to the method."""
-        return {name: value for name, value in self.parameters if name in self.scoring.parameters}
+        return self._of(self.scoring.parameters)
+
+    @property
+    def refinement_parameters(self) -> dict[str, float]:
+        """The parameters that belong to the refinement."""
+        return self._of(refiner_named(self.refinement).parameters)
+
+    @property
+    def correction_parameters(self) -> dict[str, float]:
+        """The parameters that belong to the correction."""
+        return self._of(corrector_named(self.correction).parameters)
+
+    def _of(self, known: Mapping[str, Any]) -> dict[str, float]:
+        return {name: value for name, value in self.parameters if name in known}
 
     @property
     def allocation_parameters(self) -> dict[str, float]:
@@ -268,8 +338,14 @@ class Recipe(BaseModel):
 
     @property
     def method_label(self) -> str:
-        """The method's name in frames, with every parameter that is not the default."""
-        return _label(self.method, self.method_parameters)
+        """The method's name in frames, and what follows it, with every parameter that is not the default.
+
+        >>> Recipe(method="wanda", sparsity=0.5, refinement="swaps", correction="admm").method_label
+        'wanda+swaps+admm'
+        """
+        parameters = (self.method_parameters, self.refinement_parameters, self.correction_parameters)
+        labels = zip((self.method, self.refinement, self.correction), parameters, strict=True)
+        return "+".join(_label(name, inside) for name, inside in labels if name != NONE)
 
     @property
     def allocation_label(self) -> str:
@@ -289,9 +365,11 @@ class Recipe(BaseModel):
         'wanda-0.5-row-pruned-en+sw-s0'
         >>> Recipe(method="magnitude", sparsity=0.3, roles=("o",), blocks="0:4").variant_id(None)
         'magnitude-0.3-matrix-o-blocks0_4'
+        >>> Recipe(method="wanda", pattern="2:4", correction="admm").variant_id(CalibrationSet.named("sw"))
+        'wanda+admm-0.5-2of4-pruned-sw-s0'
         """
         sparsity = f"{self.sparsity:g}" if n_of_m(self.pattern) else exact(self.sparsity)  # the pattern says it all
-        parts = [self.method, sparsity, self.pattern.replace(":", "of")]
+        parts = ["+".join(self._steps), sparsity, self.pattern.replace(":", "of")]
         parts += [self._allocation_name] if self.allocation != UNIFORM else []
         parts += [f"{name}={exact(value)}" for name, value in self.parameters]
         parts += ["+".join(self.roles)] if self.roles else []

@@ -78,6 +78,7 @@ class InputStatistics:
         self._panels: Tensor | None = None
         if GRAM in needs:
             self._panels = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self._mirrored = False  # whether the panels hold the matrix below the diagonal too
         self.memo: dict[Hashable, Any] = {}
 
     def add(self, x: Float[Tensor, "*tokens inputs"], language: str = "") -> None:
@@ -94,6 +95,7 @@ class InputStatistics:
             sums.positive += (rows > 0).sum(dim=0)
         if self._panels is not None:
             self.memo.clear()
+            self._mirrored = False
             for start in range(0, self.inputs, _PANEL):
                 stop = start + _PANEL
                 self._panels[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
@@ -147,6 +149,18 @@ class InputStatistics:
         """``XᵀX``."""
         upper = self._gathered_panels()
         return upper.triu() + upper.triu(1).T
+
+    def gram_itself(self) -> Float[Tensor, "inputs inputs"]:
+        """``XᵀX``, not copied: not to be modified, and valid until more inputs are added."""
+        gram = self._gathered_panels()
+        if not self._mirrored:
+            for start in range(0, self.inputs, _PANEL):
+                stop = start + _PANEL
+                gram[stop:, start:stop] = gram[start:stop, stop:].T
+                square = gram[start:stop, start:stop]
+                square.copy_(square.triu() + square.triu(1).T)
+            self._mirrored = True
+        return gram
 
     def gram_above_diagonal(self) -> Float[Tensor, "inputs inputs"]:
         """Return a copy of ``XᵀX`` that is valid only on and above the diagonal."""

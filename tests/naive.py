@@ -228,6 +228,61 @@ def reconstruction_error(W: Tensor, W_new: Tensor, X: Tensor) -> float:
     return float(((X.double() @ (W.double() - W_new.double()).T) ** 2).sum())
 
 
+# Refinement and correction
+
+
+def swaps(W: Tensor, keep: Tensor, X: Tensor, most: int, group: int = 0) -> Tensor:
+    """Return the mask after up to `most` swaps a row, each the best of all pairs (of one group of inputs, if any)."""
+    W, X = W.detach().double(), X.detach().double()
+    keep = keep.clone()
+    inputs = W.shape[1]
+    for w, kept in zip(W, keep, strict=True):
+        for _ in range(most):
+            before = float(((X @ (w * ~kept)) ** 2).sum())
+            best, pair = before * (1 - 1e-6), None
+            for i in range(inputs):
+                for j in range(inputs):
+                    if kept[i] and not kept[j] and (group == 0 or i // group == j // group):
+                        other = kept.clone()
+                        other[i], other[j] = False, True
+                        after = float(((X @ (w * ~other)) ** 2).sum())
+                        if after < best:
+                            best, pair = after, (i, j)
+            if pair is None:
+                break
+            kept[pair[0]], kept[pair[1]] = False, True
+    return keep
+
+
+def least_squares(W: Tensor, keep: Tensor, X: Tensor) -> Tensor:
+    """Return the weights on a mask whose outputs are nearest to the dense ones; of several, those changed least."""
+    W, X = W.detach().double(), X.detach().double()
+    new = torch.zeros_like(W)
+    for w, kept, row in zip(W, keep, new, strict=True):
+        lost = X @ (w * ~kept)
+        row[kept] = w[kept] + torch.linalg.lstsq(X[:, kept], lost, driver="gelsd").solution
+    return new
+
+
+def admm(W: Tensor, keep: Tensor, X: Tensor, ridge: float = 0.1, penalty: float = 1.0, rounds: int = 20) -> Tensor:
+    """ADMM on a mask (Boza, 2024), all its steps as published; a row that it makes worse keeps its dense weights."""
+    W, X = W.detach().double(), X.detach().double()
+    G = X.T @ X
+    c = G.diagonal().sqrt() + 1e-8
+    identity = torch.eye(len(G), dtype=torch.float64)
+    H = G / c[:, None] / c[None, :] + ridge * identity
+    target = W * c @ H
+    inverse = torch.linalg.inv(H + penalty * identity)
+    V, U = W * c, torch.zeros_like(W)
+    for _ in range(rounds):
+        Z = (V + U) * keep
+        U = U + V - Z
+        V = (target + penalty * (Z - U)) @ inverse
+    new = (V + U) * keep / c
+    worse = ((X @ (W - new).T) ** 2).sum(dim=0) >= ((X @ (W * ~keep).T) ** 2).sum(dim=0)
+    return torch.where(worse[:, None], W * keep, new)
+
+
 # Sparsities of blocks
 
 

@@ -61,8 +61,9 @@ def variant_rank(row: pd.Series) -> tuple[Any, ...]:
     return row["method"] != DENSE, *recipe, calibration_rank(str(row["calibration"])), int(row["seed"])
 
 
-#: How papers write the names of methods.
+#: How papers write the names of methods and of what follows them.
 _METHOD_NAMES = {
+    "admm": "ADMM",
     "gblm": "GBLM",
     "grasp": "GraSP",
     "m-wanda": "M-Wanda",
@@ -72,16 +73,16 @@ _METHOD_NAMES = {
     "wanda": "Wanda",
     "wanda-sp": "Wanda-sp",
 }
+_STEP = re.compile(r"(^|\+)([\w-]+)(?![^(]*\))")
 
 
 def method_name(label: object) -> str:
-    """Return how figures call a method; `label` is that of a frame, with parameters that are not the default.
+    """Return how figures call a method; `label` is that of a frame, with what follows and unusual parameters.
 
-    >>> method_name("ria power=1"), method_name("mine")
-    ('RIA power=1', 'mine')
+    >>> method_name("ria(power=1)+swaps+admm(rounds=5)"), method_name("mine")
+    ('RIA(power=1)+swaps+ADMM(rounds=5)', 'mine')
     """
-    first, blank, rest = str(label).partition(" ")
-    return _METHOD_NAMES.get(first, first) + blank + rest
+    return _STEP.sub(lambda step: step[1] + _METHOD_NAMES.get(step[2], step[2]), str(label))
 
 
 def variant_labels(frame: pd.DataFrame) -> list[str]:

@@ -81,7 +81,7 @@ class Study(Section):
         for job in jobs:
             if job.recipe.calibrated and job.calibration is None:
                 raise ValueError(
-                    f'calibration.sets is empty, but "{job.recipe.method}" needs text; use ["en"], for example'
+                    f'calibration.sets is empty, but "{job.recipe.method_label}" needs text; use ["en"], for example'
                 )
         if not jobs and not self.imported:
             raise ValueError("this study has no models to compare; add [[recipes]] or [imported]")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 from probes import ItemSource
 from pruning import Corpus, Recipe, Remedy, text_source
 from pruning.allocation import DIAGNOSIS
+from pruning.correction import NONE
 from pruning.errors import TextError
 from pruning.patterns import n_of_m
 from pruning.text.sources import HubDataset
@@ -89,6 +90,8 @@ class RecipeGrid(Section):
     pattern: str | tuple[str, ...] = ""
     allocation: str | tuple[str, ...] = ""
     propagation: str | tuple[str, ...] = ""
+    refinement: str | tuple[str, ...] = NONE
+    correction: str | tuple[str, ...] = NONE
     roles: tuple[str, ...] = Field(default=(), description="prune only these projections")
     blocks: str | tuple[str, ...] = ""
     parameters: dict[str, float | tuple[float, ...]] = {}
@@ -116,9 +119,8 @@ class RecipeGrid(Section):
 
     def recipes(self) -> list[Recipe]:
         """Return the recipes of the grid; patterns n:m fix the sparsity, so they are not crossed with it."""
-        axes = {
-            name: _axis(getattr(self, name)) for name in ("method", "pattern", "allocation", "propagation", "blocks")
-        }
+        names = ("method", "pattern", "allocation", "propagation", "refinement", "correction", "blocks")
+        axes = {name: _axis(getattr(self, name)) for name in names}
         parameters = {name: _axis(value) for name, value in self.parameters.items()}
         recipes = []
         for name, axis in {**axes, **parameters, "sparsity": _axis(self.sparsity)}.items():

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..allocation import Budgets
+from ..correction import NONE, corrector_named, refiner_named
 from ..errors import ModelError
 from ..methods import magnitude
 from ..models.anatomy import Anatomy, InputGroup
 from ..projections import Key
 from ..recipes import Recipe
 from ..statistics import InputStatistics, Statistics
+from ..variants.masks import pack_bits, unpack_bits
 from .jobs import projection_seed
 
 
@@ -47,6 +49,22 @@ class Derivatives:
     sequences: int = 0
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Masks of a block in host memory, eight weights per byte: by role, each with its number of inputs."""
+
+    bits: Mapping[str, tuple[Tensor, int]]
+
+    @classmethod
+    def of(cls, masks: Mapping[str, Tensor]) -> Packed:
+        """Pack masks."""
+        return cls({role: (pack_bits(mask), mask.shape[1]) for role, mask in masks.items()})
+
+    def masks(self, device: torch.device) -> dict[str, Tensor]:
+        """Unpack them on a device."""
+        return {role: unpack_bits(bits.to(device), inputs) for role, (bits, inputs) in self.bits.items()}
+
+
 def choose(
     anatomy: Anatomy,
     layer: int,
@@ -54,8 +72,61 @@ def choose(
     budgets: Budgets,
     inputs: Mapping[str, InputStatistics],
     derivatives: Derivatives | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Choice:
-    """Return one job's masks and weights for one block.
+    """Return one job's masks and weights for one block, refined and corrected.
+
+    Parameters
+    ----------
+    anatomy, layer, recipe, budgets, inputs, derivatives
+        As for :func:`choose_masks`.
+    masks
+        Masks that were chosen already, by derivatives alone.
+    """
+    chosen = Choice(dict(masks)) if masks is not None else None
+    choice = chosen or choose_masks(anatomy, layer, recipe, budgets, inputs, derivatives)
+    if recipe.follows:
+        for group in anatomy.groups(layer):
+            roles = [role for role in group.roles if recipe.covers(layer, role)]
+            if roles:
+                _follow(anatomy, layer, roles, recipe, inputs[group.leader], choice)
+    return choice
+
+
+def _follow(
+    anatomy: Anatomy, layer: int, roles: Sequence[str], recipe: Recipe, inputs: InputStatistics, choice: Choice
+) -> None:
+    """Refine the masks of projections that read the same input, and correct their weights."""
+    if inputs.tokens == 0:
+        if not recipe.scoring.of_inputs:  # otherwise the mask's own remark says so
+            undone = ", ".join(f"no {step}" for step in (recipe.refinement, recipe.correction) if step != NONE)
+            choice.remarks.append(f"block {layer}, {' and '.join(roles)}: no calibration token reached them; {undone}")
+        return
+    weights = [anatomy.weight(layer, role) for role in roles]
+    refine, correct = refiner_named(recipe.refinement).refine, corrector_named(recipe.correction).correct
+    try:
+        if refine is not None:
+            for role, weight in zip(roles, weights, strict=True):
+                mask = choice.masks[role]
+                choice.masks[role] = refine(weight, mask, inputs, recipe.choosing, **recipe.refinement_parameters)
+        if correct is not None:
+            masks = [choice.masks[role] for role in roles]
+            corrected = correct(weights, masks, inputs, **recipe.correction_parameters)
+            choice.weights |= dict(zip(roles, corrected.weights, strict=True))
+            choice.remarks += [f"block {layer}, {' and '.join(roles)}: {remark}" for remark in corrected.remarks]
+    except ArithmeticError as error:
+        raise not_finite(layer, roles[0]) from error
+
+
+def choose_masks(
+    anatomy: Anatomy,
+    layer: int,
+    recipe: Recipe,
+    budgets: Budgets,
+    inputs: Mapping[str, InputStatistics],
+    derivatives: Derivatives | None = None,
+) -> Choice:
+    """Return the masks that one job's method chooses for one block, and the weights that it updates.
 
     Parameters
     ----------

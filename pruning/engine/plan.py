@@ -10,6 +10,7 @@ import torch
 from humanize import naturaldelta, naturalsize
 
 from ..allocation import allocation_named
+from ..correction import NONE
 from ..errors import RecipeError
 from ..methods import magnitude
 from ..models.anatomy import Anatomy
@@ -147,7 +148,7 @@ def make_plan(
     if in_folder and jobs:
         loading, a_weight = needed.seconds_to_load_and_choose()
         seconds = loading * len(waves) + a_weight * sum(map(needed.removable, jobs)) / len(anatomy.blocks)
-        if text is not None and any(job.recipe.scoring.needs for job in jobs):
+        if text is not None and any(job.recipe.needs for job in jobs):
             seconds += needed.seconds_a_token() * sum(map(needed.tokens_a_block, waves))
         seconds += needed.seconds_for_spectra(jobs) / len(anatomy.blocks)
     scratch = max(needed.states(wave) + sum(map(needed.kept, wave)) for wave in waves) if in_folder else 0
@@ -161,6 +162,14 @@ def make_plan(
         len(anatomy.blocks),
         peak[1],
     )
+
+
+def _kept(jobs: Sequence[Job]) -> int:
+    """Return how many matrices as large as their Gram matrix solvers keep for the next recipe on the same set."""
+    recipes = [job.recipe for job in jobs]
+    factors = {recipe.method for recipe in recipes if recipe.scoring.solve is not None}
+    inverses = {tuple(recipe.correction_parameters.items()) for recipe in recipes if recipe.correction != NONE}
+    return len(factors) + len(inverses)
 
 
 def _within(peak: tuple[int, int], caps: tuple[int | None, int | None]) -> bool:
@@ -273,7 +282,7 @@ class _Needs:
 
     def _choosing(self, jobs: Sequence[Job]) -> int:
         """Return the memory for pruning a block, for one job at a time."""
-        solves = any(job.recipe.scoring.solve is not None for job in jobs)
+        solves = any(job.recipe.updates for job in jobs)
         block = self.largest_block * (3 if solves else 2)  # a copy of the dense one, masks, corrected weights
         return int(block + self.largest_matrix * _FLOAT * 4)
 
@@ -314,7 +323,7 @@ class _Needs:
 
     def _statistics(self, jobs: Sequence[Job]) -> int:
         """Return the memory for Gram matrices and their factors, at the largest block."""
-        with_gram = [job for job in jobs if GRAM in job.recipe.scoring.needs and job.calibration]
+        with_gram = [job for job in jobs if GRAM in job.recipe.needs and job.calibration]
         if not with_gram or self.text is None:
             return 0
         worst = 0
@@ -324,8 +333,9 @@ class _Needs:
             sharing = schedule.on_pieces(layer)
             pieces = len(schedule.pieces(layer))
             sets = len({job.calibration for job in sharing if len(schedule.pieces_of(job)) > 1})
-            factors = 2 if sharing else 1  # kept for the next recipe with the same set
-            worst = max(worst, sum(grams) * max(pieces + sets * factors, 1) + max(grams) * 2)
+            factors = 1 + _kept(sharing)  # kept for the next recipe with the same set
+            working = 4 if any(job.recipe.correction != NONE for job in with_gram) else 2
+            worst = max(worst, sum(grams) * max(pieces + sets * factors, 1) + max(grams) * working)
         stacked = max(
             sum(self.anatomy.shape(layer, role)[0] * self.anatomy.shape(layer, role)[1] for role in group.roles)
             for layer in range(len(self.anatomy.blocks))
@@ -335,7 +345,7 @@ class _Needs:
 
     def states(self, jobs: Sequence[Job]) -> int:
         """Return the memory for the hidden states of a wave, before and after a block."""
-        reading = [job for job in jobs if job.recipe.scoring.of_inputs]
+        reading = [job for job in jobs if job.recipe.of_inputs]
         if not reading or self.text is None:
             return 0
         schedule = Schedule(self.anatomy, reading, self.text)
@@ -349,16 +359,14 @@ class _Needs:
     def kept(self, job: Job) -> int:
         """Return the size of a finished variant on disk."""
         weights = self.removable(job)
-        values = weights * (1 - job.recipe.sparsity) * self.element if job.recipe.scoring.solve else 0
+        values = weights * (1 - job.recipe.sparsity) * self.element if job.recipe.updates else 0
         return int(weights / 8 + values)
 
     def tokens_a_block(self, jobs: Sequence[Job]) -> float:
         """Return the tokens that pass through a block, with the jobs' other work counted as additional tokens."""
         total = float(differentiated_tokens(jobs))
         for solves in (False, True):
-            some = [
-                job for job in jobs if job.recipe.scoring.of_inputs and (job.recipe.scoring.solve is not None) == solves
-            ]
+            some = [job for job in jobs if job.recipe.of_inputs and job.recipe.updates == solves]
             if some:
                 total += Schedule(self.anatomy, some, self.text).work / len(self.anatomy.blocks) * _OVERHEAD[solves]
         return total

@@ -22,7 +22,7 @@ from ..statistics import InputStatistics
 from ..text.calibration import CalibrationSet, CalibrationText
 from ..variants.masks import MaskSet
 from .budgets import Survey, needs_survey, settled, survey_needs, weighed
-from .choosing import Choice, Derivatives
+from .choosing import Choice, Derivatives, Packed, choose_masks
 from .flow import Flow, StatisticsOf
 from .gradients import derivatives_of, passes
 from .jobs import Job, Schedule, check_fits, covered_shapes
@@ -124,7 +124,7 @@ def sweep(
     for job in jobs:
         check_fits(anatomy, job.recipe)
         if job.recipe.calibrated and (job.calibration is None or text is None):
-            raise RecipeError(f"{job.recipe.method} needs calibration text; give a corpus and a calibration set")
+            raise RecipeError(f"{job.recipe.method_label} needs calibration text; give a corpus and a calibration set")
     run = _Sweep(anatomy, jobs, text, batch_tokens, workspace or Workspace(), progress, exponents)
     with torch.no_grad():
         run.everything()
@@ -149,7 +149,7 @@ def differentiated_tokens(jobs: Sequence[Job]) -> int:
 
 def _streaming(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs that read text block by block."""
-    return [job for job in jobs if job.recipe.scoring.of_inputs]
+    return [job for job in jobs if job.recipe.of_inputs]
 
 
 def _differentiating(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
@@ -201,6 +201,7 @@ class _Sweep:
         self.exponents = {} if exponents is None else exponents
         self.derivatives: dict[CalibrationSet | None, Derivatives] = {}
         self.budgets: dict[Job, Budgets] = settled(anatomy, jobs)
+        self.chosen: dict[Job, dict[int, Packed]] = {}  # masks by the loss's derivatives that are yet to be corrected
 
     def everything(self) -> None:
         if self.workspace.is_complete:
@@ -210,7 +211,7 @@ class _Sweep:
         self._keep_derivatives(with_inputs)
         self._survey()
         self._differentiate(alone)
-        at_once = [job for job in self.jobs if not job.recipe.scoring.needs]
+        at_once = [job for job in self.jobs if not job.recipe.needs]
         self._stream(_streaming(self.jobs), at_once)
         self.workspace.complete()
 
@@ -337,11 +338,16 @@ class _Sweep:
                 survey.look(self.anatomy, layer, {}, derivatives)
             self.budgets[job], remarks = survey.budgets(self.anatomy)
             self.workspace.remark(job.id, remarks)
-        self._begin(job)
+        if not job.recipe.follows:
+            self._begin(job)
         for layer in layers:
             if job.recipe.covers_block(layer):
-                choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], {}, derivatives)
-                self.workspace.put(job.id, layer, choice)
+                if job.recipe.follows:
+                    choice = choose_masks(self.anatomy, layer, job.recipe, self.budgets[job], {}, derivatives)
+                    self.chosen.setdefault(job, {})[layer] = Packed.of(choice.masks)
+                else:
+                    choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], {}, derivatives)
+                    self.workspace.put(job.id, layer, choice)
 
     # -- block by block --------------------------------------------------------------------------------------
 
@@ -350,7 +356,7 @@ class _Sweep:
         spared = sum(schedule.drop(job) for job in jobs if job.id in self.workspace.set_aside)
         if spared:
             self.progress(spared)
-        flow = self._flow(schedule, self.workspace, lambda job: job.recipe.scoring.of_inputs)
+        flow = self._flow(schedule, self.workspace, lambda job: job.recipe.of_inputs)
         start = flow.resume() if schedule.jobs else 0
         if start:
             self.progress(sum(schedule.tokens(layer) for layer in range(start)))
@@ -378,8 +384,9 @@ class _Sweep:
     def _choose(self, job: Job, layer: int, statistics: Mapping[str, InputStatistics]) -> Choice | None:
         """Return a job's masks and weights for a block, or ``None`` if the job was set aside."""
         with self._or_set_aside(job):
+            masks = self.chosen[job][layer].masks(self.anatomy.device) if job in self.chosen else None
             derivatives = self.derivatives.get(job.calibration)
-            choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], statistics, derivatives)
+            choice = choose(self.anatomy, layer, job.recipe, self.budgets[job], statistics, derivatives, masks)
             self.workspace.put(job.id, layer, choice)
             return choice
         return None

@@ -25,13 +25,14 @@ def choose(
     budgets: Budgets,
     inputs: Mapping[str, InputStatistics],
     derivatives: Derivatives | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Choice:
     """Return one job's masks and weights for one block; see :func:`pruning.engine.choosing.choose`.
 
     Where the recipe removes structures, the budget of a projection is that of the whole structures in it.
     """
     if not recipe.choosing.structure:
-        return choosing.choose(anatomy, layer, recipe, budgets, inputs, derivatives)
+        return choosing.choose(anatomy, layer, recipe, budgets, inputs, derivatives, masks)
     choice = Choice()
     for family in covered_families(anatomy, layer, recipe):
         scores, remarks = unit_scores(anatomy, layer, family, recipe, inputs, derivatives)

@@ -127,6 +127,26 @@ def column_sweep(weight: Tensor, upper: Tensor, sparsity: float, group: int = 0)
     return float(losses.sum())
 
 
+# -- ADMM on a given mask (Boza, 2024, 2401.02938) --------------------------------------------------------------------
+
+
+def admm(weight: Tensor, gram: Tensor, keep: Tensor, rounds: int = 20, ridge: float = 0.1, rho: float = 1.0) -> Tensor:
+    """Return the corrected weights: step by step as defined, transposes, full inverse and all, with the mask fixed."""
+    norm = torch.sqrt(torch.diagonal(gram)) + 1e-8
+    gram = (gram / norm).T / norm
+    gram += ridge * torch.eye(len(gram))
+    scaled = (weight * norm).T
+    target = gram @ scaled
+    inverse = torch.inverse(gram + rho * torch.eye(len(gram)))
+    mask = keep.T
+    dual = torch.zeros_like(scaled)
+    for _ in range(rounds):
+        masked = (scaled + dual) * mask
+        dual += scaled - masked
+        scaled = inverse @ (target + rho * (masked - dual))
+    return ((scaled + dual) * mask).T / norm
+
+
 # -- block by block ----------------------------------------------------------------------------------------------
 
 

@@ -63,6 +63,14 @@ def test_n_of_m_settles_the_sparsity():
         ({"method": "ria", "parameters": {"power": -1}}, "is not between 0 and 4"),
         ({"method": "ria", "parameters": {"power": float("nan")}}, "is not between 0 and 4"),
         ({"method": "ria", "parameters": {"pwr": 1}}, 'did you mean "power"'),
+        ({"correction": "adm"}, 'unknown correction "adm"; did you mean "admm"'),
+        ({"refinement": "admm"}, 'unknown refinement "admm"; .*none, swaps'),
+        ({"method": "sparsegpt", "refinement": "swaps"}, "leave refinement out, or refine the mask of another method"),
+        ({"pattern": "neurons", "correction": "admm"}, "leave out refinement and correction"),
+        ({"parameters": {"rounds": 5}}, 'has no parameter "rounds"'),
+        ({"correction": "admm", "parameters": {"swaps": 5}}, '"wanda"."admm" with uniform .* no parameter "swaps"'),
+        ({"correction": "admm", "parameters": {"rounds": 0}}, "rounds = 0 is not between 1 and 10000"),
+        ({"refinement": "swaps", "parameters": {"swaps": 1.5}}, "swaps = 1.5 is not a whole number"),
         ({"allocation": "diagnosis"}, r'allocation "diagnosis" needs importance, the file .* writes \(remedy.json\)'),
         ({"importance": {"0.q": 1}}, 'needs allocation "diagnosis", not "uniform"'),
         ({"importance": {"0.q": 1}, "allocation": "owl"}, 'needs allocation "diagnosis", not "owl"'),
@@ -97,6 +105,24 @@ def test_parameters_that_are_the_default_make_no_other_recipe():
     assert other.allocation_label == "owl(spread=0.1)"
     assert other.variant_id(None) == "ria-0.5-matrix-owl-power=1-spread=0.1"
     assert Recipe.model_validate_json(other.model_dump_json()) == other
+
+
+def test_what_follows_a_mask_is_part_of_the_name_and_needs_text():
+    plain = Recipe(method="magnitude", sparsity=0.5)
+    assert Recipe(method="magnitude", sparsity=0.5, correction="none", refinement="none") == plain
+    assert not plain.calibrated
+    recipe = Recipe(
+        method="ria", sparsity=0.5, refinement="swaps", correction="admm", parameters={"power": 1, "rounds": 5}
+    )
+    assert recipe.method_label == "ria(power=1)+swaps+admm(rounds=5)"
+    assert recipe.variant_id(CalibrationSet.named("sw")) == "ria+swaps+admm-0.5-matrix-power=1-rounds=5-pruned-sw-s0"
+    assert recipe.needs == {"squares", "gram"}
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    for more in ({"refinement": "swaps"}, {"correction": "least-squares"}):
+        followed = Recipe(method="magnitude", sparsity=0.5, **more)
+        assert followed.calibrated
+        assert followed.updates == ("correction" in more)
+    assert Recipe(method="sparsegpt", sparsity=0.5, correction="admm").method_label == "sparsegpt+admm"
 
 
 def test_a_diagnosis_is_part_of_the_name_and_reads_back():

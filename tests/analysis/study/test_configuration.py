@@ -93,6 +93,14 @@ def test_parameters_of_an_allocation_are_a_grid_too(tmp_path):
     assert [r.allocation_parameters for r in found] == [{"outlier": 3, "spread": 0.1}, {"outlier": 5, "spread": 0.1}]
 
 
+def test_refinements_and_corrections_make_a_grid(tmp_path):
+    found = recipes(
+        tmp_path, 'method = ["wanda", "ria"]', 'refinement = ["none", "swaps"]', 'correction = ["none", "admm"]'
+    )
+    labels = ["wanda", "wanda+admm", "wanda+swaps", "wanda+swaps+admm"]
+    assert [r.method_label for r in found] == labels + [label.replace("wanda", "ria") for label in labels]
+
+
 def test_a_study_of_every_kind_of_recipe_reads_back(tmp_path):
     study = load(
         tmp_path,
@@ -107,6 +115,11 @@ def test_a_study_of_every_kind_of_recipe_reads_back(tmp_path):
         allocation = "owl"
         blocks = "0:4,30:"
         parameters = { damping = [0.01, 0.1], outlier = 7 }
+        [[recipes]]
+        method = "magnitude"
+        refinement = "swaps"
+        correction = "admm"
+        parameters = { rounds = 5, swaps = [10, 20] }
         [imported]
         "theirs-0.5" = "somebody/pruned"
         """,

@@ -20,6 +20,15 @@ RECIPES = [
     *(Recipe(method="wanda", sparsity=0.5, pattern=pattern) for pattern in ("matrix", "model", "2:4")),
     Recipe(method="sparsegpt", pattern="2:4"),
     Recipe(method="sparsegpt", sparsity=0.5, pattern="model"),
+    Recipe(method="wanda", sparsity=0.5, refinement="swaps", correction="admm"),
+    Recipe(
+        method="snip",
+        sparsity=0.5,
+        pattern="2:4",
+        refinement="swaps",
+        correction="least-squares",
+        parameters={"ridge": 0.001},
+    ),
     Recipe(method="wanda", sparsity=0.5, allocation="owl"),
     Recipe(method="wanda", sparsity=0.5, allocation="cross-lingual", propagation="dense"),
 ]

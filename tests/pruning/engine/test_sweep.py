@@ -9,13 +9,14 @@ from conftest import ARCHITECTURES, tiny_model
 from pairwise import pairwise
 
 from pruning import Anatomy, CalibrationSet, Recipe, known_methods
+from pruning.correction import admm, swaps
 from pruning.engine import Job, Schedule, Workspace, sweep
 from pruning.engine.sweep import sweep_work
 from pruning.errors import ModelError, RecipeError
-from pruning.methods import Method, method_named, registry
+from pruning.methods import Method, method_named, registry, sparsegpt
 from pruning.parameters import Parameter
 from pruning.spectrum import squared_singular_values
-from pruning.statistics import SQUARES
+from pruning.statistics import SQUARES, InputStatistics
 from pruning.text.calibration import CalibrationText, Piece
 
 EN = CalibrationSet(name="en", languages=("en",), samples=4, length=16)
@@ -44,6 +45,10 @@ GRID = [
     Recipe(method="sparsegpt", sparsity=0.5),
     Recipe(method="sparsegpt", sparsity=0.5, pattern="model"),
     Recipe(method="sparsegpt", sparsity=0.5, propagation="dense"),
+    Recipe(method="wanda", sparsity=0.5, refinement="swaps", correction="admm"),
+    Recipe(method="sparsegpt", sparsity=0.5, correction="least-squares", blocks="1:"),
+    Recipe(method="snip", sparsity=0.5, refinement="swaps", correction="admm"),
+    Recipe(method="magnitude", sparsity=0.5, pattern="2:4", refinement="swaps"),
     Recipe(method="ria", sparsity=0.5, parameters={"power": 1.0}),
     Recipe(method="m-wanda", sparsity=0.5),
     Recipe(method="magnitude", sparsity=0.5),
@@ -333,6 +338,31 @@ def test_shared_text_goes_through_the_model_once(model):
     assert [Schedule(anatomy, pruned, text()).tokens(layer) for layer in range(3)] == [size + own, 2 * own, own]
 
 
+def test_a_grid_shares_one_gram_matrix_and_one_inverse_a_set_and_input(model, monkeypatch):
+    """Masks of three methods, refined, corrected, and SparseGPT: as many as for one recipe, on each of two sets."""
+    made: list[str] = []
+    for place, name in ((sparsegpt, "_Factor"), (admm, "_inverted"), (swaps, "_Inputs")):
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, o=original, n=name: made.append(n) or o(*args))
+    add = InputStatistics.add
+    monkeypatch.setattr(InputStatistics, "add", lambda *args: made.append("add") or add(*args))
+    dense = {"sparsity": 0.5, "propagation": "dense"}
+    grid = [
+        Recipe(method=method, refinement=refinement, correction="admm", **dense)
+        for method in ("wanda", "magnitude", "random")
+        for refinement in ("none", "swaps")
+    ]
+    grid += [Recipe(method="sparsegpt", **dense), Recipe(method="sparsegpt", correction="admm", **dense)]
+    sweep(Anatomy(model), jobs(grid[1]), text())
+    alone = made.count("add")
+    made.clear()
+    anatomy = Anatomy(model)
+    sweep(anatomy, jobs(*grid), text())
+    groups = sum(len(anatomy.groups(layer)) for layer in range(3))
+    assert made.count("add") == alone
+    assert [made.count(name) for name in ("_Factor", "_inverted", "_Inputs")] == 3 * [2 * groups]
+
+
 def test_a_workspace_in_a_folder_gives_the_same(model, tmp_path):
     wanted = jobs(*GRID)
     in_memory = sweep(Anatomy(model), wanted, text())
@@ -346,6 +376,8 @@ def test_a_workspace_in_a_folder_gives_the_same(model, tmp_path):
 def test_a_method_that_needs_text_says_so(model):
     with pytest.raises(RecipeError, match="wanda needs calibration text"):
         sweep(Anatomy(model), [Job(Recipe(method="wanda", sparsity=0.5))])
+    with pytest.raises(RecipeError, match=r"magnitude\+admm needs calibration text"):
+        sweep(Anatomy(model), [Job(Recipe(method="magnitude", sparsity=0.5, correction="admm"))])
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "snip"])

@@ -271,3 +271,14 @@ def test_states_on_disk_take_no_more_than_two_blocks(model, tokenizer, tmp_path)
     run(Anatomy(model), tokenizer, place, progress=lambda n: folders.append(len(list(tmp_path.rglob("states-*")))))
     assert max(folders) == 2
     assert not list(tmp_path.rglob("aside"))
+
+
+def test_masks_by_derivatives_are_chosen_again_where_a_killed_sweep_was_correcting_them(model, tokenizer, tmp_path):
+    anatomy = Anatomy(model)
+    jobs = planned_jobs([Recipe(method="snip", sparsity=0.5, refinement="swaps", correction="admm")], [SHORT])
+    calls: list[int] = []
+    expected = run(anatomy, tokenizer, jobs=jobs, progress=calls.append)
+    with pytest.raises(KeyboardInterrupt):
+        run(anatomy, tokenizer, Workspace(tmp_path, "key"), jobs, Kill(len(calls) - 1, KeyboardInterrupt))
+    assert Workspace(tmp_path, "key").resumed()[0] == 2
+    assert_same(run(anatomy, tokenizer, Workspace(tmp_path, "key"), jobs), expected)

@@ -23,6 +23,14 @@ METHODS = ["magnitude", "wanda", "ria", "m-wanda", "snip", "grasp", "gblm"]
 #: Those that read the inputs of a projection, and those that differentiate the loss.
 READ, DIFFERENTIATE = ("wanda", "ria", "m-wanda", "gblm"), ("snip", "grasp", "gblm")
 AXES = {"kind": ARCHITECTURES, "method": [*METHODS, "sparsegpt", "random"], "pattern": PATTERNS}
+#: What may follow the choice of a mask.
+STEPS: dict[str, dict[str, Any]] = {
+    "swaps": {"refinement": "swaps", "parameters": {"swaps": 1000}},
+    "admm": {"correction": "admm"},
+    "least-squares": {"correction": "least-squares"},
+    "swaps+admm": {"refinement": "swaps", "correction": "admm"},
+}
+FOLLOWED = {"kind": ARCHITECTURES, "method": ["wanda", "magnitude", "snip"], "pattern": PATTERNS, "steps": list(STEPS)}
 #: What SparseGPT must do better than.
 RIVALS = ["wanda", "magnitude"]
 
@@ -226,6 +234,90 @@ def test_sparsegpt_passes_corrected_weights_on_to_the_next_block(kind):
             reference.set_weight(layer, role, weight)
 
 
+@cache
+def followed(kind: str, *, full: bool = False) -> tuple[Anatomy, dict[tuple[str, str, str], Pruned]]:
+    """Return the results with each refinement and correction that is tested, and without (""), in one sweep."""
+    chosen = product(*FOLLOWED.values()) if full else all_pairs(*FOLLOWED.values())
+    asked = [(method, pattern, steps) for own, method, pattern, steps in chosen if own == kind]
+    asked += [(method, pattern, "") for method, pattern, _ in asked]
+    jobs = {
+        (method, pattern, steps): job(dense_recipe(method, pattern, **STEPS.get(steps, {})))
+        for method, pattern, steps in asked
+    }
+    anatomy = Anatomy(tiny_model(kind))
+    pruned = sweep(anatomy, list(jobs.values()), text(), batch_tokens=32)
+    return anatomy, {key: pruned(own) for key, own in jobs.items()}
+
+
+def best_swap(dense: torch.Tensor, mask: torch.Tensor, x: torch.Tensor, m: int) -> torch.Tensor:
+    """Return the change of each row's error by the best of all swaps (within groups of m, unless that is 0), relative."""
+    w, gram = dense.double(), x.T @ x
+    c = (w * ~mask) @ gram
+    pruning = (2 * w * c + w**2 * gram.diagonal()).masked_fill(~mask, torch.inf)
+    reviving = (-2 * w * c + w**2 * gram.diagonal()).masked_fill(mask, torch.inf)
+    pairs = pruning[:, :, None] + reviving[:, None, :] - 2 * w[:, :, None] * w[:, None, :] * gram
+    if m:
+        group = torch.arange(len(gram)) // m
+        pairs = pairs.masked_fill(group[:, None] != group[None, :], torch.inf)
+    return pairs.flatten(1).amin(dim=1) / (c * w * ~mask).sum(dim=1).clamp_min(1e-30)
+
+
+@pairwise(FOLLOWED)
+def test_refinements_and_corrections_after_any_mask_equal_naive_float64_versions(kind, method, pattern, steps):
+    wanted, base = (method, pattern, steps), (method, pattern, "")
+    anatomy, results = followed(kind)
+    if wanted not in results:
+        anatomy, results = followed(kind, full=True)
+    _, inputs = double(kind)
+    pruned, start = results[wanted], results[base].masks
+    group = int(pattern.split(":")[1]) if ":" in pattern else 0
+    seen = [key for key in anatomy if sum(map(len, inputs[key].values()))]
+    for key in anatomy:
+        dense, mask = anatomy.weight(*key), pruned.masks[key]
+        x = torch.cat(list(inputs[key].values()))
+        before = naive.reconstruction_error(dense, dense * start[key], x)
+        swapped = naive.reconstruction_error(dense, dense * mask, x)
+        if "swaps" not in steps or key not in seen:
+            assert torch.equal(mask, start[key])
+        else:
+            shape = (len(mask), -1, group or mask.shape[1])
+            assert torch.equal(mask.reshape(shape).sum(dim=2), start[key].reshape(shape).sum(dim=2))
+            assert swapped <= before * (1 + 1e-5)
+        if steps == "swaps" and key in seen:
+            assert float(best_swap(dense, mask, x, group).amin()) > -1e-4
+        assert (key in pruned.values) == (steps != "swaps" and key in seen)
+        if key in pruned.values:
+            new = torch.zeros_like(dense)
+            new[mask] = pruned.values[key]
+            error = naive.reconstruction_error(dense, new, x)
+            slow = naive.least_squares if steps == "least-squares" else naive.admm
+            expected = naive.reconstruction_error(dense, slow(dense, mask, x), x)
+            assert error == pytest.approx(expected, rel=2e-3, abs=1e-4 * swapped)
+            assert error <= swapped * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "mt5"])
+@pytest.mark.parametrize("pattern", ["matrix", "2:4"])
+def test_a_correction_on_a_mask_of_sparsegpt_starts_from_dense_weights(kind, pattern):
+    recipes = [dense_recipe("sparsegpt", pattern, **more) for more in ({}, STEPS["least-squares"], STEPS["admm"])]
+    anatomy = Anatomy(tiny_model(kind))
+    pruned = sweep(anatomy, [job(recipe) for recipe in recipes], text(), batch_tokens=32)
+    updated, exact, admm = (pruned(job(recipe)) for recipe in recipes)
+    assert exact.masks == admm.masks == updated.masks
+    _, inputs = double(kind)
+    for key, values in exact.values.items():
+        dense, mask = anatomy.weight(*key), exact.masks[key]
+        x = torch.cat(list(inputs[key].values()))
+        errors = []
+        for found in (values, admm.values[key], updated.values[key]):
+            new = torch.zeros_like(dense)
+            new[mask] = found
+            errors.append(naive.reconstruction_error(dense, new, x))
+        best = naive.reconstruction_error(dense, naive.least_squares(dense, mask, x), x)
+        assert errors[0] == pytest.approx(best, rel=2e-3, abs=1e-4 * errors[2])
+        assert errors[0] <= min(errors[1:]) * (1 + 1e-3)
+
+
 def test_every_registered_method_is_tested_here():
     structured = {name for name in known_methods() if method_named(name).scores != "weights"}  # see test_structured
     assert set(known_methods()) - structured == set(AXES["method"])
@@ -242,6 +334,11 @@ def test_experts_that_see_nothing_are_reported_and_fall_back_on_magnitude():
         anatomy.weight(0, "o").zero_()
     recipes = [Recipe(method=method, sparsity=0.5, pattern="row") for method in ("wanda", "sparsegpt")]
     pruned = sweep(anatomy, [job(recipe) for recipe in recipes], text())
+    corrected = Recipe(method="magnitude", sparsity=0.5, refinement="swaps", correction="admm")
+    result = sweep(anatomy, [job(corrected)], text())(job(corrected))
+    assert "block 0, gate.3 and up.3: no calibration token reached them; no swaps, no admm" in result.remarks
+    assert (0, "up.3") not in result.values
+    assert (0, "up.2") in result.values
     for recipe in recipes:
         result = pruned(job(recipe))
         assert "block 0, gate.3 and up.3: no calibration token reached them; pruned by magnitude" in result.remarks

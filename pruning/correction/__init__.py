@@ -1,0 +1,44 @@
+"""What may follow the choice of a mask: refining it, and correcting the kept weights. Both use the Gram matrix only.
+
+A refiner exchanges kept and pruned weights whose values stay the dense ones; a corrector then updates the kept weights.
+"""
+
+from __future__ import annotations
+
+from ..errors import RecipeError, unknown
+from .admm import ADMM
+from .least_squares import LEAST_SQUARES
+from .registry import NONE, Corrected, Corrector, Refiner
+from .swaps import SWAPS
+
+_CORRECTORS = {c.name: c for c in (Corrector(NONE, "kept weights have their dense values"), ADMM, LEAST_SQUARES)}
+_REFINERS = {r.name: r for r in (Refiner(NONE, "the method's mask"), SWAPS)}
+
+
+def corrector_named(name: str) -> Corrector:
+    """Return the corrector called `name`; that called ``none`` does nothing.
+
+    Raises
+    ------
+    RecipeError
+        If there is none.
+    """
+    if name not in _CORRECTORS:
+        raise RecipeError(unknown("correction", name, _CORRECTORS))
+    return _CORRECTORS[name]
+
+
+def refiner_named(name: str) -> Refiner:
+    """Return the refiner called `name`; that called ``none`` does nothing.
+
+    Raises
+    ------
+    RecipeError
+        If there is none.
+    """
+    if name not in _REFINERS:
+        raise RecipeError(unknown("refinement", name, _REFINERS))
+    return _REFINERS[name]
+
+
+__all__ = ["NONE", "Corrected", "Corrector", "Refiner", "corrector_named", "refiner_named"]
