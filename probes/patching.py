@@ -228,8 +228,8 @@ class DamagedModel:
 
     @property
     def projections(self) -> tuple[Key, ...]:
-        """The pruned projections."""
-        return tuple(self._variant.masks)
+        """The projections that were pruned or quantized."""
+        return self._variant.projections
 
     def damaged(self) -> AbstractContextManager[None]:
         """Context manager within which the model is pruned."""

@@ -1,4 +1,4 @@
-"""Pruning recipes: validated, hashable, and the same from Python, TOML or JSON."""
+"""Recipes, by which a model is pruned or quantized: validated, hashable, and the same from Python, TOML or JSON."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .models.anatomy import ROLES, role_kind
 from .models.families import is_reader, roles_of
 from .parameters import checked, exact
 from .patterns import MODEL, Pattern, is_structure, n_of_m, pattern_named
+from .quantization import MULTIPLE, WIDTHS, Grid
 from .statistics import GRAM, OF_INPUTS
 from .text.calibration import CalibrationSet
 
@@ -27,22 +28,25 @@ UNCALIBRATED = "none"
 EVERYWHERE = "all"
 #: Digits of the hash that distinguishes diagnoses in names.
 _DIGITS = 6
+#: Number of inputs that share a scale, unless a recipe says otherwise.
+_GROUP = 128
 _BLOCKS = re.compile(r"(\d*):(\d*)|(\d+)")
 
 
 class Recipe(BaseModel):
-    """How a model is pruned: method, sparsity, pattern, allocation, propagation, refinement, correction and scope.
+    """How a model is pruned or quantized: method, sparsity or bits, pattern, allocation, propagation and what follows.
 
     Attributes
     ----------
     method
         A registered method (``pruning.methods.known_methods()``).
     sparsity
-        Share of weights to prune, between 0 and 1; may be omitted with an n:m pattern.
+        Share of weights to prune, between 0 and 1; may be omitted with an n:m pattern. 0 for methods that quantize.
     pattern
         Which weights compete with each other: ``row``, ``matrix``, ``model`` (one global threshold), or n:m, which
         removes n out of every m consecutive inputs; or which structures are removed as a whole: ``neurons``, ``heads``
-        or ``neurons+heads``. Defaults to the method's native pattern.
+        or ``neurons+heads``. Defaults to the method's native pattern; empty
+        for methods that quantize.
     allocation
         How sparsity is distributed over blocks: ``uniform``, ``owl``, ``cross-lingual`` or ``alpha``; or over
         matrices, by `importance`: ``diagnosis``. Defaults to the method's native allocation.
@@ -63,6 +67,9 @@ class Recipe(BaseModel):
         default.
     parameters
         Hyperparameters of the method, the allocation, the refinement and the correction, such as ``{"power": 0.7}``.
+    bits, group
+        For methods that quantize only: bits of a code (2, 3, 4 or 8), and how many consecutive inputs share a scale
+        (a multiple of 8; 0: the whole row; 128 by default).
     importance
         For allocation ``diagnosis`` only: how much restoring each matrix's dense weights recovers, such as
         ``{"9.down": 0.12}``, for every matrix in scope. See :class:`pruning.Remedy`.
@@ -86,6 +93,8 @@ class Recipe(BaseModel):
     blocks: str = ""
     parameters: tuple[tuple[str, float], ...] = ()
     importance: tuple[tuple[str, float], ...] = ()
+    bits: int = 0
+    group: int = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +103,12 @@ class Recipe(BaseModel):
             return given
         filled: dict[str, Any] = dict(given)
         method = method_named(filled["method"])
-        filled["pattern"] = filled.get("pattern") or method.pattern
+        filled["bits"] = filled.get("bits") or 0
+        if filled.get("group") is None:
+            filled["group"] = _GROUP if method.quantize else 0
+        if method.quantize and filled.get("sparsity") is None:
+            filled["sparsity"] = 0.0
+        filled["pattern"] = filled.get("pattern") or ("" if method.quantize else method.pattern)
         numbers = n_of_m(str(filled["pattern"]))
         if not filled.get("allocation"):
             fixed = numbers is not None or filled["pattern"] == MODEL or is_structure(str(filled["pattern"]))
@@ -115,7 +129,12 @@ class Recipe(BaseModel):
 
     @field_validator("sparsity")
     @classmethod
-    def _true_share(cls, sparsity: float) -> float:
+    def _true_share(cls, sparsity: float, known: Any) -> float:
+        method = known.data.get("method", "")
+        if method and method_named(method).quantize:
+            if sparsity:
+                raise RecipeError(f'"{method}" quantizes: write bits = 4 instead of sparsity = {sparsity:g}')
+            return 0.0
         if not 0 < sparsity < 1:
             raise RecipeError(
                 f"sparsity {sparsity:g} is not between 0 and 1; it is the share of weights to prune, such as 0.5"
@@ -125,7 +144,7 @@ class Recipe(BaseModel):
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, name: str) -> str:
-        return pattern_named(name).name
+        return pattern_named(name).name if name else name
 
     @field_validator("allocation")
     @classmethod
@@ -180,6 +199,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
+        self._check_bits()
         numbers = n_of_m(self.pattern)
         if numbers and abs(self.sparsity - numbers[0] / numbers[1]) > 1e-9:
             raise RecipeError(
@@ -234,6 +254,37 @@ class Recipe(BaseModel):
         if self.allocation != UNIFORM:
             raise RecipeError(f'{removes}, with allocation "{UNIFORM}" only, not "{self.allocation}"')
 
+    def _check_bits(self) -> None:
+        if not self.quantizes:
+            if self.bits or self.group:
+                raise RecipeError(
+                    f'"{self.method}" prunes: bits and group are for methods that quantize (rtn, gptq, awq); pruning '
+                    "and quantizing in one recipe is not possible yet"
+                )
+            return
+        if self.pattern or self.allocation != UNIFORM:
+            raise RecipeError(f'"{self.method}" quantizes all weights alike: leave pattern and allocation out')
+        if self.refinement != NONE or self.correction != NONE:
+            raise RecipeError(f'"{self.method}" quantizes, and has no mask: leave refinement and correction out')
+        if self.bits not in WIDTHS:
+            given = f"bits = {self.bits} is not possible" if self.bits else f'"{self.method}" needs bits'
+            raise RecipeError(f"{given}; write bits = 2, 3, 4 or 8")
+        if self.group < 0 or self.group % MULTIPLE:
+            raise RecipeError(
+                f"group = {self.group} is not a multiple of {MULTIPLE}; it is the number of consecutive inputs that "
+                "share a scale, such as 128 (0: the whole row)"
+            )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the method quantizes instead of pruning."""
+        return self.scoring.quantize is not None
+
+    @property
+    def grid(self) -> Grid:
+        """The grid, for methods that quantize."""
+        return Grid(self.bits, self.group, bool(dict(self.parameters).get("symmetric", 0)))
+
     @property
     def scoring(self) -> Method:
         """The method."""
@@ -261,8 +312,8 @@ class Recipe(BaseModel):
 
     @property
     def updates(self) -> bool:
-        """Whether kept weights are updated, by the method or by a correction."""
-        return self.scoring.solve is not None or self.correction != NONE
+        """Whether weights are computed, by the method or by a correction, rather than only chosen."""
+        return self.scoring.solves or self.correction != NONE
 
     @property
     def _steps(self) -> tuple[str, ...]:
@@ -272,7 +323,7 @@ class Recipe(BaseModel):
     @property
     def choosing(self) -> Pattern:
         """The pattern."""
-        return pattern_named(self.pattern)
+        return pattern_named(self.pattern or "row")  # what quantizes chooses nothing
 
     @property
     def method_parameters(self) -> dict[str, float]:
@@ -337,6 +388,13 @@ class Recipe(BaseModel):
         return ", ".join(parts) or EVERYWHERE
 
     @property
+    def pattern_label(self) -> str:
+        """The pattern in frames and names; of methods that quantize the grid: ``4bit-g128``, or ``4bit-row``."""
+        if not self.quantizes:
+            return self.pattern
+        return f"{self.bits}bit-" + (f"g{self.group}" if self.group else "row")
+
+    @property
     def method_label(self) -> str:
         """The method's name in frames, and what follows it, with every parameter that is not the default.
 
@@ -367,9 +425,12 @@ class Recipe(BaseModel):
         'magnitude-0.3-matrix-o-blocks0_4'
         >>> Recipe(method="wanda", pattern="2:4", correction="admm").variant_id(CalibrationSet.named("sw"))
         'wanda+admm-0.5-2of4-pruned-sw-s0'
+        >>> Recipe(method="gptq", bits=4).variant_id(CalibrationSet.named("en"))
+        'gptq-4bit-g128-pruned-en-s0'
         """
         sparsity = f"{self.sparsity:g}" if n_of_m(self.pattern) else exact(self.sparsity)  # the pattern says it all
-        parts = ["+".join(self._steps), sparsity, self.pattern.replace(":", "of")]
+        parts = ["+".join(self._steps)] if self.quantizes else ["+".join(self._steps), sparsity]
+        parts += [self.pattern_label.replace(":", "of")]
         parts += [self._allocation_name] if self.allocation != UNIFORM else []
         parts += [f"{name}={exact(value)}" for name, value in self.parameters]
         parts += ["+".join(self.roles)] if self.roles else []

@@ -15,10 +15,10 @@ from torch import Tensor
 from .errors import MethodError
 
 #: Names of the statistics that a method can request.
-SQUARES, GRAM, POSITIVE = "squares", "gram", "positive"
+SQUARES, GRAM, POSITIVE, ABSOLUTE = "squares", "gram", "positive", "absolute"
 GRADIENT, CURVATURE, SLOPES = "gradient", "curvature", "slopes"
 #: Those of the inputs of a projection, and the derivatives of the whole dense model's loss.
-OF_INPUTS, OF_THE_LOSS = (SQUARES, GRAM, POSITIVE), (GRADIENT, CURVATURE, SLOPES)
+OF_INPUTS, OF_THE_LOSS = (SQUARES, GRAM, POSITIVE, ABSOLUTE), (GRADIENT, CURVATURE, SLOPES)
 STATISTICS = (*OF_INPUTS, *OF_THE_LOSS)
 #: Panel width for updates of a Gram matrix; only panels on and above the diagonal are computed.
 _PANEL = 512
@@ -36,15 +36,23 @@ class LanguageSums:
         Sum of squares of every input, ``‖X_j‖₂²``; float32 ``[inputs]``.
     positive
         Number of tokens on which an input is positive, float32 ``[inputs]``; exact below 2^24 tokens.
+    absolute
+        Sum of the absolute values of every input, float32 ``[inputs]``.
     """
 
     tokens: int
     squares: Tensor
     positive: Tensor
+    absolute: Tensor
 
     def __add__(self, other: LanguageSums) -> LanguageSums:
         """Return the sums over both sets of tokens."""
-        return LanguageSums(self.tokens + other.tokens, self.squares + other.squares, self.positive + other.positive)
+        return LanguageSums(
+            self.tokens + other.tokens,
+            self.squares + other.squares,
+            self.positive + other.positive,
+            self.absolute + other.absolute,
+        )
 
 
 class InputStatistics:
@@ -58,7 +66,7 @@ class InputStatistics:
     inputs
         Number of input features.
     needs
-        What to gather: any of ``squares``, ``positive`` and ``gram``.
+        What to gather: any of ``squares``, ``positive``, ``absolute`` and ``gram``.
     device
         Device of the sums.
 
@@ -86,13 +94,15 @@ class InputStatistics:
         rows = x.reshape(-1, self.inputs).float()
         if language not in self.languages:
             zeros = torch.zeros(self.inputs, dtype=torch.float32, device=self.device)
-            self.languages[language] = LanguageSums(0, zeros, zeros.clone())
+            self.languages[language] = LanguageSums(0, zeros, zeros.clone(), zeros.clone())
         sums = self.languages[language]
         sums.tokens += len(rows)
         if SQUARES in self.needs:
             sums.squares += rows.square().sum(dim=0)
         if POSITIVE in self.needs:
             sums.positive += (rows > 0).sum(dim=0)
+        if ABSOLUTE in self.needs:
+            sums.absolute += rows.abs().sum(dim=0)
         if self._panels is not None:
             self.memo.clear()
             self._mirrored = False
@@ -134,6 +144,13 @@ class InputStatistics:
         """Share of tokens on which each input is positive."""
         self._require(POSITIVE)
         total = sum((s.positive for s in self.languages.values()), torch.zeros(self.inputs, device=self.device))
+        return total / max(self.tokens, 1)
+
+    @property
+    def mean_magnitude(self) -> Float[Tensor, " inputs"]:
+        """Mean absolute value of each input over all tokens."""
+        self._require(ABSOLUTE)
+        total = sum((s.absolute for s in self.languages.values()), torch.zeros(self.inputs, device=self.device))
         return total / max(self.tokens, 1)
 
     def norms_by_language(self) -> dict[str, Tensor]:

@@ -425,3 +425,108 @@ def _shifts(values: list[float], sizes: list[int], spread: float) -> list[float]
     ratios = [(value - low) / (high - low) * 2 * spread for value in values]
     mean = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True)) / sum(sizes)
     return [ratio - mean for ratio in ratios]
+
+
+# Quantization
+
+
+def fitted(part: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return scale (computed in float32, rounded to 16 bits) and zero point of the grid of every row of some weights."""
+    low = torch.minimum(part.min(dim=1).values, torch.zeros(len(part)))
+    high = torch.maximum(part.max(dim=1).values, torch.zeros(len(part)))
+    spread = 2 * torch.maximum(-low, high) if symmetric else high - low
+    scale = (spread.float() / (2**bits - 1)).half().double().clamp(min=2.0**-24)
+    scale[spread == 0] = 1
+    zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else (-low / scale).round().clamp(0, 2**bits - 1)
+    return scale, zero
+
+
+def nearest(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Return the values of the grids that are nearest to some weights; halfway to the even code."""
+    return ((values / scale).round() + zero).clamp(0, 2**bits - 1).sub(zero) * scale
+
+
+def rtn(W: Tensor, bits: int, group: int, symmetric: bool = False) -> Tensor:
+    """Round every weight to the nearest value of the grid of its group of inputs (0: of its row)."""
+    W = W.detach().double()
+    width = group or W.shape[1]
+    made = torch.zeros_like(W)
+    for a in range(0, W.shape[1], width):
+        scale, zero = fitted(W[:, a : a + width], bits, symmetric)
+        for j in range(a, a + width):
+            made[:, j] = nearest(W[:, j], scale, zero, bits)
+    return made
+
+
+def gptq(
+    W: Tensor,
+    X: Tensor,
+    bits: int,
+    group: int,
+    symmetric: bool = False,
+    damping: float = 0.01,
+    order: bool = False,
+) -> Tensor:
+    """GPTQ (Frantar et al., ICLR 2023): grids of groups on updated weights; with an order, on the dense ones."""
+    W = W.detach().double().clone()
+    X = X.detach().double()
+    inputs = W.shape[1]
+    width = group or inputs
+    H = X.T @ X
+    W[:, H.diagonal() == 0] = 0
+    columns = list(range(inputs))
+    if order:
+        columns.sort(key=lambda j: -float(H[j, j]))
+    for j in range(inputs):
+        if H[j, j] == 0:
+            H[j, j] = 1
+    H = H + damping * H.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
+    H = H[columns][:, columns]
+    U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    grids = {}
+    if order or not group:
+        for a in range(0, inputs, width):
+            grids[a] = fitted(W[:, a : a + width], bits, symmetric)
+    made = torch.zeros_like(W)
+    for k, j in enumerate(columns):
+        a = j - j % width
+        if a not in grids:
+            grids[a] = fitted(W[:, a : a + width], bits, symmetric)
+        made[:, j] = nearest(W[:, j], *grids[a], bits)
+        error = (W[:, j] - made[:, j]) / U[k, k]
+        W[:, columns[k + 1 :]] -= torch.outer(error, U[k, k + 1 :])
+    return made
+
+
+def awq(
+    weights: dict[str, Tensor], X: Tensor, bits: int, group: int, symmetric: bool = False, clip: bool = True
+) -> dict[str, Tensor]:
+    """AWQ (Lin et al., MLSys 2024) of matrices that read the same input, by role; errors are of their own outputs."""
+    X = X.detach().double()
+    dense = {role: W.detach().double() for role, W in weights.items()}
+    magnitude = X.abs().mean(dim=0).clamp(min=1e-4)
+    best, least = torch.ones_like(magnitude), math.inf
+    for step in range(20):
+        s = (magnitude ** (step / 20)).clamp(min=1e-4)
+        s = (s / (s.max() * s.min()).sqrt()).half().double()
+        error = sum(reconstruction_error(W, rtn(W * s, bits, group, symmetric) / s, X) for W in dense.values())
+        if error < least:
+            best, least = s, error
+    made = {}
+    for role, W in dense.items():
+        scaled = W * best
+        if clip and role not in ("q", "k"):
+            width = group or W.shape[1]
+            for a in range(0, W.shape[1], width):
+                part, x = scaled[:, a : a + width].clone(), X[:, a : a + width] / best[a : a + width]
+                limit = part.abs().amax(dim=1, keepdim=True)
+                lowest = torch.full((len(part),), math.inf, dtype=torch.float64)
+                for step in range(10):
+                    to = limit * (1 - step / 20)
+                    clipped = part.clamp(-to, to)
+                    wrong = ((x @ (part - rtn(clipped, bits, 0, symmetric)).T) ** 2).sum(dim=0)
+                    better = wrong < lowest
+                    scaled[better, a : a + width] = clipped[better]
+                    lowest = torch.minimum(lowest, wrong)
+        made[role] = rtn(scaled, bits, group, symmetric) / best
+    return made

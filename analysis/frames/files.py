@@ -9,8 +9,10 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
+from probes import DENSE
 from pruning.errors import StudyError
 from pruning.files import whole_file
+from pruning.variants.size import DENSE_BITS, pruned_bits
 
 from .schema import FRAMES
 from .tables import check
@@ -50,4 +52,16 @@ def read_frame(path: Path) -> pd.DataFrame:
         frame = parquet.read_table(path).to_pandas()
     except (pa.ArrowInvalid, OSError) as error:
         raise StudyError(f"{path} is damaged; delete it and run again") from error
-    return check(path.stem, frame, f"{path}: ")
+    return check(path.stem, _with_bits(frame), f"{path}: ")
+
+
+def _with_bits(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame with the column ``bits``, which those of earlier versions lack: all models were pruned."""
+    if "bits" in frame or not {"method", "sparsity", "pattern", "propagation"} <= set(frame.columns):
+        return frame
+    bits = [
+        DENSE_BITS if method == DENSE else pruned_bits(sparsity, str(pattern))
+        for method, sparsity, pattern in zip(frame["method"], frame["sparsity"], frame["pattern"], strict=True)
+    ]
+    frame.insert(frame.columns.get_loc("propagation") + 1, "bits", bits)
+    return frame

@@ -14,9 +14,12 @@ from pruning.allocation import UNIFORM
 from pruning.patterns import is_structure
 from pruning.recipes import EVERYWHERE, UNCALIBRATED
 from pruning.text.languages import language_name
-from pruning.variants.store import UNKNOWN
+from pruning.variants.store import CHANGED, QUANTIZED, UNKNOWN
 
 from .schema import ALL, TEXT
+
+#: The pattern of quantized models: bits of a code, and inputs that share a scale.
+_GRID = re.compile(r"(\d)bit-(?:g(\d+)|row)")
 
 
 def language_title(tag: str) -> str:
@@ -64,10 +67,13 @@ def variant_rank(row: pd.Series) -> tuple[Any, ...]:
 #: How papers write the names of methods and of what follows them.
 _METHOD_NAMES = {
     "admm": "ADMM",
+    "awq": "AWQ",
     "gblm": "GBLM",
+    "gptq": "GPTQ",
     "grasp": "GraSP",
     "m-wanda": "M-Wanda",
     "ria": "RIA",
+    "rtn": "RTN",
     "snip": "SNIP",
     "sparsegpt": "SparseGPT",
     "wanda": "Wanda",
@@ -97,8 +103,10 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
         if row["method"] == DENSE:
             labels.append(DENSE)
             continue
-        words = [f"{method_name(row['method'])} {row['sparsity']:g}"]
-        words += [_pattern_words(row["pattern"])] if several["pattern"] else []
+        grid = _GRID.fullmatch(str(row["pattern"]))
+        words = [method_name(row["method"])]
+        words += [f"{grid[1]} bits"] if grid else [] if maskless(row) else [f"{row['sparsity']:g}"]
+        words += [_grouped(grid) if grid else _pattern_words(row["pattern"])] if several["pattern"] else []
         words += [f"{row['allocation']} allocation"] if several["allocation"] else []
         words += [f"in {row['scope']}"] if several["scope"] and row["scope"] != EVERYWHERE else []
         words += [f"{row['propagation']} propagation"] if several["propagation"] else []
@@ -110,7 +118,13 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
 
 def recipe_label(recipe: Mapping[str, Any]) -> str:
     """Return a recipe in a few words."""
-    words = [method_name(recipe["method"]), f"sparsity {recipe['sparsity']:g}", _pattern_words(recipe["pattern"])]
+    grid = _GRID.fullmatch(str(recipe["pattern"]))
+    words = [method_name(recipe["method"])]
+    if grid:
+        words += [f"{grid[1]} bits", _grouped(grid)]
+    else:
+        words += [] if maskless(recipe) else [f"sparsity {recipe['sparsity']:g}"]
+        words.append(_pattern_words(recipe["pattern"]))
     words += [f"{recipe['allocation']} allocation"] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
     words += [f"in {recipe['scope']}"] if recipe["scope"] != EVERYWHERE else []
     words += ["dense propagation"] if recipe["propagation"] == "dense" else []
@@ -119,7 +133,8 @@ def recipe_label(recipe: Mapping[str, Any]) -> str:
 
 def recipe_slug(recipe: Mapping[str, Any]) -> str:
     """Return a recipe's part of a figure's file name."""
-    words = [str(recipe["method"]), f"{recipe['sparsity']:g}", str(recipe["pattern"]).replace(":", "of")]
+    sparsity = [] if maskless(recipe) else [f"{recipe['sparsity']:g}"]
+    words = [str(recipe["method"]), *sparsity, str(recipe["pattern"]).replace(":", "of")]
     words += [str(recipe["allocation"])] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
     words += [str(recipe["scope"])] if recipe["scope"] != EVERYWHERE else []
     return slug("-".join([*words, str(recipe["propagation"])]))
@@ -130,9 +145,24 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", text)
 
 
+def quantized(recipe: Mapping[str, Any]) -> bool:
+    """Whether models were quantized, here or elsewhere."""
+    return str(recipe["pattern"]) == QUANTIZED or _GRID.fullmatch(str(recipe["pattern"])) is not None
+
+
+def maskless(recipe: Mapping[str, Any]) -> bool:
+    """Whether models have no masks: they were quantized, or all their weights were changed elsewhere."""
+    return str(recipe["pattern"]) == CHANGED or quantized(recipe)
+
+
+def _grouped(grid: re.Match[str]) -> str:
+    return f"groups of {grid[2]}" if grid[2] else "one scale a row"
+
+
 def _pattern_words(pattern: object) -> str:
-    if str(pattern) == UNKNOWN:
-        return "pruned elsewhere"
+    elsewhere = {UNKNOWN: "pruned elsewhere", CHANGED: "changed elsewhere", QUANTIZED: "quantized elsewhere"}
+    if str(pattern) in elsewhere:
+        return elsewhere[str(pattern)]
     if is_structure(str(pattern)):
         return f"whole {str(pattern).replace('+', ' and ')}"
     return str(pattern) if ":" in str(pattern) else f"per {pattern}"

@@ -5,6 +5,12 @@ what: ``metric, value`` and, where the value is an estimate, ``low, high`` (95 %
 calibration sets are compared also
 ``draws``, ``df``, ``p_value`` and ``p_adjusted`` (see :mod:`analysis.metrics.contrasts`). Where two draws of
 calibration text are compared, ``shared_text`` is the share of their tokens that they have in common.
+
+``bits`` is the size of the projections in a variant's scope in bits a weight, by which pruning and quantization can be
+compared (:meth:`pruning.Variant.bits`): 16 for a weight that is kept (also where models compute in float32), 1 for the
+mask, or log2 C(m, n) / m for an n:m mask (none for whole neurons and heads); for a quantized weight the bits of its
+code, and for every group 16 for the scale and as many as a code has for the zero point. The dense model has 16.
+``pattern`` is ``4bit-g128`` for codes of 4 bits in groups of 128 inputs, ``4bit-row`` where a row has one scale.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ _TYPES: dict[str, pa.DataType] = {
     "allocation": _WORD,
     "scope": _WORD,
     "propagation": _WORD,
+    "bits": pa.float64(),
     "calibration": _WORD,
     "seed": pa.int32(),
     "language": _WORD,
@@ -68,7 +75,7 @@ _TYPES: dict[str, pa.DataType] = {
 #: The columns that say what was done to a model.
 RECIPE_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
 #: The columns that say which model was measured.
-VARIANT_COLUMNS = (*RECIPE_COLUMNS, "calibration", "seed")
+VARIANT_COLUMNS = (*RECIPE_COLUMNS, "bits", "calibration", "seed")
 #: Category of a diagnosis of text, which has no items, and of one of all items together.
 TEXT, ALL = "text", "all"
 #: Tokens of a language that an expert must get for how often its neurons fire to be estimated: then the standard error
@@ -293,6 +300,10 @@ FRAMES: dict[str, FrameSpec] = {
             "value_cosine": Metric("", "cosine similarity of the weights that both keep (methods that update weights)"),
             "correction_cosine": Metric(
                 "", "cosine similarity of the updates to the weights that both keep; 0: unrelated updates"
+            ),
+            "code_agreement": Metric("", "share of equal codes (quantized variants, which have no masks)"),
+            "code_agreement_chance": Metric(
+                "", "the same expected of independent codes of which each is as frequent as here"
             ),
         },
         estimates=False,

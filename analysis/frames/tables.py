@@ -11,6 +11,7 @@ import pyarrow as pa
 from probes import DENSE
 from pruning.errors import StudyError, unknown
 from pruning.recipes import EVERYWHERE, UNCALIBRATED
+from pruning.variants.size import DENSE_BITS
 
 from .schema import FRAMES, RECIPE_COLUMNS, FrameSpec
 
@@ -18,7 +19,8 @@ from .schema import FRAMES, RECIPE_COLUMNS, FrameSpec
 def dense_columns(model: str) -> dict[str, Any]:
     """Return the variant columns of the dense model."""
     none = dict.fromkeys(("pattern", "allocation", "propagation", "calibration"), UNCALIBRATED)
-    return {"model": model, "method": DENSE, "sparsity": 0.0, "scope": EVERYWHERE, **none, "seed": 0}
+    described = {"model": model, "method": DENSE, "sparsity": 0.0, "scope": EVERYWHERE, "bits": DENSE_BITS}
+    return {**described, **none, "seed": 0}
 
 
 def tidy(name: str, rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:

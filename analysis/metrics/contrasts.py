@@ -84,7 +84,7 @@ def analyze(
             dense = readings[DENSE, language]
             for variant in variants:
                 scores[variant, language] = _scores(dense, readings[variant, language], subspaces)
-        shared = {name: columns[variants[0]][name] for name in RECIPE_COLUMNS}
+        shared = {name: columns[variants[0]][name] for name in (*RECIPE_COLUMNS, "bits")}
         for metric in next(iter(scores.values())):
             values = {place: of[metric] for place, of in scores.items()}
             compared = [

@@ -64,7 +64,7 @@ def analyze(
                     "role": [role for _, role in both] * 2,
                     "other_calibration": b["calibration"],
                     "other_seed": b["seed"],
-                    "shared_text": _shared(text.get(group[i]), text.get(group[j])),
+                    "shared_text": shared(text.get(group[i]), text.get(group[j])),
                     "metric": ["iou"] * len(both) + ["iou_chance"] * len(both),
                     "value": [*of_pair, *chance],
                 }
@@ -72,7 +72,8 @@ def analyze(
     return tidy("mask_overlap", rows)
 
 
-def _shared(one: Sequence[Drawn] | None, other: Sequence[Drawn] | None) -> float:
+def shared(one: Sequence[Drawn] | None, other: Sequence[Drawn] | None) -> float:
+    """Return the share of their text that two variants have in common; NaN if it is not known."""
     return shared_text(one, other) if one and other else float("nan")
 
 
@@ -117,12 +118,12 @@ def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
     Parameters
     ----------
     variants
-        Pairs that differ in calibration set or seed only, and have corrected weights, are compared.
+        Pairs that differ in calibration set or seed only, and have masks and corrected weights, are compared.
     dense
         The dense model: a correction is the difference from it.
     """
     rows = []
-    for group in alike({variant.id: variant.columns() for variant in variants if variant.values}):
+    for group in alike({variant.id: variant.columns() for variant in variants if variant.values and variant.masks}):
         members = [variant for variant in variants if variant.id in group]
         cosines: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
         for layer, keys in groupby(members[0].masks, key=lambda key: key[0]):
@@ -139,7 +140,7 @@ def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
                         "role": [role for _, role in cosines],
                         "other_calibration": other["calibration"],
                         "other_seed": other["seed"],
-                        "shared_text": _shared(members[i].record.text, members[j].record.text),
+                        "shared_text": shared(members[i].record.text, members[j].record.text),
                         "metric": [metric] * len(cosines),
                         "value": [float(pair[which][i, j]) for pair in cosines.values()],
                     }
@@ -184,7 +185,7 @@ def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:
 
 
 def cluster(matrix: pd.DataFrame) -> NDArray[np.float64]:
-    """Cluster calibration sets by mask distance, 1 − mean IoU: scipy's average linkage.
+    """Cluster calibration sets by distance, 1 − mean IoU or share of equal codes: scipy's average linkage.
 
     Parameters
     ----------

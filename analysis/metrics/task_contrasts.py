@@ -32,9 +32,9 @@ FEWEST_VARIANTS = 4
 #: The contrasts: of sets, of categories, of both; of a language's own set with the others, alone and by category.
 CONTRASTS = ("calibration", "category", "calibration_by_category", "own", "own_by_category")
 _METRICS = ("accuracy_drop", "margin_drop")
-_VARIANT = [*RECIPE_COLUMNS, "calibration", "seed"]
+_VARIANT = [*RECIPE_COLUMNS, "calibration", "seed", "bits"]
 
-#: A pruned model: its recipe, calibration set and seed.
+#: A pruned model: its recipe, calibration set, seed and size.
 _Variant = tuple[Any, ...]
 
 
@@ -201,7 +201,8 @@ class Drops:
             for variant in members:
                 sets.setdefault(str(variant[key]), []).append(variant)
             ordered = {name: sets[name] for name in sorted(sets, key=labels.calibration_rank)}
-            yield dict(zip(RECIPE_COLUMNS, recipe, strict=True)), ordered
+            size = next(iter(sets.values()))[0][-1]
+            yield dict(zip(RECIPE_COLUMNS, recipe, strict=True)) | {"bits": size}, ordered
 
     def blocks(
         self, category: str, part: str, language: str, other: tuple[str, str] | None

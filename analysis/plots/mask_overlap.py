@@ -1,4 +1,4 @@
-"""Figures of mask overlap."""
+"""Figures of mask overlap, and of the agreement of codes."""
 
 from __future__ import annotations
 
@@ -20,22 +20,33 @@ from ..frames import labels, of_recipe
 from ..metrics.mask_overlap import cluster, draws_share, mean_matrix
 from . import charts, style
 
+#: What the similarities are called: on an axis, in a title, and the measure that clusters go by.
+_NAMES = {
+    "iou": ("IoU", "Overlap of kept weights", "mask distance\n(1 − IoU)"),
+    "code_agreement": ("share of equal codes", "Agreement of codes", "distance\n(1 − share)"),
+    "value_cosine": ("cosine similarity", "Similarity of the weights that both keep", ""),
+    "correction_cosine": ("cosine similarity", "Similarity of the updates to weights that both keep", ""),
+}
 
-def heatmap(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw the mean IoU of every pair of calibration sets, in the order of their clustering."""
+
+def heatmap(
+    frame: pd.DataFrame, recipe: Mapping[str, Any], *, metric: str = "iou", width: float = style.PAGE_WIDTH
+) -> Figure:
+    """Draw the mean IoU, or share of equal codes, of every pair of calibration sets, in the order of a clustering."""
     shown = of_recipe(frame, recipe)
-    chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
-    matrix = mean_matrix(shown)
-    title = f"Overlap of kept weights (chance {chance:.3f}; {labels.recipe_label(recipe)})"
-    return _clusters(matrix, cluster(matrix), title=title, width=width)
+    chance = float(shown.loc[shown["metric"] == f"{metric}_chance", "value"].mean())
+    matrix = mean_matrix(shown, metric)
+    label, title, distance = _NAMES[metric]
+    title = f"{title} (chance {chance:.3f}; {labels.recipe_label(recipe)})"
+    return _clusters(matrix, cluster(matrix), title=title, label=f"mean {label}", distance=distance, width=width)
 
 
 def roles(
     frame: pd.DataFrame, recipe: Mapping[str, Any], *, metric: str = "iou", width: float = style.PAGE_WIDTH
 ) -> Figure:
-    """Draw IoU, or a cosine similarity of weights, by layer for every role, with chance level and ceiling."""
+    """Draw a similarity of variants by layer for every role, with chance level and ceiling."""
     shown = of_recipe(frame, recipe)
-    chance = float(shown.loc[shown["metric"] == "iou_chance", "value"].mean())
+    chance = float(shown.loc[shown["metric"] == f"{metric}_chance", "value"].mean())
     shown = shown[shown["metric"] == metric].copy()
     shown["role"] = shown["role"].astype(str).map(role_kind)  # one panel for all experts
     same = (shown["calibration"].astype(str) == shown["other_calibration"].astype(str)).to_numpy()
@@ -49,19 +60,18 @@ def roles(
         if same.any():
             ceiling = shown[here & same]
             lines.append(charts.range_line(ceiling, "layer", f"same set, other seed (ceiling{shared})", red))
-        levels = {"chance (independent masks)": chance} if metric == "iou" else {"unrelated": 0.0}
+        independent = "masks" if metric == "iou" else "codes"
+        levels = {"unrelated": 0.0} if metric.endswith("cosine") else {f"chance (independent {independent})": chance}
         panels.append(charts.Panel(role, lines, levels))
-    names = {
-        "iou": ("IoU", "Overlap of kept weights by layer and role"),
-        "value_cosine": ("cosine similarity", "Similarity of the weights that both keep"),
-        "correction_cosine": ("cosine similarity", "Similarity of the updates to weights that both keep"),
-    }
-    label, title = names[metric]
-    title = f"{title} ({labels.recipe_label(recipe)})"
+    label, title, _ = _NAMES[metric]
+    by = "" if metric.endswith("cosine") else " by layer and role"
+    title = f"{title}{by} ({labels.recipe_label(recipe)})"
     return charts.line_panels(panels, title=title, x_label="layer", y_label=label, width=width)
 
 
-def _clusters(matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, width: float) -> Figure:
+def _clusters(
+    matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, label: str, distance: str, width: float
+) -> Figure:
     """Draw a matrix of similarities and the tree that clusters them, in the tree's order.
 
     Parameters
@@ -70,8 +80,8 @@ def _clusters(matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, wi
         Symmetric, with an empty diagonal.
     tree
         As :func:`scipy.cluster.hierarchy.linkage` returns it.
-    title, width
-        What to write above; inches.
+    title, label, distance, width
+        What to write above, at the colours, and at the tree; inches.
     """
     order = leaves_list(tree)
     matrix = matrix.iloc[order, order]
@@ -88,7 +98,7 @@ def _clusters(matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, wi
             annot_kws={"size": 6 if width >= style.PAGE_WIDTH and len(matrix) <= 10 else 4.5},
             linewidths=0.5,
             linecolor="white",
-            cbar_kws={"label": "mean IoU", "fraction": 0.04, "pad": 0.02},
+            cbar_kws={"label": label, "fraction": 0.04, "pad": 0.02},
         )
         heat.set(xlabel="", ylabel="", title="mean over layers and roles")
         heat.tick_params(length=0)
@@ -103,7 +113,7 @@ def _clusters(matrix: pd.DataFrame, tree: NDArray[np.float64], *, title: str, wi
             leaf_font_size=6,
         )
         branches.invert_yaxis()  # in the order of the table's rows
-        branches.set(xlabel="mask distance\n(1 − IoU)", title="average linkage")
+        branches.set(xlabel=distance, title="average linkage")
         branches.tick_params(axis="y", length=0)
         branches.spines["left"].set_visible(False)
         figure.suptitle(style.wrapped(title, width))

@@ -37,7 +37,7 @@ class ReportFacts:
     sets, recipes
         Calibration sets and recipes of the variants.
     imported
-        Name to source of each model that was pruned elsewhere.
+        Name of each model made elsewhere to its source, and what was found to be done to it.
     set_aside
         Name of every variant that could not be made to the reason.
     segments, fit_segments
@@ -261,28 +261,7 @@ def _of_recipe(
             drawing(plots.geometry.layers, "geometry"),
         )
     if several:
-        yield (
-            "mask-overlap",
-            "Intersection over union of the kept weights for every pair of calibration sets, mean over layers and "
-            "roles. Right: hierarchical clustering by mask distance (average linkage).",
-            drawing(plots.mask_overlap.heatmap, "mask_overlap"),
-        )
-        common = mask_overlap.draws_share(of_recipe(frames["mask_overlap"], recipe))
-        yield (
-            "mask-overlap-roles",
-            "The same by layer for each role: different calibration sets (mean, minimum to maximum), and the same set "
-            f"with another seed, which is the ceiling ({labels.common_text(common)}). Dashed: chance (independent "
-            "masks).",
-            drawing(plots.mask_overlap.roles, "mask_overlap"),
-        )
-        overlap = of_recipe(frames["mask_overlap"], recipe)
-        if (overlap["metric"] == "correction_cosine").any():
-            yield (
-                "corrections",
-                "Weight updates: cosine similarity between the updates that two variants made to the weights they both "
-                "keep, by layer for each role; 1: identical direction, 0: unrelated.",
-                drawing(plots.mask_overlap.roles, "mask_overlap", metric="correction_cosine"),
-            )
+        yield from _overlap(frames["mask_overlap"], recipe, drawing)
     if len(of_recipe(frames["routing"], recipe)):
         yield (
             "routing",
@@ -340,6 +319,50 @@ def _experts(frames: Frames) -> str:
         f"Neurons of experts fire on a share of the tokens routed to them; those of experts that get fewer than "
         f"{FEWEST_ROUTED} tokens of some language are left out. "
     )
+
+
+def _overlap(
+    frame: pd.DataFrame, recipe: Mapping[str, Any], drawing: Callable[..., Callable[[], Figure]]
+) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
+    """Yield the figures on how alike variants of a recipe are: their masks, or, of quantized ones, their codes."""
+    own = of_recipe(frame, recipe)
+    ceiling = (
+        f"the same set with another seed, which is the ceiling ({labels.common_text(mask_overlap.draws_share(own))})"
+    )
+    if labels.quantized(recipe):
+        yield (
+            "code-agreement",
+            "Share of equal codes for every pair of calibration sets, mean over layers and roles: quantized models "
+            "have no masks to compare. Right: hierarchical clustering by the share of codes that differ (average "
+            "linkage).",
+            drawing(plots.mask_overlap.heatmap, "mask_overlap", metric="code_agreement"),
+        )
+        yield (
+            "code-agreement-roles",
+            f"The same by layer for each role: different calibration sets (mean, minimum to maximum), and {ceiling}. "
+            "Dashed: chance (independent codes of which each is as frequent).",
+            drawing(plots.mask_overlap.roles, "mask_overlap", metric="code_agreement"),
+        )
+        return
+    yield (
+        "mask-overlap",
+        "Intersection over union of the kept weights for every pair of calibration sets, mean over layers and "
+        "roles. Right: hierarchical clustering by mask distance (average linkage).",
+        drawing(plots.mask_overlap.heatmap, "mask_overlap"),
+    )
+    yield (
+        "mask-overlap-roles",
+        f"The same by layer for each role: different calibration sets (mean, minimum to maximum), and {ceiling}. "
+        "Dashed: chance (independent masks).",
+        drawing(plots.mask_overlap.roles, "mask_overlap"),
+    )
+    if (own["metric"] == "correction_cosine").any():
+        yield (
+            "corrections",
+            "Weight updates: cosine similarity between the updates that two variants made to the weights they both "
+            "keep, by layer for each role; 1: identical direction, 0: unrelated.",
+            drawing(plots.mask_overlap.roles, "mask_overlap", metric="correction_cosine"),
+        )
 
 
 def _few_draws(rows: pd.DataFrame) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, combinations
 from typing import Any
 
@@ -38,13 +38,21 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
         ratio = rows["value"].to_numpy() / dense.loc[rows["language"].astype(str)].to_numpy()
         factors.append(f"{labels.short(np.exp(np.log(ratio).mean()))} ({labels.recipe_label(recipe)})")
     after = (
-        f"Pruning multiplies perplexity by {', '.join(factors)}; geometric means over languages and calibration sets."
+        f"{_compression(recipes_of(perplexity))} multiplies perplexity by {', '.join(factors)}; geometric means over "
+        "languages and calibration sets."
     )
     dense_only = (_knowledge(frames["subspaces"]), geometry_of_dense(frames["geometry"]))
     yield ALL_MODELS, [before, after, *chain(*dense_only, routing_of_dense(frames["routing"]))]
     for recipe in recipes_of(perplexity):
         sentences = [sentence for part in _PARTS for sentence in part(frames, recipe)]
         yield section_of(recipe), sentences
+
+
+def _compression(recipes: Sequence[Mapping[str, Any]]) -> str:
+    """Say what was done to the models of a study."""
+    if not any(map(labels.maskless, recipes)):
+        return "Pruning"
+    return "Quantizing" if all(map(labels.quantized, recipes)) else "Compression"
 
 
 def _knowledge(frame: pd.DataFrame) -> Iterator[str]:
@@ -146,24 +154,31 @@ def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[
 
 
 def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    coded = labels.quantized(recipe)
+    unmasked = "Quantized models" if coded else "Models whose weights were all changed"
     overlap = of_recipe(frames["mask_overlap"], recipe)
+    if labels.maskless(recipe):
+        instead = "; the agreement of their codes is given instead" if len(overlap) else ""
+        yield f"{unmasked} have no masks: there is no sparsity and no overlap of masks{instead}."
     if not len(overlap):
         return
-    iou, chance = _metric(overlap, "iou"), _metric(overlap, "iou_chance")["value"].mean()
+    metric, masks = ("code_agreement", "Codes") if coded else ("iou", "Masks")
+    alike = "agree in a mean share of" if coded else "overlap with a mean IoU of"
+    iou, chance = _metric(overlap, metric), _metric(overlap, f"{metric}_chance")["value"].mean()
     same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
     if same.any():
         shared = labels.common_text(mask_overlap.draws_share(iou))
         yield (
-            f"Masks from two draws of the same calibration set overlap with a mean IoU of "
+            f"{masks} from two draws of the same calibration set {alike} "
             f"{iou['value'][same].mean():.3f} (chance: {chance:.3f}; {shared})."
         )
     if not same.all():
         by_role = iou[~same].groupby("role", observed=True)["value"].mean()
-        matrix = mask_overlap.mean_matrix(iou[~same])
+        matrix = mask_overlap.mean_matrix(iou[~same], metric)
         pairs = {(a, b): value for a, b in combinations(matrix.index, 2) if not np.isnan(value := matrix.loc[a, b])}
         most, least = max(pairs, key=pairs.__getitem__), min(pairs, key=pairs.__getitem__)
         yield (
-            f"Masks from different calibration sets overlap with a mean IoU of {iou['value'][~same].mean():.3f} "
+            f"{masks} from different calibration sets {alike} {iou['value'][~same].mean():.3f} "
             f"(chance: {chance:.3f}); the least stable role is {by_role.idxmin()} ({by_role.min():.3f}), the most "
             f"stable {by_role.idxmax()} ({by_role.max():.3f}). The most similar sets are {most[0]} and {most[1]} "
             f"({pairs[most]:.3f}), the least similar {least[0]} and {least[1]} ({pairs[least]:.3f})."

@@ -271,7 +271,7 @@ class Diagnosis:
         neurons, rates = self._language_neurons()
         return components_of(
             self.context.model.anatomy,
-            tuple(self._variant.masks),
+            self._variant.projections,
             subspaces(self.context),
             neurons,
             errors=self._errors,

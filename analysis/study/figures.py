@@ -93,7 +93,7 @@ def report_facts(context: Context) -> ReportFacts:
         languages=study.languages,
         sets=study.calibration_sets(),
         recipes=study.all_recipes(),
-        imported=study.imported,
+        imported={name: f"{source}{_found(context, name)}" for name, source in study.imported.items()},
         set_aside=context.variants.set_aside,
         segments=study.evaluation.segments,
         fit_segments=study.evaluation.fit_segments,
@@ -104,6 +104,11 @@ def report_facts(context: Context) -> ReportFacts:
         neurons=next(iter(read.values())).n_neurons,
         versions=versions(),
     )
+
+
+def _found(context: Context, name: str) -> str:
+    found = context.variants.open(name).record.found
+    return f" ({found})" if found else ""
 
 
 def versions() -> dict[str, str]:

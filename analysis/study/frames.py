@@ -15,6 +15,7 @@ from pruning.files import content_sha256
 from ..frames import joined, read_frame, write_frame
 from ..metrics import (
     accuracy,
+    code_agreement,
     contrasts,
     geometry,
     lape,
@@ -161,8 +162,10 @@ def _ids(context: Context) -> dict[str, list[str]]:
 def _mask_overlap(context: Context) -> Analyzed:
     variants = [context.variants.open(name) for name in context.variants.names]
     columns = context.variants.columns()
-    masks = {variant.id: variant.masks for variant in variants}
+    masks = {variant.id: variant.masks for variant in variants if variant.masks}
     parts = [mask_overlap.analyze(masks, columns, {variant.id: variant.record.text for variant in variants})]
+    codes = {variant.id: variant.codes for variant in variants if variant.codes}
+    parts.append(code_agreement.analyze(codes, columns, {variant.id: variant.record.text for variant in variants}))
     if any(variant.values for variant in variants):
         parts.append(mask_overlap.agreement(variants, context.model.anatomy))
     return {"mask_overlap": joined("mask_overlap", parts)}
@@ -203,7 +206,8 @@ def _task_contrasts(context: Context) -> Analyzed:
 
 
 def _sparsity(context: Context) -> Analyzed:
-    masks = {name: context.variants.open(name).masks for name in context.variants.names}
+    opened = {name: context.variants.open(name).masks for name in context.variants.names}
+    masks = {name: own for name, own in opened.items() if own}  # quantized models have none
     return {"sparsity": mask_overlap.sparsity(masks, context.variants.columns())}
 
 

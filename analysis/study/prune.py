@@ -102,6 +102,8 @@ def _take_over(context: Context, name: str) -> None:
     variant = replace(variant, record=variant.record.model_copy(update={"model": study.model_name}))
     _check_unlike_others(context, variant)
     variant.save(context.variants.place(name))
+    if variant.record.found:
+        context.tell(f"{name}: {variant.record.found}")
     _record(context, name, time.monotonic() - began)
 
 
@@ -109,8 +111,9 @@ def _check_unlike_others(context: Context, variant: Variant) -> None:
     """Raise ``VariantError`` if frames could not distinguish an imported variant from another one."""
     columns = variant.columns()
     run = context.variants.pruning
+    sparsity, size = float(columns["sparsity"]), float(columns["bits"])
     for name, job in context.variants.jobs.items():
-        if run.record(job).columns(0.0) == columns:
+        if run.record(job).columns(sparsity, size) == columns:
             raise VariantError(
                 f'imported "{variant.id}" has the same recipe as "{name}", which this study makes itself; '
                 f"leave one of them out, or remove the {RECIPE_FILE} next to that checkpoint"

@@ -14,6 +14,7 @@ from pruning import Corpus, Recipe, Remedy, text_source
 from pruning.allocation import DIAGNOSIS
 from pruning.correction import NONE
 from pruning.errors import TextError
+from pruning.methods import method_named
 from pruning.patterns import n_of_m
 from pruning.text.sources import HubDataset
 
@@ -95,6 +96,8 @@ class RecipeGrid(Section):
     roles: tuple[str, ...] = Field(default=(), description="prune only these projections")
     blocks: str | tuple[str, ...] = ""
     parameters: dict[str, float | tuple[float, ...]] = {}
+    bits: int | tuple[int, ...] | None = Field(default=None, description="of a code, for methods that quantize")
+    group: int | tuple[int, ...] | None = Field(default=None, description="inputs that share a scale; 0: a whole row")
     diagnosis: str | None = Field(default=None, description='the remedy.json for allocation "diagnosis"')
     _remedy: Remedy | None = PrivateAttr(None)
 
@@ -119,7 +122,17 @@ class RecipeGrid(Section):
 
     def recipes(self) -> list[Recipe]:
         """Return the recipes of the grid; patterns n:m fix the sparsity, so they are not crossed with it."""
-        names = ("method", "pattern", "allocation", "propagation", "refinement", "correction", "blocks")
+        names = (
+            "method",
+            "pattern",
+            "allocation",
+            "propagation",
+            "refinement",
+            "correction",
+            "blocks",
+            "bits",
+            "group",
+        )
         axes = {name: _axis(getattr(self, name)) for name in names}
         parameters = {name: _axis(value) for name, value in self.parameters.items()}
         recipes = []
@@ -133,7 +146,8 @@ class RecipeGrid(Section):
             if n_of_m(given["pattern"]) and (len(axes["pattern"]) > 1 or len(sparsities) > 1):
                 sparsities = (None,)
             for sparsity in sparsities:
-                if sparsity is None and not n_of_m(given["pattern"]):
+                quantizes = method_named(given["method"]).quantize is not None
+                if sparsity is None and not n_of_m(given["pattern"]) and not quantizes:
                     sparsity = DEFAULT_SPARSITY
                 settings = {**given, "sparsity": sparsity, "roles": self.roles, "parameters": chosen}
                 if given["allocation"] == DIAGNOSIS and self.remedy is not None:

@@ -85,7 +85,7 @@ _RENAMED = {"evaluation.special_tokens": "write skip_first = false to include th
 
 
 def _explained(error: Any) -> str:
-    kinds = ("str", "float", "HubDataset")
+    kinds = ("str", "int", "float", "HubDataset")
     place = ".".join(shortened(part) for part in error["loc"] if part not in kinds and "tuple" not in str(part))
     if error["type"] == "extra_forbidden":
         section, _, key = place.rpartition(".")

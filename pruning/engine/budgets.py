@@ -160,6 +160,8 @@ def settled(anatomy: Anatomy, jobs: Sequence[Job]) -> dict[Job, Budgets]:
 
 
 def _settled(anatomy: Anatomy, recipe: Recipe) -> Budgets:
+    if recipe.quantizes:
+        return {}
     if recipe.choosing.structure:
         return unit_budgets(anatomy, recipe)
     shapes = covered_shapes(anatomy, recipe)

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..allocation import Budgets
 from ..correction import NONE, corrector_named, refiner_named
 from ..errors import ModelError
-from ..methods import magnitude
+from ..methods import magnitude, rtn
 from ..models.anatomy import Anatomy, InputGroup
 from ..projections import Key
+from ..quantization import Quantized
 from ..recipes import Recipe
 from ..statistics import InputStatistics, Statistics
 from ..variants.masks import pack_bits, unpack_bits
@@ -22,7 +23,7 @@ from .jobs import projection_seed
 
 @dataclass
 class Choice:
-    """Masks and updated weights of one block for one job.
+    """Masks, updated weights and codes of one block for one job.
 
     Attributes
     ----------
@@ -30,12 +31,15 @@ class Choice:
         Role to mask, ``True`` = kept.
     weights
         Role to updated weights, for methods that update them.
+    codes
+        Role to quantized weights, for methods that quantize; they have no masks.
     remarks
         Notes for the variant's record.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    codes: dict[str, Quantized] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
 
@@ -74,7 +78,7 @@ def choose(
     derivatives: Derivatives | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> Choice:
-    """Return one job's masks and weights for one block, refined and corrected.
+    """Return one job's masks, weights and codes for one block, refined and corrected.
 
     Parameters
     ----------
@@ -126,7 +130,7 @@ def choose_masks(
     inputs: Mapping[str, InputStatistics],
     derivatives: Derivatives | None = None,
 ) -> Choice:
-    """Return the masks that one job's method chooses for one block, and the weights that it updates.
+    """Return the masks that one job's method chooses for one block, and the weights that it updates or quantizes.
 
     Parameters
     ----------
@@ -149,7 +153,9 @@ def choose_masks(
         if not roles:
             continue
         seen = inputs.get(group.leader)
-        if unseen(recipe, seen):
+        if recipe.quantizes:
+            _quantize(anatomy, layer, group, roles, recipe, seen, choice)
+        elif unseen(recipe, seen):
             choice.remarks.append(
                 f"block {layer}, {' and '.join(roles)}: no calibration token reached them; pruned by magnitude"
             )
@@ -194,6 +200,7 @@ def scored(
         known.slopes.get(key),
         known.sequences,
     )
+    assert recipe.scoring.score is not None
     scores = recipe.scoring.score(anatomy.weight(layer, role), statistics, **recipe.method_parameters)
     if not finite(scores):
         raise not_finite(layer, role)
@@ -241,3 +248,33 @@ def _solve(
     choice.masks |= dict(zip(roles, solved.masks, strict=True))
     choice.weights |= dict(zip(roles, solved.weights, strict=True))
     choice.remarks += [f"block {layer}, {' and '.join(roles)}: {remark}" for remark in solved.remarks]
+
+
+def _quantize(
+    anatomy: Anatomy,
+    layer: int,
+    group: InputGroup,
+    roles: Sequence[str],
+    recipe: Recipe,
+    inputs: InputStatistics | None,
+    choice: Choice,
+) -> None:
+    weights = [anatomy.weight(layer, role) for role in roles]
+    if not all(map(finite, weights)):
+        raise not_finite(layer, group.leader)
+    method, parameters = recipe.scoring, recipe.method_parameters
+    if unseen(recipe, inputs):
+        choice.remarks.append(
+            f"block {layer}, {' and '.join(roles)}: no calibration token reached them; rounded to the nearest"
+        )
+        method, parameters = rtn.METHOD, {}
+    parameters.pop("symmetric", None)  # is part of the grid
+    assert method.quantize is not None
+    try:
+        coded = method.quantize(weights, Statistics(inputs), recipe.grid, roles, **parameters)
+    except ArithmeticError as error:
+        raise not_finite(layer, group.leader) from error
+    if not all(finite(quantized.scales) for quantized in coded.weights):
+        raise not_finite(layer, group.leader)
+    choice.codes |= dict(zip(roles, coded.weights, strict=True))
+    choice.remarks += [f"block {layer}, {' and '.join(roles)}: {remark}" for remark in coded.remarks]

@@ -199,9 +199,11 @@ def _piece_name(piece: Piece) -> str:
 
 @contextmanager
 def _pruned(anatomy: Anatomy, layer: int, choice: Choice) -> Iterator[None]:
-    """Context manager that replaces a block's weights by a job's pruned ones."""
-    dense = {role: anatomy.weight(layer, role).clone() for role in choice.masks}
+    """Context manager that replaces a block's weights by a job's pruned or quantized ones."""
+    dense = {role: anatomy.weight(layer, role).clone() for role in (*choice.masks, *choice.codes)}
     try:
+        for role, quantized in choice.codes.items():
+            anatomy.set_weight(layer, role, quantized.weight())
         for role, mask in choice.masks.items():
             weight = choice.weights[role] if role in choice.weights else dense[role].masked_fill(~mask, 0)
             anatomy.set_weight(layer, role, weight)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 from ..allocation import DIAGNOSIS, diagnosed
 from ..errors import RecipeError
 from ..models.anatomy import Anatomy
 from ..patterns import Shape
 from ..projections import Key
+from ..quantization import MULTIPLE
 from ..recipes import Recipe
 from ..text.calibration import CalibrationSet, CalibrationText, Piece
 from .structures import covered_families, unit_budgets
@@ -63,7 +65,7 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     Raises
     ------
     RecipeError
-        If the model lacks a role or the blocks, its inputs cannot be divided into groups of m, the method needs the
+        If the model lacks a role or the blocks, its inputs cannot be divided into groups, the method needs the
         whole model in memory but its weights stay on disk, a diagnosis does not match its matrices, or the sparsity
         removes none of the structures of a block.
     """
@@ -82,6 +84,9 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
         raise RecipeError(
             f'blocks "{recipe.blocks}" do not exist; this model has blocks 0 to {len(anatomy.blocks) - 1}'
         )
+    if recipe.quantizes:
+        _check_groups(recipe, shapes)
+        return
     m = recipe.choosing.group
     for (layer, role), (_, inputs) in shapes.items():
         if m and inputs % m:
@@ -93,6 +98,17 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
         diagnosed_sparsities(anatomy, recipe)
     if recipe.choosing.structure:
         unit_budgets(anatomy, recipe)
+
+
+def _check_groups(recipe: Recipe, shapes: Mapping[Key, Shape]) -> None:
+    for (layer, role), (_, inputs) in shapes.items():
+        if recipe.group and inputs % recipe.group:
+            common = gcd(recipe.group, inputs)
+            smaller = f"group = {common}, or " if common % MULTIPLE == 0 else ""
+            raise RecipeError(
+                f"group = {recipe.group} does not divide the {inputs} inputs of block {layer}, role {role}; "
+                f"write {smaller}group = 0 for the whole row, or exclude that role with roles = [...]"
+            )
 
 
 def diagnosed_sparsities(anatomy: Anatomy, recipe: Recipe) -> dict[Key, float]:

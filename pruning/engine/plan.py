@@ -17,6 +17,7 @@ from ..models.anatomy import Anatomy
 from ..models.head import head_of
 from ..patterns import MODEL, Shape, pattern_named
 from ..projections import Key
+from ..quantization import SCALE_BITS
 from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
@@ -359,6 +360,9 @@ class _Needs:
     def kept(self, job: Job) -> int:
         """Return the size of a finished variant on disk."""
         weights = self.removable(job)
+        if job.recipe.quantizes:
+            a_group = (SCALE_BITS + job.recipe.bits) / job.recipe.group if job.recipe.group else 0
+            return int(weights * (job.recipe.bits + a_group) / 8)
         values = weights * (1 - job.recipe.sparsity) * self.element if job.recipe.updates else 0
         return int(weights / 8 + values)
 

@@ -20,6 +20,7 @@ from ..models.anatomy import Anatomy
 from ..projections import Key
 from ..statistics import InputStatistics
 from ..text.calibration import CalibrationSet, CalibrationText
+from ..variants.codes import CodeSet
 from ..variants.masks import MaskSet
 from .budgets import Survey, needs_survey, settled, survey_needs, weighed
 from .choosing import Choice, Derivatives, Packed, choose_masks
@@ -44,12 +45,15 @@ class Pruned:
         Masks of every projection in the recipe's scope.
     values
         For methods that update weights, the values of the kept ones, in mask order; otherwise empty.
+    codes
+        For methods that quantize, the quantized projections, which have no masks.
     remarks
         Notes for the variant's record.
     """
 
     masks: MaskSet
     values: Mapping[Key, Tensor]
+    codes: CodeSet
     remarks: tuple[str, ...]
 
 
@@ -91,7 +95,7 @@ def sweep(
     progress: Progress = lambda tokens: None,
     exponents: dict[Key, float] | None = None,
 ) -> Swept:
-    """Compute the masks, and updated weights if the method updates them, of any number of variants.
+    """Compute the masks, updated weights and codes of any number of variants, as far as their methods make them.
 
     The model is modified during the sweep and restored bit for bit afterwards. A job whose scores or updated weights
     are not finite, or whose allocation is infeasible, is set aside, and the others continue.
@@ -382,7 +386,7 @@ class _Sweep:
                 self.workspace.checkpoint(layer + 1, flow.states())
 
     def _choose(self, job: Job, layer: int, statistics: Mapping[str, InputStatistics]) -> Choice | None:
-        """Return a job's masks and weights for a block, or ``None`` if the job was set aside."""
+        """Return what was chosen for a job in a block, or ``None`` if the job was set aside."""
         with self._or_set_aside(job):
             masks = self.chosen[job][layer].masks(self.anatomy.device) if job in self.chosen else None
             derivatives = self.derivatives.get(job.calibration)

@@ -68,6 +68,7 @@ def unit_scores(
     if recipe.scoring.scores == "channels":
         role = family.reader
         weight = anatomy.weight(layer, role)
+        assert recipe.scoring.score is not None
         channels = recipe.scoring.score(weight, Statistics(seen[role]), **recipe.method_parameters)
         if not finite(channels):
             raise not_finite(layer, role)

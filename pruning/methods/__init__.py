@@ -1,18 +1,21 @@
-"""Pruning methods: pure functions of a weight and statistics. The higher the score, the more a weight matters.
+"""Methods that prune or quantize: pure functions of weights and statistics. Weights with the lowest scores go.
 
 To add a method, add a file here that calls :func:`register`, and import it below.
 """
 
 from __future__ import annotations
 
-from .registry import Method, Solved, known_methods, method_named, register
+from .registry import Coded, Method, Solved, known_methods, method_named, register
 
-from . import gblm, grasp, m_wanda, magnitude, random, ria, snip, sparsegpt, wanda, wanda_sp  # isort: skip  (they register themselves)
+from . import awq, gblm, gptq, grasp, m_wanda, magnitude, random, ria, rtn, snip, sparsegpt, wanda, wanda_sp  # isort: skip  (they register themselves)
 
 __all__ = [
+    "Coded",
     "Method",
     "Solved",
+    "awq",
     "gblm",
+    "gptq",
     "grasp",
     "known_methods",
     "m_wanda",
@@ -21,6 +24,7 @@ __all__ = [
     "random",
     "register",
     "ria",
+    "rtn",
     "snip",
     "sparsegpt",
     "wanda",

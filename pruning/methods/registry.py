@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import MethodError, RecipeError, unknown
 from ..parameters import Parameter
+from ..quantization import Quantized
 from ..statistics import OF_INPUTS, OF_THE_LOSS, STATISTICS
 
 #: ``score(weight, statistics, **parameters)`` returns a float32 score for every weight; the lowest are pruned.
@@ -41,8 +42,28 @@ Solve = Callable[..., Solved]
 
 
 @dataclass(frozen=True)
+class Coded:
+    """Result of a quantizing method for matrices that read the same input.
+
+    Attributes
+    ----------
+    weights
+        Each matrix, quantized.
+    remarks
+        Notes for the record, such as raised damping.
+    """
+
+    weights: list[Quantized]
+    remarks: tuple[str, ...] = ()
+
+
+#: ``quantize(weights, statistics, grid, roles, **parameters)`` quantizes matrices that read the same input.
+Quantize = Callable[..., Coded]
+
+
+@dataclass(frozen=True)
 class Method:
-    """A pruning method.
+    """A method that prunes or quantizes.
 
     Attributes
     ----------
@@ -51,15 +72,18 @@ class Method:
     score
         ``score(weight, statistics, **parameters)`` returns a float32 score for every weight; the lowest are pruned.
         If it scores ``channels``, it returns one for every input of a projection that reads neurons or heads.
+        Every method has it but those that quantize.
     source
         The publication that defines it.
     needs
-        Statistics it requests: ``squares``, ``positive`` or ``gram`` of the inputs, ``gradient``, ``curvature`` or
-        ``slopes`` of the loss; none if it needs no calibration text.
+        Statistics it requests: ``squares``, ``positive``, ``absolute`` or ``gram`` of the inputs, ``gradient``,
+        ``curvature`` or ``slopes`` of the loss; none if it needs no calibration text.
     pattern, allocation
         Native pattern and allocation, used when a recipe names none.
     solve
         For methods that also update the remaining weights; `score` then only serves comparisons between matrices.
+    quantize
+        For methods that quantize instead of pruning.
     parameters
         What a recipe may set.
     scores
@@ -68,12 +92,13 @@ class Method:
     """
 
     name: str
-    score: Score
-    source: str
+    score: Score | None = None
+    source: str = ""
     needs: frozenset[str] = frozenset()
     pattern: str = "matrix"
     allocation: str = "uniform"
     solve: Solve | None = None
+    quantize: Quantize | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     scores: Literal["weights", "channels"] = "weights"
 
@@ -81,6 +106,11 @@ class Method:
     def calibrated(self) -> bool:
         """Whether it needs calibration text."""
         return bool(self.needs)
+
+    @property
+    def solves(self) -> bool:
+        """Whether it computes new weights, rather than only choosing among those there are."""
+        return self.solve is not None or self.quantize is not None
 
     @property
     def differentiates(self) -> bool:
@@ -102,10 +132,12 @@ def register(method: Method) -> Method:
     Raises
     ------
     MethodError
-        If the name is taken, or the method needs an unknown statistic.
+        If the name is taken, the method needs an unknown statistic, or it neither scores nor quantizes, or both.
     """
     if method.name in _METHODS:
         raise MethodError(f'a method named "{method.name}" is already registered; choose another name')
+    if (method.score is None) == (method.quantize is None):
+        raise MethodError(f'method "{method.name}" should have either a score, by which it prunes, or quantize')
     for need in sorted(set(method.needs) - set(STATISTICS)):
         raise MethodError(f'method "{method.name}": {unknown("statistic", need, STATISTICS)}')
     _METHODS[method.name] = method

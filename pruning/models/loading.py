@@ -15,6 +15,7 @@ from .anatomy import Anatomy
 from .checkpoint import AGAIN, Plan, Shards, checked_plan, foreign
 from .download import downloaded
 from .embedded import DEMO, demo_checkpoint
+from .quantized import ask_for_decoding, cannot_decode, decoded
 from .quiet import errors_only, no_progress_bars
 from .streaming import open_streamed
 
@@ -54,7 +55,8 @@ def load_model(
     ------
     ModelError
         If the model or device does not exist, the weights are not safetensors, a file is damaged, the model needs
-        remote code, its architecture is unknown, or its weights do not fit into what is free of the memory.
+        remote code, its architecture is unknown, its weights are quantized and cannot be decoded here, or they do not
+        fit into what is free of the memory.
     """
     check_model_name(name)
     place = open_device(device)
@@ -68,6 +70,8 @@ def load_model(
         if not stream:
             _check_room(name, shards, wanted, place)
         tokenizer = _open_tokenizer(folder)
+        if stream and getattr(plan.config, "quantization_config", None) is not None:
+            raise ModelError(f"model {folder} is quantized, so it cannot be streamed; load it whole (stream=False)")
         model = open_streamed(shards, plan, wanted, place) if stream else _open_whole(folder, plan, wanted).to(place)
     model.name_or_path = str(folder) if name == DEMO else name
     Anatomy(model)
@@ -158,6 +162,16 @@ def _open_tokenizer(folder: Path) -> Any:
 
 
 def _open_whole(folder: Path, plan: Plan, dtype: torch.dtype | None) -> Any:
+    method = ask_for_decoding(plan.config)
+    if method is None:
+        return _open_plain(folder, plan, dtype)
+    try:
+        return decoded(_open_plain(folder, plan, dtype, config=plan.config), method)
+    except (ModelError, ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise cannot_decode(folder, method, error.__cause__ or error) from error
+
+
+def _open_plain(folder: Path, plan: Plan, dtype: torch.dtype | None, **settings: Any) -> Any:
     # errors_only: transformers would print a table of mismatched parameters before our message
     with errors_only(), foreign(f"model {folder}"):
         try:
@@ -168,6 +182,7 @@ def _open_whole(folder: Path, plan: Plan, dtype: torch.dtype | None) -> Any:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=False,
+                **settings,
             )
         except RuntimeError as error:
             if "conversion of the weights" not in str(error):

@@ -1,4 +1,4 @@
-"""Exporting pruned variants as ordinary checkpoints, with a model card that states the recipe."""
+"""Exporting variants as ordinary checkpoints, with a model card that states the recipe."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ class Exportable(Protocol):
     def values(self) -> Mapping[Key, Tensor]:
         """Values of the kept weights, where they were updated."""
 
+    def bits(self) -> float:
+        """Return the size of its projections in bits a weight."""
+
+    def changes(self, key: Key) -> bool:
+        """Whether a projection differs from the dense model's."""
+
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
 
@@ -86,7 +92,8 @@ def model_card(variant: Exportable) -> str:
         recipe=record.recipe,
         calibration=calibration,
         languages=[named(tag) for tag in calibration.languages] if calibration else [],
-        sparsity=masks.sparsity(),
+        sparsity=masks.sparsity() if masks else 0.0,
+        bits=variant.bits(),
         removed={kind: removed / total for kind, (removed, total) in kinds.items()},
         corrected=bool(variant.values),
         version=version("prunescope"),
@@ -109,7 +116,7 @@ def _write_shards(variant: Exportable, anatomy: Anatomy, residence: Streamed, fo
         left = [name for name in left if name not in names]
         with residence.present([name for name in names if name in parameters]):
             for role in anatomy.roles(layer) if layer < layers else ():
-                if (layer, role) in variant.masks:
+                if variant.changes((layer, role)):
                     anatomy.set_weight(layer, role, variant.weight((layer, role), anatomy.weight(layer, role)))
             state = model.state_dict()
             tensors = revert_weight_conversion(model, {name: state[name] for name in names})

@@ -1,8 +1,10 @@
-"""Models pruned elsewhere: which weights were removed, and which were changed."""
+"""Models made elsewhere: which weights were removed, which were changed, and what kind of change it was."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,20 +12,50 @@ from torch import Tensor, nn
 
 from ..errors import VariantError
 from ..models.anatomy import Anatomy
+from ..models.quantized import Quantization, stated_quantization
 from ..models.streaming import residence_of
 from ..projections import Key
 from .masks import MaskSet, pack_bits
-from .store import RECIPE_FILE, VariantRecord
+from .size import DENSE_BITS
+from .store import CHANGED, QUANTIZED, RECIPE_FILE, VariantRecord
 
 #: Relative difference that rounding to bfloat16 can cause.
 _ROUNDING = 2**-7
+#: Share of a projection's weights that must be newly zero for it to count as pruned, if others were changed too.
+_FEWEST = 1e-3
+#: To recognise weights that lie on a grid: values of a group, inputs of a group, and how many rows are looked at.
+_LEVELS, _GROUPS, _ROWS = 16, (128, 64, 32), 8
+
+
+@dataclass
+class _Count:
+    """What was found in all projections.
+
+    Attributes
+    ----------
+    weights
+        Weights in projections that differ in any way.
+    removed, changed, regrown
+        Of these: newly zero, with another value, and those that are zero in the dense model and not in this one.
+    pruned, others, on_grid
+        Number of projections that are pruned, that are changed only, and whose weights lie on a grid.
+    """
+
+    weights: int = 0
+    removed: int = 0
+    changed: int = 0
+    regrown: int = 0
+    pruned: int = 0
+    others: int = 0
+    on_grid: int = 0
 
 
 def difference(dense: nn.Module, pruned: nn.Module, name: str) -> tuple[VariantRecord, MaskSet, dict[Key, Tensor]]:
-    """Return the record, masks and changed values of a model that was pruned elsewhere.
+    """Return the record, masks and changed values of a model that was made elsewhere from a dense one.
 
-    A zero weight counts as removed. Where other weights differ from the dense ones, their values are imported too. The
-    recipe is known only if prunescope exported the checkpoint: the recipe file is then next to it.
+    Where a projection has zeros that the dense model has not, it is pruned: it has a mask, and values if other weights
+    differ too. Where it has none, or is quantized, it has values only, the whole weight. The recipe is known only if
+    prunescope exported the checkpoint: the recipe file is then next to it.
 
     Parameters
     ----------
@@ -35,42 +67,100 @@ def difference(dense: nn.Module, pruned: nn.Module, name: str) -> tuple[VariantR
     Raises
     ------
     VariantError
-        If the models do not match, nothing was removed, or the pruned model differs in more than its projections.
+        If the models do not match, nothing was changed, or the model differs in more than its projections.
     """
     parent, child = Anatomy(dense), Anatomy(pruned)
     if _shapes(parent) != _shapes(child):
-        raise VariantError(f'"{name}" is not a pruned version of this model: its parameters or their shapes differ')
+        raise VariantError(f'"{name}" was not made from this model: its parameters or their shapes differ')
     record = _stated(
         VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint()), child
     )
-    bits, inputs, values, news, missing = {}, {}, {}, 0, 0
+    folder = str(child.model.name_or_path)
+    quantization = stated_quantization(Path(folder)) if folder else None
+    coded = quantization is not None or (record.recipe is not None and record.recipe.quantizes)
+    bits, inputs, values, count = {}, {}, {}, _Count()
     for layer in range(len(parent.blocks)):
         with parent.loaded(layer, to_read=True), child.loaded(layer, to_read=True):
             _check_unchanged(parent, child, parent.parameter_names(layer), name)
             for role in parent.roles(layer):
                 before = parent.weight(layer, role)
                 weight = child.weight(layer, role).to(before)
+                covered = record.recipe is not None and record.recipe.covers(layer, role)
+                if torch.equal(weight, before) and not covered:
+                    continue
                 mask = weight != 0
-                pruned_here = not torch.equal(weight, before)
-                if pruned_here or (record.recipe is not None and record.recipe.covers(layer, role)):
+                kept = torch.equal(weight, before * mask)
+                removed = int((~mask & (before != 0)).sum())
+                grid = not coded and not kept and _on_grid(weight)
+                _add(count, before, weight, mask, removed)
+                if not (coded or grid) and (covered or (removed and (kept or removed >= _FEWEST * mask.numel()))):
+                    count.pruned += 1
                     bits[layer, role], inputs[layer, role] = pack_bits(mask).numpy(), mask.shape[1]
-                if not torch.equal(weight, before * mask):
-                    values[layer, role] = weight[mask].cpu()
-                news += int((~mask & (before != 0)).sum())
-                missing += int((mask & (before == 0)).sum())
+                    if not kept:
+                        values[layer, role] = weight[mask].cpu()
+                else:
+                    count.others += 1
+                    count.on_grid += grid
+                    values[layer, role] = weight.cpu().clone()
     others = parent.other_names()
     with residence_of(dense).present(others, to_read=True), residence_of(pruned).present(others, to_read=True):
         _check_unchanged(parent, child, others, name)
-    if news == 0 and missing:
+    if not count.removed and count.regrown and count.changed == count.regrown:
         raise VariantError(
-            f'this model has zeros where "{name}" has none, but "{name}" has no additional zeros: '
-            "were the dense and the pruned model swapped?"
+            f'this model has zeros where "{name}" has none, but "{name}" has no additional zeros, and is otherwise the '
+            "same: were the dense and the pruned model swapped?"
         )
-    if news == 0:
+    if not count.removed and not count.changed:
         raise VariantError(
-            f'"{name}" is zero nowhere but where this model is: it is not pruned, or its masks were not applied'
+            f'"{name}" differs nowhere from this model: it is not pruned, quantized or trained, or its masks were not '
+            "applied"
         )
+    if record.recipe is None:
+        record = record.model_copy(update=_found(count, quantization, values))
     return record, MaskSet(bits, inputs), values
+
+
+def _add(count: _Count, before: Tensor, weight: Tensor, mask: Tensor, removed: int) -> None:
+    count.weights += mask.numel()
+    count.removed += removed
+    count.changed += int((mask & (weight != before)).sum())
+    count.regrown += int((mask & (before == 0)).sum())
+
+
+def _found(count: _Count, quantization: Quantization | None, values: dict[Key, Tensor]) -> dict[str, object]:
+    """Return what the record says of a model: in words, as its pattern in frames, and its size if that is stated."""
+    regrown = f"; {count.regrown:,} weights that are zero in the dense model are not" if count.regrown else ""
+    if quantization is not None:
+        sizes = [quantization.size(*weight.shape) for weight in values.values()]
+        weights = sum(weight.numel() for weight in values.values())
+        stated = [size for size in sizes if size is not None]
+        bits = sum(stated) / weights if len(stated) == len(sizes) else DENSE_BITS
+        return {"pattern": QUANTIZED, "bits": bits, "found": f"quantized ({quantization}); its weights were decoded"}
+    if count.on_grid > count.pruned and 2 * count.on_grid >= count.others:
+        words = f"quantized: the weights of {count.on_grid} matrices lie on grids of at most 16 values; how large they "
+        return {"pattern": QUANTIZED, "found": f"{words}were stored is not stated, so they count as 16 bits"}
+    removed, changed = count.removed / count.weights, count.changed / count.weights
+    if count.pruned:
+        words = f"pruned: {removed:.1%} of the weights of {count.pruned + count.others} matrices are newly zero, "
+        words += f"{changed:.1%} have other values" if count.changed else "the others are the dense model's"
+        return {"found": words + regrown}
+    words = f"changed: {changed:.1%} of the weights of {count.others} matrices have other values, none was removed"
+    return {"pattern": CHANGED, "found": words + regrown}
+
+
+def _on_grid(weight: Tensor) -> bool:
+    """Whether groups of neighbouring weights take so few values that they must have been quantized to 4 bits or fewer.
+
+    Zeros do not count: a pruned weight has many of them.
+    """
+    rows = weight[:: max(len(weight) // _ROWS, 1)][:_ROWS]
+    for group in _GROUPS:
+        width = math.gcd(group, rows.shape[1])
+        groups = [some[some != 0] for some in rows.reshape(-1, width)]
+        told = [some for some in groups if 2 * len(some) >= 3 * _LEVELS]
+        if 2 * len(told) >= len(groups) and all(len(some.unique()) <= _LEVELS for some in told):
+            return True
+    return False
 
 
 def _shapes(anatomy: Anatomy) -> dict[str, torch.Size]:

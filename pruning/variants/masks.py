@@ -241,6 +241,10 @@ class GrowingMasks:
         self._inputs = dict(inputs)
         self._kept = dict(kept)
 
+    def __len__(self) -> int:
+        """Return the number of projections written."""
+        return len(self._inputs)
+
     @classmethod
     def at(cls, path: Path, shapes: Mapping[Key, Shape]) -> GrowingMasks:
         """Create a file; `shapes` are those of all projections that may be added."""

@@ -97,11 +97,11 @@ class DenseModel:
         self.check(variant)
         dense = self.dense
         try:
-            for key in variant.masks:
+            for key in variant.projections:
                 write_weight(self.anatomy, key, variant, dense[key])
             yield
         finally:
-            for key in variant.masks:
+            for key in variant.projections:
                 self.anatomy.set_weight(*key, dense[key])
 
     def _place_for_copy(self) -> torch.device:
@@ -136,12 +136,12 @@ class Block:
 
     def become(self, variant: Variant) -> None:
         """Turn the block into that of a variant, whatever its current state."""
-        pruned = {role for role in self._dense if (self._layer, role) in variant.masks}
-        for role in self._changed - pruned:
+        changed = {role for role in self._dense if variant.changes((self._layer, role))}
+        for role in self._changed - changed:
             self._anatomy.set_weight(self._layer, role, self._dense[role])
-        for role in pruned:
+        for role in changed:
             write_weight(self._anatomy, (self._layer, role), variant, self._dense[role])
-        self._changed = pruned
+        self._changed = changed
 
     def restore(self) -> None:
         """Restore the dense block bit for bit."""

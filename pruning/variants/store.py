@@ -1,4 +1,8 @@
-"""A variant on disk: ``recipe.json``, ``masks.safetensors`` and, if weights were updated, ``weights.safetensors``."""
+"""A variant on disk: ``recipe.json`` and what was done to each projection.
+
+``masks.safetensors`` says which weights were kept, ``weights.safetensors`` has their values if they were updated, and
+``codes.safetensors`` has quantized projections, which have no mask.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +17,21 @@ from torch import Tensor
 from ..errors import VariantError
 from ..files import write_json
 from ..patterns import Shape
-from ..projections import Key, name_of
+from ..projections import Key, key_of, name_of
 from ..recipes import EVERYWHERE, UNCALIBRATED, Recipe
 from ..text.calibration import CalibrationSet, Drawn
+from .codes import CodeSet, GrowingCodes, PackedCodes
 from .masks import GrowingMasks, MaskSet, is_mask_file
-from .tensors import GrowingTensors, StoredTensors, room_for
+from .tensors import GrowingTensors, StoredTensors, damaged, room_for
 
 RECIPE_FILE = "recipe.json"
 MASKS_FILE = "masks.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
+CODES_FILE = "codes.safetensors"
 _WEIGHTS_FORMAT = "prunescope-weights-1"
-#: Pattern and allocation in frames of a model pruned elsewhere.
-UNKNOWN = "unknown"
+#: Pattern and allocation in frames of a model pruned elsewhere; pattern of one whose weights were changed, or
+#: quantized, elsewhere: these have no masks.
+UNKNOWN, CHANGED, QUANTIZED = "unknown", "changed", "quantized"
 
 
 class VariantRecord(BaseModel):
@@ -37,13 +44,19 @@ class VariantRecord(BaseModel):
     model, model_fingerprint
         Name and fingerprint of the dense model.
     recipe
-        The recipe; ``None`` for a model pruned elsewhere.
+        The recipe; ``None`` for a model made elsewhere.
     calibration, text_fingerprint
         The calibration set, and the fingerprint of the text that it draws from.
     text
         What it took of each language's text.
     remarks
         Notes, such as experts that no token was routed to.
+    found
+        Of a model made elsewhere: what was done to it, in words.
+    pattern
+        Of a model made elsewhere: ``unknown`` if it was pruned, ``changed`` or ``quantized``.
+    bits
+        Size in bits a weight of a model quantized elsewhere, as its checkpoint states it.
     key
         Hash of everything that the variant depends on, including the code.
     """
@@ -58,6 +71,9 @@ class VariantRecord(BaseModel):
     text_fingerprint: str | None = None
     text: tuple[Drawn, ...] = ()
     remarks: tuple[str, ...] = ()
+    found: str = ""
+    pattern: str = UNKNOWN
+    bits: float | None = None
     key: str = ""
 
     @classmethod
@@ -81,15 +97,23 @@ class VariantRecord(BaseModel):
         """Write the record into a folder."""
         write_json(folder / RECIPE_FILE, self.model_dump(mode="json"))
 
-    def columns(self, sparsity: float) -> dict[str, Any]:
-        """Return the columns that describe the variant in frames; `sparsity` is used if there is no recipe."""
+    def columns(self, sparsity: float, bits: float) -> dict[str, Any]:
+        """Return the columns that describe the variant in frames.
+
+        Parameters
+        ----------
+        sparsity
+            Its sparsity as measured, used if there is no recipe.
+        bits
+            Its size in bits a weight.
+        """
         recipe, calibration = self.recipe, self.calibration
         columns: dict[str, Any] = {"model": self.model}
         if recipe is None:
             columns |= {
                 "method": self.id,
                 "sparsity": round(sparsity, 4),
-                "pattern": UNKNOWN,
+                "pattern": self.pattern,
                 "allocation": UNKNOWN,
                 "scope": EVERYWHERE,
             }
@@ -97,11 +121,12 @@ class VariantRecord(BaseModel):
             columns |= {
                 "method": recipe.method_label,
                 "sparsity": recipe.sparsity,
-                "pattern": recipe.pattern,
+                "pattern": recipe.pattern_label,
                 "allocation": recipe.allocation_label,
                 "scope": recipe.scope,
             }
         return columns | {
+            "bits": bits,
             "propagation": recipe.propagation if recipe and calibration else UNCALIBRATED,
             "calibration": calibration.name if calibration else UNCALIBRATED,
             "seed": calibration.seed if calibration else 0,
@@ -119,7 +144,7 @@ def _reason(error: ValueError) -> str:
 def is_variant(folder: Path) -> bool:
     """Whether a folder holds a variant that prunescope wrote, complete or not, and nothing else."""
     names = {path.name for path in folder.iterdir()}
-    if not names <= {RECIPE_FILE, MASKS_FILE, WEIGHTS_FILE}:
+    if not names <= {RECIPE_FILE, MASKS_FILE, WEIGHTS_FILE, CODES_FILE}:
         return False
     try:
         content = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
@@ -131,21 +156,23 @@ def is_variant(folder: Path) -> bool:
 
 
 class VariantWriter:
-    """Writes the masks and weights of a variant into a folder, one projection at a time; see :meth:`at`."""
+    """Writes the masks, weights and codes of a variant into a folder, one projection at a time; see :meth:`at`."""
 
-    def __init__(self, masks: GrowingMasks, values: GrowingTensors) -> None:
+    def __init__(self, masks: GrowingMasks, values: GrowingTensors, codes: GrowingCodes) -> None:
         self._masks = masks
         self._values = values
+        self._codes = codes
 
     @classmethod
     def at(cls, folder: Path, shapes: Mapping[Key, Shape]) -> VariantWriter:
         """Start in an existing folder; `shapes` are those of all projections that may be written."""
         sizes = {name_of(key): outputs * inputs for key, (outputs, inputs) in shapes.items()}
         room = room_for(sizes, {_WEIGHTS_FORMAT: "0" * 64})
-        return cls(GrowingMasks.at(folder / MASKS_FILE, shapes), GrowingTensors(folder / WEIGHTS_FILE, room))
+        masks = GrowingMasks.at(folder / MASKS_FILE, shapes)
+        return cls(masks, GrowingTensors(folder / WEIGHTS_FILE, room), GrowingCodes.at(folder / CODES_FILE, shapes))
 
     def add(self, key: Key, packed: Tensor, inputs: int, values: Tensor | None = None) -> None:
-        """Write one projection.
+        """Write one pruned projection.
 
         Parameters
         ----------
@@ -160,22 +187,60 @@ class VariantWriter:
         if values is not None:
             self._values.add(name_of(key), values)
 
+    def add_values(self, key: Key, values: Tensor) -> None:
+        """Write all values of a projection that has no mask."""
+        self._values.add(name_of(key), values)
+
+    def add_codes(self, key: Key, packed: PackedCodes) -> None:
+        """Write one quantized projection."""
+        self._codes.add(key, packed)
+
     def state(self) -> dict[str, Any]:
         """Flush to disk, and return the state that :meth:`resumed` needs."""
-        return {"masks": self._masks.state(), "values": self._values.state()}
+        return {"masks": self._masks.state(), "values": self._values.state(), "codes": self._codes.state()}
 
     @classmethod
     def resumed(cls, folder: Path, state: Mapping[str, Any]) -> VariantWriter | None:
         """Return the files as of `state`, or ``None`` if one is missing or was modified."""
         masks = GrowingMasks.resumed(folder / MASKS_FILE, state["masks"])
         values = GrowingTensors.resumed(folder / WEIGHTS_FILE, state["values"])
-        return None if masks is None or values is None else cls(masks, values)
+        codes = GrowingCodes.resumed(folder / CODES_FILE, state["codes"])
+        return None if masks is None or values is None or codes is None else cls(masks, values, codes)
 
     def finish(self, model_fingerprint: str) -> None:
         """Complete the files."""
-        self._masks.finish(model_fingerprint)
+        if len(self._codes):
+            self._codes.finish(model_fingerprint)
+        if len(self._masks) or not (len(self._codes) or len(self._values)):
+            self._masks.finish(model_fingerprint)
         if len(self._values):
             self._values.finish({_WEIGHTS_FORMAT: model_fingerprint})
+
+
+def open_codes(folder: Path, model_fingerprint: str) -> CodeSet:
+    """Return the codes in a variant's folder, read on access; empty if there is no file.
+
+    Raises
+    ------
+    VariantError
+        If the file is damaged.
+    """
+    path = folder / CODES_FILE
+    return CodeSet.open(path, model_fingerprint) if path.is_file() else CodeSet()
+
+
+def open_masks(folder: Path, model_fingerprint: str) -> MaskSet:
+    """Return the masks in a variant's folder, read on access; none if all of it is quantized or changed.
+
+    Raises
+    ------
+    VariantError
+        If the file is missing or damaged.
+    """
+    path = folder / MASKS_FILE
+    if not path.exists() and any((folder / name).is_file() for name in (CODES_FILE, WEIGHTS_FILE)):
+        return MaskSet({}, {})
+    return MaskSet.open(path, model_fingerprint)
 
 
 def open_values(folder: Path, masks: MaskSet, model_fingerprint: str) -> Mapping[Key, Tensor]:
@@ -191,7 +256,7 @@ def open_values(folder: Path, masks: MaskSet, model_fingerprint: str) -> Mapping
 
 
 class StoredValues(Mapping[Key, Tensor]):
-    """Values of kept weights, read from their file on access."""
+    """Values of kept weights, or of all weights where there is no mask, read from their file on access."""
 
     def __init__(self, path: Path, masks: MaskSet, model_fingerprint: str) -> None:
         self._file = StoredTensors(path)
@@ -200,8 +265,14 @@ class StoredValues(Mapping[Key, Tensor]):
                 f"{path} is not a weight file of this variant; delete the variant's folder and run again"
             )
         shapes = self._file.shapes
-        self._names = {key: name_of(key) for key in masks if name_of(key) in shapes}
-        if len(self._names) != len(shapes) or any(shapes[n] != (masks.kept(k),) for k, n in self._names.items()):
+        try:
+            self._names = {key_of(name): name for name in self._file.in_order()}
+        except ValueError as error:
+            raise damaged(path, error) from error
+        if not all(
+            shapes[name] == (masks.kept(key),) if key in masks else len(shapes[name]) == 2
+            for key, name in self._names.items()
+        ):
             raise VariantError(f"{path} does not match the variant's masks; delete the variant's folder and run again")
 
     def __contains__(self, key: object) -> bool:
@@ -211,6 +282,10 @@ class StoredValues(Mapping[Key, Tensor]):
     def __getitem__(self, key: Key) -> Tensor:
         """Read the values of one projection."""
         return self._file.read(self._names[key])
+
+    def shape(self, key: Key) -> tuple[int, ...]:
+        """Return the shape of one projection's values: how many there are, or that of the whole weight."""
+        return self._file.shapes[self._names[key]]
 
     def stretch(self, key: Key, start: int, stop: int) -> Tensor:
         """Read a range of the values of one projection."""
@@ -223,6 +298,11 @@ class StoredValues(Mapping[Key, Tensor]):
     def __len__(self) -> int:
         """Return the number of such projections."""
         return len(self._names)
+
+
+def shape_of_values(values: Mapping[Key, Tensor], key: Key) -> tuple[int, ...]:
+    """Return the shape of a projection's values, without reading them from a file."""
+    return values.shape(key) if isinstance(values, StoredValues) else tuple(values[key].shape)
 
 
 def stretch(values: Mapping[Key, Tensor], key: Key, start: int, stop: int) -> Tensor:

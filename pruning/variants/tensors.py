@@ -168,6 +168,11 @@ class StoredTensors:
         """Iterate over the names."""
         return iter(self.shapes)
 
+    def in_order(self) -> list[str]:
+        """Return the names in the order in which the tensors were written."""
+        with safe_open(self.path, "pt") as file:
+            return list(file.offset_keys())
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return a tensor, or a range of its rows.
 

@@ -1,10 +1,11 @@
-"""Pruned variants: save, open, apply to the dense model, export, and import models pruned elsewhere."""
+"""Pruned and quantized variants: save, open, apply to the dense model, export, and import models pruned elsewhere."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,26 @@ from ..files import whole_folder
 from ..models.anatomy import Anatomy
 from ..projections import Key
 from .apply import write_pruned
+from .codes import CodeSet
 from .export import write_checkpoint
 from .imported import difference
 from .masks import MaskSet
-from .store import MASKS_FILE, VariantRecord, VariantWriter, is_variant, open_values, stretch
+from .size import DENSE_BITS, pruned_bits
+from .store import (
+    VariantRecord,
+    VariantWriter,
+    is_variant,
+    open_codes,
+    open_masks,
+    open_values,
+    shape_of_values,
+    stretch,
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A pruned variant: its recipe, which weights were kept, and their values if they were updated.
+    """A variant: its recipe, which weights were kept, their values if they were updated, and quantized weights.
 
     Attributes
     ----------
@@ -34,20 +46,55 @@ class Variant:
         Masks of every pruned projection.
     values
         Values of the kept weights in mask order, by projection; projections without an entry keep the dense values.
+        Of a projection without a mask, whose values were all changed, the whole weight.
+    codes
+        Quantized projections, which have no mask.
     """
 
     record: VariantRecord
     masks: MaskSet
     values: Mapping[Key, Tensor]
+    codes: CodeSet = field(default_factory=CodeSet)
 
     @property
     def id(self) -> str:
         """The variant's name, unique in a study."""
         return self.record.id
 
+    @property
+    def projections(self) -> tuple[Key, ...]:
+        """The projections that differ from the dense model's: pruned, quantized or changed."""
+        return tuple(sorted(dict.fromkeys([*self.masks, *self.codes, *self.values]), key=lambda key: key[0]))
+
+    def changes(self, key: Key) -> bool:
+        """Whether a projection differs from the dense model's."""
+        return key in self.masks or key in self.codes or key in self.values
+
     def columns(self) -> dict[str, Any]:
         """Return the columns that describe this variant in frames."""
-        return self.record.columns(self.masks.sparsity())
+        return self.record.columns(self.masks.sparsity() if self.masks else 0.0, self.bits())
+
+    def bits(self) -> float:
+        """Return the size of the projections in its scope in bits a weight; those of the dense model have 16.
+
+        Pruned ones take 16 bits for every weight that is kept, and their mask; quantized ones their codes, scales and
+        zero points. For models quantized elsewhere it is what their checkpoint states.
+        """
+        if self.record.bits is not None:
+            return self.record.bits
+        pattern = self.record.recipe.pattern if self.record.recipe is not None else ""
+        total, weights = 0.0, 0
+        for key in self.projections:
+            if key in self.codes:
+                number, size = math.prod(self.codes.shape(key)), float(self.codes.size(key))
+            elif key in self.masks:
+                number = math.prod(self.masks.shape(key))
+                size = number * pruned_bits(self.masks.sparsity(key), pattern)
+            else:
+                number = math.prod(shape_of_values(self.values, key))
+                size = number * DENSE_BITS
+            total, weights = total + size, weights + number
+        return total / weights
 
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
@@ -59,7 +106,7 @@ class Variant:
     def write(self, key: Key, dense: Tensor, out: Tensor) -> None:
         """Write this variant's weight of one projection into `out`, given the dense model's.
 
-        Removed weights become positive zero. A projection that was not pruned is copied from the dense model.
+        Removed weights become positive zero. A projection that was not changed is copied from the dense model.
 
         Parameters
         ----------
@@ -70,13 +117,17 @@ class Variant:
         out
             Destination of the same shape, dtype and device, with any strides; may be a live view, or `dense` itself.
         """
-        if key in self.masks:
+        if key in self.codes:
+            self.codes[key].write(out)
+        elif key in self.masks:
             write_pruned(dense, self.masks.packed(key), out, self.values.get(key))
+        elif key in self.values:
+            out.copy_(self.values[key])
         elif out is not dense:
             out.copy_(dense)
 
     def pieces(self, key: Key, dense: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield mask and weight (float32) of one projection, `rows` rows at a time, given the dense model's weight.
+        """Yield mask and weight (float32) of one pruned projection, `rows` rows at a time, given the dense weight.
 
         This bounds the memory of code that compares several variants.
         """
@@ -94,7 +145,7 @@ class Variant:
             yield mask, weight
 
     def save(self, folder: Path) -> None:
-        """Write ``recipe.json``, ``masks.safetensors`` and, if weights were updated, ``weights.safetensors``.
+        """Write ``recipe.json``, masks, values and codes, as far as there are any.
 
         Raises
         ------
@@ -103,9 +154,19 @@ class Variant:
         """
         with whole_folder(folder, is_variant) as partial:
             shapes = {key: self.masks.shape(key) for key in self.masks}
-            writer = VariantWriter.at(partial, shapes)
+            others = {key: self.codes.shape(key) for key in self.codes}
+            for key in self.values:
+                if key not in self.masks:
+                    outputs, inputs = shape_of_values(self.values, key)
+                    others[key] = (outputs, inputs)
+            writer = VariantWriter.at(partial, shapes | others)
             for key, (_, inputs) in shapes.items():
                 writer.add(key, torch.from_numpy(self.masks.packed(key)), inputs, self.values.get(key))
+            for key in self.codes:
+                writer.add_codes(key, self.codes[key])
+            for key in self.values:
+                if key not in self.masks:
+                    writer.add_values(key, self.values[key])
             writer.finish(self.record.model_fingerprint)
             self.record.save(partial)
 
@@ -123,17 +184,19 @@ class Variant:
             raise VariantError(
                 f'variant "{record.id}" belongs to another model ({record.model}); load that one to open it'
             )
-        masks = MaskSet.open(folder / MASKS_FILE, record.model_fingerprint)
-        return cls(record, masks, open_values(folder, masks, record.model_fingerprint))
+        model = record.model_fingerprint
+        masks = open_masks(folder, model)
+        return cls(record, masks, open_values(folder, masks, model), open_codes(folder, model))
 
     @classmethod
     def between(cls, dense: nn.Module, pruned: nn.Module, name: str) -> Variant:
-        """Import a model that was pruned elsewhere, as a variant of its dense parent.
+        """Import a model that was pruned, quantized or trained elsewhere, as a variant of its dense parent.
 
-        A zero weight counts as removed. Where other weights differ from the dense ones, their values are imported too.
-        The recipe is unknown, unless the model was loaded from a folder that :meth:`export` wrote: then the variant
-        gets the recipe, calibration set and remarks stored next to the checkpoint, so that frames show its actual
-        method (``wanda``, and so on) rather than its new name.
+        Where it has zeros that the dense model has not, weights count as removed, and masks are imported, with the
+        other values where these differ too. Where it has none, or is quantized, all values are imported, and there is
+        no mask. ``record.found`` says in words what was found. The recipe is unknown, unless the model was loaded from
+        a folder that :meth:`export` wrote: then the variant gets the recipe, calibration set and remarks stored next to
+        the checkpoint, so that frames show its actual method (``wanda``, and so on) rather than its new name.
 
         Parameters
         ----------
@@ -145,7 +208,7 @@ class Variant:
         Raises
         ------
         VariantError
-            If the models do not match, nothing was removed, or the pruned model differs in more than its projections.
+            If the models do not match, nothing was changed, or the model differs in more than its projections.
         """
         return cls(*difference(dense, pruned, name))
 
@@ -161,7 +224,7 @@ class Variant:
         anatomy = Anatomy(model)
         _check_in_memory(anatomy)
         self.check_belongs_to(anatomy.fingerprint())
-        dense = {key: anatomy.weight(*key).clone() for key in self.masks}
+        dense = {key: anatomy.weight(*key).clone() for key in self.projections}
         try:
             for key, weight in dense.items():
                 anatomy.set_weight(*key, self.weight(key, weight))
@@ -181,7 +244,7 @@ class Variant:
         anatomy = Anatomy(model)
         _check_in_memory(anatomy)
         self.check_belongs_to(anatomy.fingerprint())
-        for key in self.masks:
+        for key in self.projections:
             anatomy.set_weight(*key, self.weight(key, anatomy.weight(*key)))
 
     def export(self, model: Any, tokenizer: Any, folder: Path) -> None:
@@ -209,7 +272,8 @@ class Variant:
         self.check_belongs_to(anatomy.fingerprint())
         with whole_folder(folder) as partial:
             write_checkpoint(self, anatomy, tokenizer, partial)
-            self.record.save(partial)
+            size = {"bits": self.bits()} if self.codes else {}  # decoded weights do not tell
+            self.record.model_copy(update=size).save(partial)
 
     def check_belongs_to(self, model_fingerprint: str) -> None:
         """Raise ``VariantError`` unless the variant was made from the dense model with this fingerprint."""

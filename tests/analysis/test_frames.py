@@ -31,6 +31,21 @@ def test_written_frames_come_back_the_same_and_write_the_same_bytes(tmp_path):
     assert path.read_bytes() == first
 
 
+def test_frames_of_earlier_versions_gain_the_size_of_their_models(tmp_path):
+    described = dense_columns("m")
+    models = [
+        {},
+        {"method": "wanda", "sparsity": 0.25, "pattern": "row"},
+        {"method": "wanda", "sparsity": 0.5, "pattern": "2:4"},
+    ]
+    frame = tidy(
+        "perplexity", [described | own | {"language": "en", "metric": "perplexity", "value": 1.0} for own in models]
+    )
+    path = tmp_path / "perplexity.parquet"
+    frame.drop(columns="bits").to_parquet(path)
+    assert read_frame(path)["bits"].tolist() == pytest.approx([16, 13, 8 + np.log2(6) / 4])
+
+
 def test_unknown_metrics_and_columns_are_refused():
     with pytest.raises(StudyError, match="unknown metrics"):
         tidy("perplexity", [ROW | {"metric": ["perplexity", "surprise"]}])

@@ -146,8 +146,8 @@ class Clock:
             (choices, "scored", "scores"),
             (engine, "choose", "choosing"),
             (choices, "_solve", "solver"),
-            (sparsegpt, "_factor", "factorization"),
-            (sparsegpt, "_gone", "choosing in the solver"),
+            (sparsegpt, "factor", "factorization"),
+            (sparsegpt._Removal, "_choose", "choosing in the solver"),
             (workspace.Workspace, "put", "packing the masks"),
         ):
             patch.setattr(place, name, self._function(getattr(place, name), part))

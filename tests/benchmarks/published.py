@@ -1,4 +1,4 @@
-"""Wanda and SparseGPT the way their published scripts go about it, written plainly: what prunescope is timed against.
+"""Wanda, SparseGPT and GPTQ as their published scripts go about it, written plainly: what prunescope is timed against.
 
 One sequence at a time; a statistic for each of a block's projections, though several read the same input; the whole
 block also where only its inputs are wanted; full sorts for thresholds; for SparseGPT the inverse of the Gram matrix, its
@@ -145,6 +145,51 @@ def admm(weight: Tensor, gram: Tensor, keep: Tensor, rounds: int = 20, ridge: fl
         dual += scaled - masked
         scaled = inverse @ (target + rho * (masked - dual))
     return ((scaled + dual) * mask).T / norm
+
+
+# -- GPTQ --------------------------------------------------------------------------------------------------------
+
+
+def gptq_sweep(weight: Tensor, upper: Tensor, bits: int, group: int = 0) -> Tensor:
+    """Quantize a matrix column by column, changing it in place; return the quantized weights.
+
+    The grid of a group is fitted on weights as of the start of the block of columns; with no groups, that of a row on
+    the dense ones. It is asymmetric and spans 0, as the authors' code has it.
+    """
+    inputs = weight.shape[1]
+    made = torch.zeros_like(weight)
+    losses = torch.zeros_like(weight)
+    top = torch.tensor(2**bits - 1)
+    scale, zero = _grid(weight, top)
+    for begin in range(0, inputs, BLOCK):
+        end = min(begin + BLOCK, inputs)
+        block = weight[:, begin:end].clone()
+        rounded, errors, lost = (torch.zeros_like(block) for _ in range(3))
+        factor = upper[begin:end, begin:end]
+        for j in range(end - begin):
+            column, pivot = block[:, j], factor[j, j]
+            if group and (begin + j) % group == 0:
+                scale, zero = _grid(weight[:, begin + j : begin + j + group], top)
+            codes = torch.clamp(torch.round(column.unsqueeze(1) / scale) + zero, torch.tensor(0), top)
+            near = (scale * (codes - zero)).flatten()
+            rounded[:, j] = near
+            lost[:, j] = (column - near) ** 2 / pivot**2
+            error = (column - near) / pivot
+            block[:, j:] -= error.unsqueeze(1).matmul(factor[j, j:].unsqueeze(0))
+            errors[:, j] = error
+        made[:, begin:end] = rounded
+        losses[:, begin:end] = lost / 2
+        weight[:, end:] -= errors @ upper[begin:end, end:]
+    return made
+
+
+def _grid(weight: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    low = torch.minimum(weight.min(dim=1).values, torch.zeros(len(weight)))
+    high = torch.maximum(weight.max(dim=1).values, torch.zeros(len(weight)))
+    empty = (low == 0) & (high == 0)
+    low[empty], high[empty] = -1, 1
+    scale = (high - low) / top
+    return scale.unsqueeze(1), torch.round(-low / scale).unsqueeze(1)
 
 
 # -- block by block ----------------------------------------------------------------------------------------------

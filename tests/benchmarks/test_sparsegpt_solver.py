@@ -13,7 +13,7 @@ from benchmarks.harness import headline, in_turn, in_words, number, pairs, ratio
 from benchmarks.published import column_sweep, inverse_factor
 from torch import Tensor
 
-from pruning.methods import sparsegpt
+from pruning.methods import columns, sparsegpt
 from pruning.patterns import pattern_named
 from pruning.statistics import GRAM, InputStatistics, Statistics
 
@@ -63,7 +63,7 @@ def test_published_over_ours(layer, pattern, capsys):
 
     def ours() -> None:
         inputs.memo.clear()
-        parts["our factorization"].append(seconds(lambda: sparsegpt._factor(inputs, 0.01)))
+        parts["our factorization"].append(seconds(lambda: columns.factor(inputs, 0.01)))
         solved = sparsegpt.solve([weight], Statistics(inputs), pattern_named(pattern), [budget])
         inputs.memo.clear()
         assert not solved.remarks

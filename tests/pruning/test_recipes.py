@@ -5,9 +5,11 @@ from hashlib import sha256
 import pytest
 from pydantic import ValidationError
 
-from pruning import CalibrationSet, Recipe
-from pruning.errors import MethodError
+from pruning import Anatomy, CalibrationSet, Recipe
+from pruning.engine import check_fits
+from pruning.errors import MethodError, RecipeError
 from pruning.methods import Method, known_methods, magnitude, register
+from pruning.quantization import Grid
 
 DIAGNOSED = {"allocation": "diagnosis", "importance": {"0.q": 0.01, "0.down": 0.12}}
 
@@ -86,6 +88,46 @@ def test_n_of_m_settles_the_sparsity():
 def test_what_does_not_go_together_is_refused(wrong, words):
     with pytest.raises(ValidationError, match=words):
         Recipe(**({"method": "wanda", "sparsity": 0.5} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"method": "gptq"}, '"gptq" needs bits; write bits = 2, 3, 4 or 8'),
+        ({"method": "gptq", "bits": 5}, "bits = 5 is not possible; write bits = 2, 3, 4 or 8"),
+        ({"method": "rtn", "bits": 4, "group": 12}, r"group = 12 is not a multiple of 8; .* \(0: the whole row\)"),
+        ({"method": "rtn", "bits": 4, "group": -8}, "group = -8 is not a multiple of 8"),
+        ({"method": "awq", "bits": 4, "sparsity": 0.5}, '"awq" quantizes: write bits = 4 instead of sparsity = 0.5'),
+        ({"method": "awq", "bits": 4, "pattern": "row"}, "leave pattern and allocation out"),
+        ({"method": "awq", "bits": 4, "allocation": "owl"}, "leave pattern and allocation out"),
+        ({"method": "rtn", "bits": 4, "parameters": {"order": 1}}, 'no parameter "order"; known: symmetric'),
+        ({"method": "wanda", "sparsity": 0.5, "bits": 4}, "pruning and quantizing in one recipe is not possible yet"),
+    ],
+)
+def test_bits_and_groups_that_do_not_exist_or_go_together_are_refused(given, words):
+    with pytest.raises(ValidationError, match=words):
+        Recipe(**given)
+
+
+def test_recipes_that_quantize_have_a_grid_instead_of_a_sparsity():
+    recipe = Recipe(method="gptq", bits=4)
+    assert (recipe.sparsity, recipe.group, recipe.quantizes, recipe.calibrated) == (0.0, 128, True, True)
+    assert recipe.grid == Grid(4, 128)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    plain = Recipe(method="rtn", bits=3, group=0, parameters={"symmetric": 1})
+    assert plain.grid == Grid(3, 0, symmetric=True)
+    assert not plain.calibrated
+    assert plain.variant_id(None) == "rtn-3bit-row-symmetric=1"
+    assert plain.method_label == "rtn(symmetric=1)"
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused(make_model):
+    anatomy = Anatomy(make_model())
+    with pytest.raises(
+        RecipeError, match=r"group = 64 does not divide the 32 inputs of block 0, role q; write group = 32"
+    ):
+        check_fits(anatomy, Recipe(method="rtn", bits=4, group=64))
+    check_fits(anatomy, Recipe(method="rtn", bits=4, group=32, roles=("q", "o")))
 
 
 def test_scope():

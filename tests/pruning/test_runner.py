@@ -20,6 +20,7 @@ RECIPES = [
     Recipe(method="wanda", sparsity=0.5),
     Recipe(method="snip", sparsity=0.5),
     Recipe(method="magnitude", sparsity=0.3, roles=("o",)),
+    Recipe(method="gptq", bits=3, group=8, blocks="1:"),
 ]
 FRUGAL = [recipe for recipe in RECIPES if recipe.method != "snip"]
 SETS = [SHORT, CalibrationSet.named("zh", samples=2, length=16)]
@@ -48,6 +49,7 @@ def test_a_folder_holds_what_memory_does(make_model, tokenizer, tmp_path, kind, 
     stored = prune(model, tokenizer, RECIPES, CORPUS, SETS, name="tiny", folder=tmp_path / "out", memory=memory)
     assert [variant.record for variant in stored] == [variant.record for variant in held]
     assert all(one.masks == other.masks for one, other in zip(stored, held, strict=True))
+    assert all(one.bits() == other.bits() for one, other in zip(stored, held, strict=True))
     assert files(tmp_path / "out") == saved(held, tmp_path / "saved")
 
 

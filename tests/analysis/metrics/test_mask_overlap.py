@@ -25,6 +25,7 @@ BASE = {
     "allocation": "uniform",
     "scope": "all",
     "propagation": "pruned",
+    "bits": 9.0,
 }
 
 

@@ -40,7 +40,7 @@ def test_two_checkpoints_are_compared_without_a_study_file(place, pruned_by_some
     ("arguments", "words"),
     [
         (["model", "nowhere"], ["nowhere"]),
-        (["model", "model"], ["zero nowhere"]),
+        (["model", "model"], ["differs nowhere from this model"]),
         (["model", "nowhere", "--languages", "en"], ["languages"]),
         (["model", "nowhere", "--languages", "en,klingonish"], ["klingonish"]),
         (["model", "nowhere", "--text", "file:none/{lang}.jsonl"], ["none"]),

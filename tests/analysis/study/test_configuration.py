@@ -59,6 +59,15 @@ def test_n_of_m_among_other_patterns_is_one_point_of_the_grid(tmp_path):
     assert [(r.pattern, r.sparsity) for r in found] == [("row", 0.3), ("row", 0.6), ("2:4", 0.5), ("1:4", 0.25)]
 
 
+def test_bits_and_groups_make_a_grid_and_need_no_sparsity(tmp_path):
+    found = recipes(tmp_path, 'method = ["rtn", "gptq"]', "bits = [4, 3]", "group = [128, 0]")
+    assert [(r.method, r.bits, r.group, r.sparsity) for r in found] == [
+        (method, bits, group, 0.0) for method in ("rtn", "gptq") for bits in (4, 3) for group in (128, 0)
+    ]
+    (recipe,) = recipes(tmp_path, 'method = "awq"', "bits = 4")
+    assert recipe.group == 128
+
+
 def test_native_choices_are_those_of_each_method(tmp_path):
     found = recipes(tmp_path, 'method = ["magnitude", "wanda", "m-wanda", "sparsegpt", "snip"]')
     assert [(r.method, r.pattern, r.allocation, r.propagation) for r in found] == [
@@ -120,6 +129,10 @@ def test_a_study_of_every_kind_of_recipe_reads_back(tmp_path):
         refinement = "swaps"
         correction = "admm"
         parameters = { rounds = 5, swaps = [10, 20] }
+        [[recipes]]
+        method = ["rtn", "gptq"]
+        bits = [4, 8]
+        group = 64
         [imported]
         "theirs-0.5" = "somebody/pruned"
         """,
@@ -238,6 +251,14 @@ def test_the_demo_asks_for_what_the_readme_says():
         (MINIMAL + '[[recipes]]\nmethod = "wanda"\nroles = "o"', "recipes.0.roles: should be a list in brackets"),
         (MINIMAL + '[recipes]\nmethod = "wanda"', "start each recipe with the line [[recipes]]"),
         (MINIMAL + '[[recipes]]\nmethod = "wanda"\nsparsity = []', "sparsity is an empty list"),
+        (MINIMAL + '[[recipes]]\nmethod = "rtn"\nbits = []', "bits is an empty list"),
+        (MINIMAL + '[[recipes]]\nmethod = "rtn"\nbits = "x"', "recipes.0.bits: Input should be a valid integer"),
+        (MINIMAL + '[[recipes]]\nmethod = "rtn"', '"rtn" needs bits; write bits = 2, 3, 4 or 8'),
+        (
+            MINIMAL + '[[recipes]]\nmethod = ["rtn", "wanda"]\nbits = 4',
+            '"wanda" prunes: bits and group are for methods',
+        ),
+        (MINIMAL + '[[recipes]]\nmethod = "gptq"\nbits = 4\nsparsity = 0.5', "write bits = 4 instead of sparsity"),
         (MINIMAL + '[[recipes]]\nmethod = "ria"\nparameters = { power = [] }', "power is an empty list"),
         (MINIMAL + '[[recipes]]\nmethod = "ria"\nparameters = 0.7', "such as { name = 0.5 }"),
         (MINIMAL + '[[recipes]]\nmethod = "ria"\nparameters = { power = "x" }', "recipes.0.parameters.power: Input"),

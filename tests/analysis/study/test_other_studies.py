@@ -73,6 +73,35 @@ def test_models_without_gates_or_with_experts_are_read_too(place, tmp_path, kind
     assert ("gate.3" in set(frames["sparsity"]["role"])) == (kind != "gpt2")
 
 
+def test_quantized_models_are_measured_beside_pruned_ones_without_masks(place, tmp_path):
+    lines = ["[[recipes]]", 'method = ["rtn", "gptq"]', "bits = [4, 2]", "group = 16"]
+    out = small(place, tmp_path, place / "model", *lines)
+    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
+    for name in ("perplexity", "signal", "subspaces", "accuracy"):
+        sizes = frames[name].groupby(["method", "pattern"], observed=True)["bits"].unique().map(list).to_dict()
+        assert sizes == {
+            ("dense", "none"): [16.0],
+            ("wanda", "row"): [9.0],
+            ("magnitude", "matrix"): [pytest.approx(16 * 0.7 + 1, abs=1e-3)],
+            **{(m, f"{bits}bit-g16"): [bits + (16 + bits) / 16] for m in ("rtn", "gptq") for bits in (4, 2)},
+        }
+    assert set(frames["sparsity"]["method"]) == {"wanda", "magnitude"}
+    overlap = frames["mask_overlap"]
+    by_metric = overlap.groupby("metric", observed=True)["method"].unique().map(list).to_dict()
+    assert by_metric["iou"] == ["wanda"]
+    assert by_metric["code_agreement"] == ["gptq"]
+    noise = frames["signal"].query("metric == 'snr_db' and role == 'residual' and layer == 2")
+    quality = noise.groupby(["method", "pattern"], observed=True)["value"].mean()
+    assert quality["gptq", "4bit-g16"] > quality["rtn", "4bit-g16"] > quality["rtn", "2bit-g16"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "GPTQ, 4 bits, groups of 16" in page
+    assert "Compression multiplies perplexity by" in page
+    assert (
+        "Quantized models have no masks: there is no sparsity and no overlap of masks; the agreement of their" in page
+    )
+    assert "Codes from different calibration sets agree in a mean share of" in page
+
+
 def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_path):
     model, tokenizer = load_model(str(place / "model"), device="cpu")
     text = CalibrationSet.named("sw", samples=4, length=32)

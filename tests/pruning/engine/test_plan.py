@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import CORPUS, SHORT, checkpoint, saved
 
-from pruning import Anatomy, CalibrationSet, Recipe, load_model
+from pruning import Anatomy, CalibrationSet, Recipe, load_model, prune
 from pruning.engine import Job, planned_jobs
 from pruning.engine.jobs import covered_shapes
 from pruning.engine.plan import MemoryCapError, Plan, _Needs, make_plan
@@ -86,6 +86,16 @@ def test_a_cap_cuts_jobs_that_need_no_text_or_derivatives_too(anatomy, tokenizer
     capped = planned(anatomy, tokenizer, recipes, memory=free.memory - 1)
     assert [len(wave) for wave in capped.waves] == [2, 2, 2, 2]
     assert capped.memory < free.memory
+
+
+def test_the_size_of_quantized_variants_is_foreseen(anatomy, tokenizer, tmp_path):
+    recipes = [Recipe(method="gptq", bits=bits, group=group) for bits, group in ((4, 8), (3, 16), (2, 0))]
+    jobs = planned_jobs(recipes, [SHORT])
+    variants = prune(anatomy.model, tokenizer, recipes, CORPUS, SHORT, folder=tmp_path)
+    for job, variant in zip(jobs, variants, strict=True):
+        foreseen = _Needs(anatomy, None, 64).kept(job)
+        stored = sum(tensor.nbytes for key in variant.codes for tensor in variant.codes[key].tensors().values())
+        assert foreseen == pytest.approx(stored, rel=0.35 if job.recipe.group == 0 else 0.12)  # zero points are padded
 
 
 def test_a_cap_that_is_too_small_names_both_numbers(anatomy, tokenizer, tmp_path):

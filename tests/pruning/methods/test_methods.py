@@ -320,7 +320,9 @@ def test_a_correction_on_a_mask_of_sparsegpt_starts_from_dense_weights(kind, pat
 
 def test_every_registered_method_is_tested_here():
     structured = {name for name in known_methods() if method_named(name).scores != "weights"}  # see test_structured
-    assert set(known_methods()) - structured == set(AXES["method"])
+    quantizing = {name for name in known_methods() if method_named(name).quantize}  # see test_quantizing
+    assert set(known_methods()) - structured - quantizing == set(AXES["method"])
+    assert quantizing == {"rtn", "gptq", "awq"}
 
 
 def test_experts_that_see_nothing_are_reported_and_fall_back_on_magnitude():

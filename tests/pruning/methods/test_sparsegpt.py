@@ -8,6 +8,7 @@ import torch
 from pairwise import pairwise
 
 from pruning.methods import sparsegpt
+from pruning.methods.columns import factorize
 from pruning.patterns import pattern_named
 from pruning.statistics import GRAM, InputStatistics, Statistics
 
@@ -62,7 +63,7 @@ def test_the_factor_times_itself_is_the_matrix(size):
     gram = x.T @ x + torch.eye(size, dtype=torch.float64)
     upper = gram.float()
     upper.tril_(-1).add_(gram.float().triu())  # what is below the diagonal is not looked at
-    assert sparsegpt._factorize(upper)
+    assert factorize(upper)
     factor = upper.triu().double()
     assert ((factor @ factor.T - gram).norm() / gram.norm()).item() < 1e-5
 
@@ -72,4 +73,4 @@ def test_a_matrix_without_a_factor_is_noticed(place):
     for wrong in (-1.0, torch.nan):
         matrix = torch.eye(600)
         matrix[place, place] = wrong
-        assert not sparsegpt._factorize(matrix)
+        assert not factorize(matrix)

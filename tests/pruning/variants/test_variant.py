@@ -224,6 +224,7 @@ def test_a_model_pruned_elsewhere_is_taken_over_to_the_bit(make_model, tokenizer
         "allocation": "unknown",
         "scope": "all",
         "propagation": "none",
+        "bits": 9.0,
         "calibration": "none",
         "seed": 0,
     }
@@ -237,15 +238,117 @@ def test_projections_that_were_left_alone_are_not_in_the_masks(make_model, token
     assert taken.columns()["sparsity"] == 0.5
 
 
-def test_an_unpruned_model_is_refused_even_if_the_dense_one_has_zeros(make_model):
+def test_an_unchanged_model_is_refused_even_if_the_dense_one_has_zeros(make_model):
     dense, same = make_model(), make_model()
-    with pytest.raises(VariantError, match="it is not pruned"):
+    with pytest.raises(VariantError, match="it is not pruned, quantized or trained"):
         Variant.between(dense, same, "same")
     for model in (dense, same):
         Anatomy(model).weight(0, "q")[:, ::2] = 0
-    Anatomy(same).weight(0, "up").mul_(2)
-    with pytest.raises(VariantError, match="it is not pruned"):
+    with pytest.raises(VariantError, match="it is not pruned, quantized or trained"):
         Variant.between(dense, same, "same")
+
+
+def test_swapped_models_are_noticed_but_not_zeros_that_were_regrown(make_model, tokenizer):
+    (variant,) = prune(make_model(), tokenizer, Recipe(method="magnitude", sparsity=0.5))
+    pruned = pruned_copy(make_model, variant)
+    with pytest.raises(VariantError, match="were the dense and the pruned model swapped"):
+        Variant.between(pruned, make_model(), "theirs")
+    grown = make_model()
+    zeros = 0
+    for key in Anatomy(grown):
+        Anatomy(grown).weight(*key).mul_(1.5)  # trained on, and nothing held at zero
+        zeros += int((Anatomy(pruned).weight(*key) == 0).sum())
+    taken = Variant.between(pruned, grown, "theirs")
+    assert (len(taken.masks), taken.columns()["pattern"], taken.bits()) == (0, "changed", 16)
+    assert "changed: 100.0% of the weights of 21 matrices have other values, none was removed" in taken.record.found
+    assert f"; {zeros:,} weights that are zero in the dense model are not" in taken.record.found
+
+
+def trained(model, keys=None):
+    random = torch.Generator().manual_seed(3)
+    anatomy = Anatomy(model)
+    for key in keys or anatomy:
+        weight = anatomy.weight(*key).clone()
+        update = torch.randn(len(weight), 2, generator=random) @ torch.randn(2, weight.shape[1], generator=random)
+        anatomy.set_weight(*key, weight + 0.01 * update)  # such as a merged LoRA
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "phi3", "mixtral"])
+def test_a_model_trained_elsewhere_is_taken_over_to_the_bit_without_masks(tmp_path, make_model, tokenizer, kind):
+    dense, other = make_model(kind), trained(make_model(kind))
+    taken = Variant.between(dense, other, "theirs")
+    assert len(taken.masks) == 0
+    assert taken.columns()["pattern"] == "changed"
+    assert (taken.columns()["sparsity"], taken.columns()["bits"]) == (0.0, 16.0)
+    assert taken.record.found.startswith("changed: 100.0% of the weights of ")
+    taken.save(tmp_path / "v")
+    assert {path.name for path in (tmp_path / "v").iterdir()} == {"recipe.json", "weights.safetensors"}
+    opened = Variant.open(tmp_path / "v", Anatomy(dense).fingerprint())
+    assert opened.projections == taken.projections == tuple(Anatomy(dense))
+    with opened.applied(dense):
+        for key in Anatomy(other):
+            assert torch.equal(Anatomy(dense).weight(*key), Anatomy(other).weight(*key))
+
+
+def test_what_was_pruned_and_trained_has_masks_and_values(make_model, tokenizer, variant):
+    other = trained(pruned_copy(make_model, variant))
+    for key in Anatomy(other):
+        Anatomy(other).weight(*key).mul_(variant.masks[key])  # zeros stay
+    taken = Variant.between(make_model(), other, "theirs")
+    assert taken.masks == variant.masks
+    assert taken.values.keys() == variant.masks.keys()
+    assert taken.record.found == "pruned: 50.0% of the weights of 21 matrices are newly zero, 50.0% have other values"
+    plain = Variant.between(make_model(), pruned_copy(make_model, variant), "theirs").record
+    assert plain.found == "pruned: 50.0% of the weights of 21 matrices are newly zero, the others are the dense model's"
+
+
+def test_a_few_accidental_zeros_do_not_make_a_trained_model_pruned(make_model):
+    other = trained(make_model())
+    Anatomy(other).weight(0, "up")[3, 4] = 0
+    taken = Variant.between(make_model(), other, "theirs")
+    assert len(taken.masks) == 0
+    assert float(taken.weight((0, "up"), Anatomy(make_model()).weight(0, "up"))[3, 4]) == 0
+
+
+def test_part_of_a_model_may_be_pruned_and_part_trained(tmp_path, make_model, tokenizer):
+    dense = make_model()
+    (pruned,) = prune(dense, tokenizer, Recipe(method="magnitude", sparsity=0.5, roles=("up",)))
+    other = trained(pruned_copy(make_model, pruned), keys=[(1, "q")])
+    taken = Variant.between(dense, other, "theirs")
+    taken.save(tmp_path / "v")
+    opened = Variant.open(tmp_path / "v")
+    assert opened.projections == ((0, "up"), (1, "up"), (1, "q"), (2, "up"))
+    for key in Anatomy(dense):
+        assert torch.equal(opened.weight(key, Anatomy(dense).weight(*key)), Anatomy(other).weight(*key))
+
+
+def test_weights_on_a_grid_are_taken_for_quantized_ones_and_pruned_ones_are_not(make_model, tokenizer):
+    wide = {"hidden_size": 128, "intermediate_size": 256}
+    dense = make_model(**wide)
+    recipes = [Recipe(method="rtn", bits=4, group=g, roles=("q", "up", "down")) for g in (128, 32)]
+    for recipe in [*recipes, Recipe(method="magnitude", sparsity=0.9), Recipe(method="magnitude", pattern="3:4")]:
+        (variant,) = prune(dense, tokenizer, recipe)
+        other = make_model(**wide)
+        variant.apply(other)
+        taken = Variant.between(dense, other, "theirs")
+        quantized = recipe.quantizes
+        assert taken.record.found.startswith("quantized: " if quantized else "pruned: ")
+        assert taken.columns()["pattern"] == ("quantized" if quantized else "unknown")
+        for key in variant.projections:
+            assert torch.equal(taken.weight(key, Anatomy(dense).weight(*key)), Anatomy(other).weight(*key))
+
+
+def test_our_own_quantized_export_comes_back_as_what_it_is(tmp_path):
+    dense, tokenizer = load_model(str(checkpoint(tmp_path / "model")), dtype="float32", device="cpu")
+    (variant,) = prune(dense, tokenizer, Recipe(method="gptq", bits=3, group=8), CORPUS, SHORT)
+    variant.export(dense, tokenizer, tmp_path / "export")
+    other, _ = load_model(str(tmp_path / "export"), dtype="float32", device="cpu")
+    taken = Variant.between(dense, other, "again")
+    assert taken.columns() == variant.columns()
+    assert len(taken.masks) == 0
+    key = (1, "down")
+    assert torch.equal(taken.values[key], variant.codes[key].unpacked().weight())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Agreement of codes: do different calibration texts round weights to the same values?
+
+What overlap of masks is for pruned models. The grids of two variants differ too, where they follow the text; codes say
+which of its values a weight was rounded to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from pruning.projections import Key
+from pruning.text.calibration import Drawn
+from pruning.variants.codes import CodeSet
+
+from ..frames import alike, tidy
+from .mask_overlap import shared
+
+#: Codes of each variant that are compared at a time.
+_AT_A_TIME = 1 << 20
+
+
+def analyze(
+    codes: Mapping[str, CodeSet],
+    columns: Mapping[str, Mapping[str, Any]],
+    text: Mapping[str, Sequence[Drawn]] | None = None,
+) -> pd.DataFrame:
+    """Return the rows of ``mask_overlap`` on every two quantized variants that differ in calibration set or seed only.
+
+    Parameters
+    ----------
+    codes
+        Variant to its codes.
+    columns
+        Variant to the columns that describe it.
+    text
+        Variant to the calibration text that it was made with, as far as it is known.
+    """
+    text = text or {}
+    rows = []
+    for group in alike({name: columns[name] for name in codes}):
+        if len(group) < 2:
+            continue
+        members = [codes[name] for name in group]
+        equal, chance = {}, {}
+        for key in members[0]:
+            equal[key], chance[key] = _agreement(members, key)
+        for i, j in combinations(range(len(group)), 2):
+            other = columns[group[j]]
+            rows.append(
+                {
+                    **columns[group[i]],
+                    "layer": [layer for layer, _ in equal] * 2,
+                    "role": [role for _, role in equal] * 2,
+                    "other_calibration": other["calibration"],
+                    "other_seed": other["seed"],
+                    "shared_text": shared(text.get(group[i]), text.get(group[j])),
+                    "metric": ["code_agreement"] * len(equal) + ["code_agreement_chance"] * len(equal),
+                    "value": [float(matrix[i, j]) for of in (equal, chance) for matrix in of.values()],
+                }
+            )
+    return tidy("mask_overlap", rows)
+
+
+def _agreement(
+    members: Sequence[CodeSet], key: Key
+) -> tuple[Float[np.ndarray, "variants variants"], Float[np.ndarray, "variants variants"]]:
+    """Return the share of equal codes of every pair for one projection, and that of independent codes as frequent."""
+    outputs, inputs = members[0].shape(key)
+    step = max(_AT_A_TIME // inputs, 1)
+    equal = np.zeros((len(members), len(members)))
+    frequency = np.zeros((len(members), 256))
+    for start in range(0, outputs, step):
+        codes = [one.rows(key, start, start + step).unpacked().codes.numpy() for one in members]
+        frequency += [np.bincount(some.ravel(), minlength=256) for some in codes]
+        for i, j in combinations(range(len(members)), 2):
+            equal[i, j] += np.count_nonzero(codes[i] == codes[j])
+    frequency /= outputs * inputs
+    return equal / (outputs * inputs), frequency @ frequency.T
