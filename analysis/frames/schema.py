@@ -145,7 +145,8 @@ _DIAGNOSED = (
 _PATCHED = (
     f"{_DIAGNOSED}. A cause has a position, its rank on the half that chose it, in the row of the other half; "
     "both: average of two such rows; all: on those that chose it too. Controls: mean, and in low and high the "
-    "range, over n draws. sample: random if it was drawn to be patched exactly"
+    "range, over n draws. sample: random if it was drawn to be patched exactly. agnostic_added: what restoring the "
+    "language-agnostic part after the block brings back beyond the whole stream after the block before"
 )
 _SHARES = "only where that drop is significant on the same questions; intervals as above"
 _RETRIEVAL = (

@@ -17,6 +17,8 @@ from .halves import BOTH, EVERY, HALVES, halves
 #: What is measured of a question, higher is better, and how its drop is called.
 LOST = {"margin": "margin_lost", "accuracy": "accuracy_lost", "loss": "loss_added"}
 
+Beyond = Sequence[ChoiceScores | None] | None
+
 
 class Estimate(NamedTuple):
     """Values with 95 % intervals, each ``[components, metrics]``; empty (nan) intervals where none can be given."""
@@ -55,7 +57,7 @@ class Drop:
         self._there = {EVERY: np.ones(len(half), dtype=bool), **{name: half == i for i, name in enumerate(HALVES)}}
         self._templates = np.asarray(templates)
         self.dense, self.pruned = self._values(dense), self._values(pruned)
-        self._lost = {on: self._means(self.dense[None], self.pruned[None], on) for on in self._there}
+        self._lost = {on: self._means((self.dense - self.pruned)[None], on) for on in self._there}
 
     def n(self, on: str) -> int:
         """Number of questions that an estimate rests on."""
@@ -72,21 +74,31 @@ class Drop:
         low = self._lost[on].low[0]
         return (self._lost[on].value[0] > 0) & (low > 0)
 
-    def restored(self, scores: Sequence[ChoiceScores], direction: Direction, on: str = EVERY) -> Estimate:
-        """Return the mean change that each patch makes: what it restores or, in the other direction, takes away."""
-        if on == BOTH:
-            return _averaged([self.restored(scores, direction, half) for half in HALVES])
-        patched = np.stack([self._values(own) for own in scores])
-        after, before = (patched, self.pruned) if direction == RESTORE else (self.dense, patched)
-        shape = np.broadcast_shapes(after.shape, before.shape)
-        return self._means(np.broadcast_to(after, shape), np.broadcast_to(before, shape), on)
+    def restored(
+        self, scores: Sequence[ChoiceScores], direction: Direction, on: str = EVERY, *, beyond: Beyond = None
+    ) -> Estimate:
+        """Return the mean change that each patch makes: what it restores or, in the other direction, takes away.
 
-    def recovered(self, scores: Sequence[ChoiceScores], direction: Direction, on: str = EVERY) -> Estimate:
+        Parameters
+        ----------
+        scores
+            With each component patched.
+        direction, on
+            In which model, and on which questions.
+        beyond
+            For each component, scores with another one patched, whose change is subtracted; None subtracts nothing.
+        """
+        if on == BOTH:
+            return _averaged([self.restored(scores, direction, half, beyond=beyond) for half in HALVES])
+        return self._means(self._changes(scores, direction, beyond), on)
+
+    def recovered(
+        self, scores: Sequence[ChoiceScores], direction: Direction, on: str = EVERY, *, beyond: Beyond = None
+    ) -> Estimate:
         """Return the share of the drop that :meth:`restored` is, nan in metrics without a significant drop."""
         if on == BOTH:
-            return _averaged([self.recovered(scores, direction, half) for half in HALVES])
-        patched = np.stack([self._values(own) for own in scores])
-        change = patched - self.pruned if direction == RESTORE else self.dense - patched
+            return _averaged([self.recovered(scores, direction, half, beyond=beyond) for half in HALVES])
+        change = self._changes(scores, direction, beyond)
         there = self.significant(on)
         shape = (len(scores), len(self.metrics))
         result = Estimate(*(np.full(shape, np.nan) for _ in range(3)))
@@ -116,14 +128,28 @@ class Drop:
         of = {"margin": scores.margin, "accuracy": scores.correct, "loss": scores.right}
         return np.stack([of[metric] for metric in self.metrics], axis=1)
 
+    def _changes(self, scores: Sequence[ChoiceScores], direction: Direction, beyond: Beyond) -> np.ndarray:
+        """Return what each patch changes in every question, ``[components, questions, metrics]``."""
+
+        def change(own: ChoiceScores) -> np.ndarray:
+            return self._values(own) - self.pruned if direction == RESTORE else self.dense - self._values(own)
+
+        others = beyond or [None] * len(scores)
+        return np.stack(
+            [
+                change(own) if other is None else change(own) - change(other)
+                for own, other in zip(scores, others, strict=True)
+            ]
+        )
+
     def _units(self, on: str) -> tuple[np.ndarray, int]:
         names, unit = np.unique(self._templates[self._there[on]], return_inverse=True)
         return unit, len(names)
 
-    def _means(self, after: np.ndarray, before: np.ndarray, on: str) -> Estimate:
-        """Return mean differences of ``[components, questions, metrics]``; accuracy's intervals are those of shares."""
+    def _means(self, change: np.ndarray, on: str) -> Estimate:
+        """Return means of ``[components, questions, metrics]``; accuracy's intervals are those of shares."""
         unit, units = self._units(on)
-        change = (after - before)[:, self._there[on]]
+        change = change[:, self._there[on]]
         size = np.bincount(unit, minlength=units).astype(np.float64)
         sums = _sums(change, unit, units)
         if not units:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from probes import Session
 from probes.patching import (
@@ -29,24 +28,16 @@ from probes.patching import (
     Patched,
     Positions,
     attribute,
-    expert_output,
-    experts_output,
-    neurons,
     patch,
-    residual,
-    role_output,
-    role_weights,
-    stream_part,
 )
 from probes.reading import Progress
 from probes.scoring import ChoiceScores, Question
 from pruning.errors import StudyError
-from pruning.models.anatomy import Anatomy
 
-from .controls import DRAWS, random_neurons, random_subspaces
+from .added import AGNOSTIC_ADDED, Added, added
+from .components import components_of
 from .drop import Drop
 from .halves import HALVES, halves
-from .lsar import LSAR
 from .recovery_frame import EVERYTHING, importance, main_metric, recovery_frame
 
 __all__ = [
@@ -68,9 +59,12 @@ CONFIRMED = 20
 #: Components of each of these kinds that are drawn at random and patched exactly too, to see how well gradients do.
 SAMPLED = 8
 _SAMPLED_KINDS = ("weights", "output")
-#: Kinds that may be named as causes: each is a small part of the model. What restoring the whole stream, or nearly all
-#: of it, recovers after a block says where the damage has accumulated, not what caused it. Controls never are.
-CAUSES = ("weights", "output", "specific", "neurons")
+#: What blocks add to the damage of the agnostic part: how many each half chooses beside the other causes.
+ADDED = 2
+#: Kinds that may be named as causes, in the order in which equals are ranked. What restoring the whole stream, or
+#: nearly all of it, recovers after a block says where the damage has accumulated, not what caused it; so of the
+#: agnostic part it is what a single block adds. Controls never are causes.
+CAUSES = ("weights", "neurons", "specific", "output", AGNOSTIC_ADDED)
 #: Kinds that are what causes are compared with.
 CONTROLS = ("random", "random_neurons")
 #: Kinds that are patched exactly after every block, as curves.
@@ -142,7 +136,8 @@ class Confirmation:
     Attributes
     ----------
     chosen
-        Half to the causes that it chose, by attribution.
+        Half to the causes that it chose, by attribution. What blocks add (:func:`analysis.metrics.added.added`) is
+        numbered after the components.
     sampled
         Components drawn at random.
     exact
@@ -152,61 +147,6 @@ class Confirmation:
     chosen: Mapping[str, Sequence[int]]
     sampled: Sequence[int]
     exact: Mapping[Direction, Sequence[int]]
-
-
-def components_of(
-    anatomy: Anatomy,
-    projections: Sequence[tuple[int, str]],
-    subspaces: Sequence[LSAR],
-    language_neurons: Mapping[int, Sequence[int]] | None = None,
-    *,
-    errors: Sequence[np.ndarray] | None = None,
-    rates: np.ndarray | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> list[Component]:
-    """Return the components that a diagnosis examines.
-
-    Parameters
-    ----------
-    anatomy
-        Of the model.
-    projections
-        Those that were pruned.
-    subspaces
-        The language-specific subspace after each block (:func:`analysis.metrics.lsar.fit_layers`); beside each its
-        complement, and random subspaces as controls.
-    language_neurons
-        Neurons that are specific to the language (LAPE), by block; beside them random ones as controls.
-    errors
-        Dense minus pruned states after each block, ``[segments, hidden]``: what random subspaces are matched in.
-        Without them they have the rank alone in common.
-    rates
-        How often neurons fire in the dense model, ``[layers, neurons]``: what random neurons are matched in.
-    draws, seed
-        Of the controls.
-    """
-    found: list[Component] = [role_weights(*key) for key in projections]
-    found += [role_output(layer, role) for layer, role in anatomy if role in anatomy.sites(layer)]
-    for layer in range(len(anatomy.blocks)):
-        if anatomy.n_experts(layer):
-            found.append(experts_output(layer))
-            found += [expert_output(layer, expert) for expert in range(anatomy.n_experts(layer))]
-    for layer, subspace in enumerate(subspaces):
-        basis = torch.from_numpy(subspace.basis_).float()
-        found.append(residual(layer))
-        found.append(stream_part("specific", layer, basis))
-        found.append(stream_part("agnostic", layer, basis, outside=True))
-        own = None if errors is None else errors[layer]
-        drawn = random_subspaces(subspace.basis_, own, draws=draws, seed=seed * 10_007 + layer)
-        for draw, control in enumerate(drawn):
-            found.append(stream_part("random", layer, torch.from_numpy(control.basis).float(), draw=draw))
-    chosen = {layer: sorted(own) for layer, own in (language_neurons or {}).items() if len(own)}
-    if chosen:
-        found.append(neurons("neurons", anatomy, {layer: torch.tensor(own) for layer, own in chosen.items()}))
-        for draw, others in enumerate(random_neurons(chosen, anatomy.n_neurons, rates, draws=draws, seed=seed)):
-            found.append(neurons("random_neurons", anatomy, others, draw=draw))
-    return found
 
 
 def diagnose(
@@ -290,12 +230,18 @@ def to_confirm(
     """
     if not asked.drop(estimates).significant()[0]:
         return Confirmation({half: [] for half in HALVES}, [], {})
+    additions = added(components)
     chosen = {}
     layers: set[int | None] = set()
     for half in HALVES:
         effects = {i: float(effect.sum()) for i, effect in estimates[half].attributed.items()}
         causes = [i for i, component in enumerate(components) if component.kind in CAUSES]
         chosen[half] = _likeliest(components, sorted(causes, key=lambda i: -effects[i]), confirm)
+        # a gated neuron of which neither factor is left has no gradient, and its effect is known exactly anyway
+        chosen[half] += [i for i in causes if components[i].kind == "neurons" and i not in chosen[half]]
+        most = sorted(range(len(additions)), key=lambda k: -additions[k].rank_by(effects))[:ADDED]
+        chosen[half] += [len(components) + k for k in most]
+        layers |= {additions[k].layer for k in most[:1]}
         specific = [i for i in causes if components[i].kind == "specific"]
         if specific:
             layers.add(components[max(specific, key=effects.__getitem__)].layer)
@@ -309,7 +255,7 @@ def to_confirm(
         for i, c in enumerate(components)
         if c.kind in (*_CURVES, "neurons", "random_neurons") or (c.kind == "random" and c.layer in layers)
     }
-    likeliest = {i for half in HALVES for i in chosen[half]}
+    likeliest = {i for half in HALVES for i in _patched_for(chosen[half], len(components), additions)}
     exact: dict[Direction, list[int]] = {RESTORE: sorted(likeliest | fixed | set(sampled)), DAMAGE: sorted(likeliest)}
     return Confirmation(chosen, sorted(sampled), exact)
 
@@ -337,8 +283,24 @@ def collect(
     place = {**columns, "language": asked.language, "task": asked.task, "category": asked.category}
     effects = {half: {i: float(e.sum()) for i, e in estimates[half].attributed.items()} for half in HALVES}
     return recovery_frame(
-        place, asked.drop(estimates), components, effects, exact, plan.chosen, plan.sampled, CAUSES, _CURVES, errors
+        place,
+        asked.drop(estimates),
+        components,
+        added(components),
+        effects,
+        exact,
+        plan.chosen,
+        plan.sampled,
+        CAUSES,
+        _CURVES,
+        errors,
     )
+
+
+def _patched_for(chosen: Sequence[int], components: int, additions: Sequence[Added]) -> set[int]:
+    """Return the components to patch so that the effect of what was chosen is known."""
+    own = {i for i in chosen if i < components}
+    return own.union(*(additions[i - components].needs for i in chosen if i >= components))
 
 
 def _likeliest(components: Sequence[Component], causes: Sequence[int], confirm: int) -> list[int]:

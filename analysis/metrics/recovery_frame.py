@@ -12,6 +12,7 @@ from probes.patching import RESTORE, Component, Direction
 from probes.scoring import ChoiceScores
 
 from ..frames import tidy
+from .added import AGNOSTIC_ADDED, Added
 from .drop import LOST, Drop
 from .halves import BOTH, EVERY, FIRST, HALVES, SECOND
 
@@ -26,6 +27,7 @@ def recovery_frame(
     place: Mapping[str, Any],
     drop: Drop,
     components: Sequence[Component],
+    additions: Sequence[Added],
     effects: Mapping[str, Mapping[int, float]],
     exact: Mapping[Direction, Mapping[int, ChoiceScores]],
     chosen: Mapping[str, Sequence[int]],
@@ -44,6 +46,8 @@ def recovery_frame(
         What was lost.
     components
         All of them.
+    additions
+        What blocks add, which is numbered after the components.
     effects
         Half to the estimated effect of each component, summed over the half's questions.
     exact
@@ -64,8 +68,7 @@ def recovery_frame(
             own = {"component": EVERYTHING, "estimated_on": on, "metric": metrics, **found, "n": drop.n(on)}
             rows.append({**place, **own})
     for direction, scores in exact.items():
-        indices = list(scores)
-        patched = _Patched(drop, components, indices, [scores[i] for i in indices], direction)
+        patched = _Patched(drop, components, additions, scores, direction)
         positions = _positions(patched, chosen, causes) if direction == RESTORE else {}
         for component, on, values in patched.rows(chosen, curves):
             where = {**place, "direction": direction, **_where(component), "estimated_on": on}
@@ -87,15 +90,24 @@ class _Patched:
         self,
         drop: Drop,
         components: Sequence[Component],
-        indices: Sequence[int],
-        scores: Sequence[ChoiceScores],
+        additions: Sequence[Added],
+        scores: Mapping[int, ChoiceScores],
         direction: Direction,
     ) -> None:
-        self.drop, self.components, self.indices = drop, components, indices
+        there = {len(components) + k: one for k, one in enumerate(additions) if one.needs <= set(scores)}
+        self.drop, self.direction = drop, direction
+        self.components = [*components, *(one.component for one in additions)]
+        self.indices = [*scores, *there]
+        of = [*scores.values(), *(scores[one.part] for one in there.values())]
+        beyond = [
+            *(None for _ in scores),
+            *(None if one.before is None else scores[one.before] for one in there.values()),
+        ]
         sets = [on for on in (EVERY, *HALVES) if drop.n(on)]
         sets += [BOTH] * (len(sets) == 3)
-        self.restored = {on: drop.restored(scores, direction, on) for on in sets}
-        self.recovered = {on: drop.recovered(scores, direction, on) for on in sets}
+        self.restored = {on: drop.restored(of, direction, on, beyond=beyond) for on in sets}
+        self.recovered = {on: drop.recovered(of, direction, on, beyond=beyond) for on in sets}
+        self._additions = there
 
     def rows(
         self, chosen: Mapping[str, Sequence[int]], curves: Sequence[str]
@@ -108,6 +120,8 @@ class _Patched:
                 controls.setdefault((component.kind, component.layer), []).append(k)
                 continue
             by = [half for half in HALVES if i in chosen[half]]
+            if not by and (component.kind == AGNOSTIC_ADDED or self.direction != RESTORE):
+                continue  # it was patched for another's sake
             whole = component.kind in curves or component.kind == "neurons"
             sets = [EVERY, *(half for half in HALVES if whole or _OTHER[half] in by), *([BOTH] * (len(by) == 2))]
             for on in sets:
@@ -133,7 +147,11 @@ class _Patched:
 
     def margin(self, on: str, k: int) -> float:
         """Return what a component restores of the metric that all are ranked by."""
-        return float(self.restored[on].value[k, 0])
+        values = self.restored[on].value[:, 0]
+        addition = self._additions.get(self.indices[k])
+        if addition is None:
+            return float(values[k])
+        return addition.rank_by(dict(zip(self.indices, values.tolist(), strict=True)))
 
 
 def _positions(

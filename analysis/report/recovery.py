@@ -13,6 +13,7 @@ from pruning.models.anatomy import EXPERTS, role_kind
 from pruning.text.languages import language_name
 
 from ..frames import labels
+from ..metrics.added import AGNOSTIC_ADDED
 from ..metrics.agreement import RANDOM, WHOLE, agreement
 from ..metrics.halves import BOTH, EVERY, FIRST, HALVES, SECOND
 from ..metrics.recovery_frame import EVERYTHING, main_metric, named_causes
@@ -167,8 +168,8 @@ def _stream_in_words(shown: _Shown) -> Iterator[str]:
     compared = [layer for layer in _control_layers(shown) if layer not in found.values()]
     for layer in compared:
         yield (
-            f"After block {layer}, where gradients put most of the language-specific part's effect, restoring that "
-            f"part recovers {shown.words('specific', layer)}{_beside_controls(shown, layer)}."
+            f"After block {layer}, where random subspaces were patched too, restoring the language-specific part "
+            f"recovers {shown.words('specific', layer)}{_beside_controls(shown, layer)}."
         )
 
 
@@ -250,4 +251,5 @@ def describe(row: Mapping[Any, Any]) -> str:
         "output": f"the output of {role}{layer}",
         "specific": f"the language-specific part{layer.replace('in', 'after')}",
         "neurons": "the language-specific neurons",
+        AGNOSTIC_ADDED: f"what{layer.removeprefix(' in')} does to the language-agnostic part",
     }.get(str(row["component"]), f"{row['component']}{layer}")

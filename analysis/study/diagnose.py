@@ -24,7 +24,7 @@ from ..frames import TEXT, write_frame
 from ..metrics import firing
 from ..metrics.controls import DRAWS
 from ..metrics.halves import HALVES, item_strata
-from ..metrics.recovery import Asked, Confirmation, collect, components_of, importance, to_confirm
+from ..metrics.recovery import ADDED, Asked, Confirmation, collect, components_of, importance, to_confirm
 from .context import Context
 from .diagnosis_request import DiagnosisRequest, asked_items, asked_segments, check
 from .read import fitting_key, questions_key, readings_file, readings_key, stored_readings, subspaces
@@ -79,7 +79,7 @@ class Diagnose:
         left = [output for output in attributions if not done(output.name, output.key)]
         if left:
             blocks, request = context.model.facts.blocks, self.request
-            later = _CURVES * blocks + 4 * request.confirm + 2 * request.sample + 2 * DRAWS
+            later = _CURVES * blocks + 4 * (request.confirm + 2 * ADDED) + 2 * request.sample + 4 * DRAWS
             return [
                 self._unit(f"{title}: attribution", [output], diagnosis.work((_ATTRIBUTION + later) // 2))
                 for output in left

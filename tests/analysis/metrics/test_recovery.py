@@ -13,15 +13,25 @@ from scipy.stats import t
 
 from analysis import LSAR, plots
 from analysis.frames import dense_columns, tidy
+from analysis.metrics.added import AGNOSTIC_ADDED
 from analysis.metrics.agreement import agreement
 from analysis.metrics.drop import Drop
-from analysis.metrics.recovery import CAUSES, CONTROLS, Asked, components_of, diagnose, importance, to_confirm
+from analysis.metrics.recovery import (
+    ADDED,
+    CAUSES,
+    CONTROLS,
+    Asked,
+    components_of,
+    diagnose,
+    importance,
+    to_confirm,
+)
 from analysis.metrics.recovery_frame import named_causes
 from analysis.report import diagnosis_findings
 from analysis.report.recovery import describe
 from probes import Session, item_questions, text_questions
 from probes.items import Item
-from probes.patching import DAMAGE, RESTORE, DamagedModel, attribute, patch
+from probes.patching import DAMAGE, RESTORE, Component, DamagedModel, attribute, patch, residual
 from probes.scoring import ChoiceScores, score
 from pruning import Anatomy, Recipe, Segment, prune
 from pruning.variants.masks import MaskSet
@@ -145,7 +155,7 @@ def test_a_removed_projection_is_found_by_attribution_alone(model, tokenizer):
     damage = DamagedModel(DenseModel(model), planted_variant(model, lambda masks: masks[1, "down"].fill_(False)))
     frame = diagnosed(model, tokenizer, damage, confirm=2)
     assert first_cause(frame) == ("weights", 1, "down")
-    assert frame["position"].max() == 2
+    assert frame["position"].max() == 2 + ADDED
     estimated = exactly(frame, "weights", "attributed_recovery")
     assert estimated.pop((1, "down")) > 0.2
     assert set(estimated.values()) == {0.0}
@@ -194,21 +204,97 @@ def test_damage_in_the_language_specific_subspace_comes_back_with_it_alone(model
     assert specific[layer, None] == pytest.approx(1, abs=1e-4)
 
 
-def test_damage_outside_of_that_subspace_is_not_laid_to_it(model, tokenizer):
-    basis = subspaces_of(model)[1].basis_
-    direction = np.random.default_rng(0).normal(size=32)
-    direction -= basis @ (basis.T @ direction)
-    frame = diagnosed(model, tokenizer, Noisy(model, 1, 0.3 * direction), skip_first=False, confirm=EVERYTHING)
-    assert exactly(frame, "agnostic")[1, None] == pytest.approx(1, abs=1e-4)
-    assert exactly(frame, "specific")[1, None] == pytest.approx(0, abs=1e-4)
-    assert first_cause(frame)[0] != "agnostic"  # nearly the whole stream is no cause
+def outside(basis, direction):
+    return direction - basis @ (basis.T @ direction)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_damage_in_the_language_agnostic_part_is_named_with_its_block(model, tokenizer, layer):
+    """The specific part recovers nothing, nor do random subspaces with as little of the damage."""
+    subspaces = subspaces_of(model)
+    shift = 0.3 * outside(subspaces[layer].basis_, np.random.default_rng(layer).normal(size=32))
+    errors = [np.tile(shift, (6, 1)) * (block == layer) for block in range(3)]
+    session = Session(model, tokenizer)
+    components = components_of(session.anatomy, (), subspaces, errors=errors, draws=4)
+    damage = Noisy(model, layer, shift)
+    frame = diagnosed(model, tokenizer, damage, components=components, skip_first=False, confirm=EVERYTHING)
+    assert first_cause(frame)[:2] == (AGNOSTIC_ADDED, layer)
+    parts = {kind: exactly(frame, kind)[layer, None] for kind in ("specific", "agnostic", "residual", AGNOSTIC_ADDED)}
+    expected = {"specific": 0, "agnostic": 1, "residual": 1, AGNOSTIC_ADDED: 1}
+    assert parts == pytest.approx(expected, abs=1e-4)
+    assert exactly(frame, AGNOSTIC_ADDED, direction=DAMAGE)[layer, None] == pytest.approx(1, abs=1e-4)
+    draws = frame[(frame["component"] == "random") & (frame["layer"] == layer)]
+    draws = draws[draws["metric"].isin(["margin_recovery", "margin_restored"])]
+    assert set(draws["estimated_on"]) == {"all", "first", "second"}
+    assert draws[["low", "high"]].abs().max().max() < 1e-4
+    assert (draws["n"] == 4).all()
+    said = diagnosis_findings(frame)
+    sentence = next(line for line in said if line.startswith("Chosen by both halves"))
+    assert f"estimates: what block {layer} does to the language-agnostic part, 100 % [" in sentence
+    place = f"After block {layer}, restoring the language-agnostic part alone recovers 100 % "
+    (beside,) = (line for line in said if line.startswith(place))
+    assert "the language-specific part 0 % " in beside
+    assert beside.endswith("4 random subspaces of the same rank between 0 and 0 %.")
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_a_role_that_did_all_the_damage_comes_before_the_block_that_it_is_in(make_model, tokenizer, seed):
+    """Even in models in which restoring the agnostic part alone recovers more than everything."""
+    model = make_model("llama", seed)
+    damage = DamagedModel(DenseModel(model), planted_variant(model, lambda masks: masks[1, "down"].fill_(False)))
+    components = components_of(Anatomy(model), damage.projections, subspaces_of(model, rank=3), draws=1)
+    frame = diagnosed(model, tokenizer, damage, components=components, skip_first=False, confirm=2)
+    assert exactly(frame, "agnostic")[1, None] > 1.005
+    assert first_cause(frame) == ("weights", 1, "down")
+
+
+def test_what_a_block_adds_is_the_difference_of_two_patches_on_the_same_questions(pruned_model):
+    session, damage, asked, components, frame = pruned_model
+    seen = 0
+    for direction in (RESTORE, DAMAGE):
+        stream = [residual(block) for block in range(3)]
+        agnostic = [c for c in components if c.kind == "agnostic"]
+        patched = patch(session, asked.questions, damage, [*stream, *agnostic], direction=direction)
+        for layer in range(3):
+            for on, rows in {"all": list(range(16)), **asked.halves}.items():
+                found = of(frame, Component(AGNOSTIC_ADDED, layer), direction, on)
+                after = metrics_by_hand(some(patched.exact[3 + layer], rows))
+                clean = patched.pruned if direction == RESTORE else patched.dense
+                before = metrics_by_hand(some(patched.exact[layer - 1] if layer else clean, rows))
+                for metric in ("margin", "accuracy", "loss") if found else ():
+                    change = (after[metric] - before[metric]) / len(rows) * (1 if direction == RESTORE else -1)
+                    assert found[f"{metric}_restored"]["value"] == pytest.approx(change, abs=1e-5)
+                    seen += 1
+    assert seen >= 12
+    assert not frame[(frame["direction"] == DAMAGE) & frame["component"].isin(["residual", "agnostic"])].size
+
+
+def firing_rates(model, session, layers=3):
+    """How often each neuron's gate is positive, on some text, from plain hooks."""
+    fired = [[] for _ in range(layers)]
+    handles = [
+        model.model.layers[layer].mlp.act_fn.register_forward_hook(
+            lambda module, inputs, output, layer=layer: fired[layer].append((output > 0).double().flatten(0, -2))
+        )
+        for layer in range(layers)
+    ]
+    with torch.no_grad():
+        for text in ("abcdefghijklm", "the quick brown fox jumps", "zyxwvu tsrqpo nmlkj", "habari ya asubuhi"):
+            model(torch.tensor([session.tokenizer(text)["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    return np.stack([torch.cat(own).mean(dim=0).numpy() for own in fired])
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.8])
-def test_damaged_neurons_come_back_with_the_neurons_of_the_language_and_not_with_random_ones(model, tokenizer, rate):
-    """Neurons of one firing rate; controls that fire as often recover nothing, since nothing is wrong with them."""
-    rates = np.random.default_rng(0).random((3, 48))
-    chosen = {1: np.argsort(np.abs(rates[1] - rate))[:2].tolist()}
+def test_damaged_neurons_of_a_firing_rate_are_named_and_random_ones_that_fire_as_often_are_not(
+    make_model, tokenizer, rate
+):
+    """Both halves choose the neurons first; the controls recover nothing, since nothing is wrong with them."""
+    model = make_model("llama", intermediate_size=400)
+    session = Session(model, tokenizer)
+    rates = firing_rates(model, session)
+    chosen = {1: np.argsort(np.abs(rates[1] - rate), kind="stable")[:8].tolist()}
 
     def change(masks):
         for layer, own in chosen.items():
@@ -216,18 +302,31 @@ def test_damaged_neurons_come_back_with_the_neurons_of_the_language_and_not_with
             masks[layer, "up"][own] = False
 
     damage = DamagedModel(DenseModel(model), planted_variant(model, change))
-    session = Session(model, tokenizer)
     components = components_of(session.anatomy, damage.projections, subspaces_of(model), chosen, rates=rates, draws=4)
-    frame = diagnosed(model, tokenizer, damage, components=components, skip_first=False, confirm=4)
-    rows = frame[(frame["metric"] == "margin_recovery") & (frame["direction"] == RESTORE)]
-    rows = rows[rows["estimated_on"].astype(str) == "all"].set_index("component")
-    assert rows.loc["neurons", "value"] == pytest.approx(1, abs=1e-4)
-    assert rows.loc["random_neurons", ["value", "low", "high"]].tolist() == pytest.approx([0, 0, 0], abs=1e-4)
-    assert rows.loc["random_neurons", "n"] == 4
-    sentence = next(said for said in diagnosis_findings(frame) if said.startswith("The language-specific neurons"))
+    for control in (c for c in components if c.kind == "random_neurons"):
+        for place in control.places:
+            own = rates[place.layer]
+            assert own[place.columns].mean() == pytest.approx(own[chosen[place.layer]].mean(), abs=0.05)
+    frame = diagnosed(model, tokenizer, damage, components=components, skip_first=False, confirm=2)
+    kind, layer, role = first_cause(frame)
+    assert kind == "neurons"
+    assert pd.isna(layer)
+    assert pd.isna(role)
+    rows = frame[(frame["metric"] == "margin_recovery") & frame["component"].isin(["neurons", "random_neurons"])]
+    own, controls = (rows[rows["component"] == kind] for kind in ("neurons", "random_neurons"))
+    for direction in (RESTORE, DAMAGE):
+        assert set(own[own["direction"] == direction]["estimated_on"]) == {"all", "first", "second", "both"}
+    assert own["value"].tolist() == pytest.approx([1] * len(own), abs=1e-3)
+    assert set(controls["estimated_on"]) == {"all", "first", "second"}
+    assert controls[["value", "low", "high"]].abs().max().max() < 1e-3
+    assert (controls["n"] == 4).all()
+    said = diagnosis_findings(frame)
+    sentence = next(line for line in said if line.startswith("The language-specific neurons"))
     assert "as many random neurons of the same blocks that fire as often" in sentence
     assert "between 0 and 0 % (4 draws)" in sentence
     assert "neurons recover 100 % " in sentence
+    named = next(line for line in said if line.startswith("Chosen by both halves"))
+    assert "estimates: the language-specific neurons, 100 % [" in named
 
 
 def test_controls_are_never_named_even_where_they_recover_most(model, tokenizer):
@@ -384,7 +483,9 @@ def test_causes_are_chosen_on_one_half_and_estimated_on_the_other(pruned_model):
         estimate = attribute(session, asked.half(own), damage, causes).attributed
         order = sorted(range(len(causes)), key=lambda i: -estimate[i].sum())
         masks = [i for i in order if causes[i].kind == "weights"][:3]
-        wanted = {causes[i].label for i in [*masks, *[i for i in order if causes[i].kind != "weights"][:3]]}
+        wanted = {causes[i].label for i in [*masks, *[i for i in order if causes[i].kind != "weights"][:3]]} | {
+            "neurons"
+        }
         found = {
             c.label: rows["margin_restored"]["position"]
             for c in causes
