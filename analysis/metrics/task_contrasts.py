@@ -7,71 +7,26 @@ template: templates and draws of the calibration text are what was sampled, so i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations, groupby
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import false_discovery_control, linregress
+from scipy.stats import false_discovery_control
 
-from probes import DENSE
-from pruning.recipes import UNCALIBRATED
-
-from ..frames import ALL, RECIPE_COLUMNS, labels, tidy
+from ..frames import ALL, tidy
 from ..stats.crossed import OWN_VARIANCE, Contrast, crossed_contrast
 from ..stats.permutation import interactions, pairings_of_many
-from .accuracy import at_chance, by_twin, parts_of
+from .accuracy import by_twin
 from .contrasts import FEWEST_SETS, OTHERS, OWN
+from .task_drops import REST, VARIANT, Block, Drops, TaskVariant, reference
 
-#: What the parts of a category are compared with.
-REST = "rest"
 #: Variants from which a slope over log perplexity is fitted.
 FEWEST_VARIANTS = 4
 #: The contrasts: of sets, of categories, of both; of a language's own set with the others, alone and by category.
 CONTRASTS = ("calibration", "category", "calibration_by_category", "own", "own_by_category")
 _METRICS = ("accuracy_drop", "margin_drop")
-_VARIANT = [*RECIPE_COLUMNS, "calibration", "seed", "bits"]
-
-#: A pruned model: its recipe, calibration set, seed and size.
-_Variant = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Drops of one cell in all variants, or what they exceed those of another cell by on the templates of both.
-
-    Attributes
-    ----------
-    language
-        In which it was asked.
-    sign
-        Of the block in a contrast of two cells.
-    drops
-        Of every template.
-    slope, slope_variance
-        Of the mean drop over log perplexity, among all variants; only where that is taken out.
-    """
-
-    language: str
-    sign: float
-    drops: Mapping[_Variant, Float[np.ndarray, " templates"]]
-    slope: float = 0.0
-    slope_variance: float = 0.0
-
-    def matched(self, log_perplexity: Mapping[tuple[_Variant, str], float]) -> _Block:
-        """Return the block with what log perplexity predicts of every variant's drop taken out of it."""
-        x = np.array([log_perplexity[variant, self.language] for variant in self.drops])
-        y = np.array([drops.mean() for drops in self.drops.values()])
-        if np.ptp(x) == 0:
-            return self
-        fit = linregress(x, y)
-        adjusted = {
-            variant: drops - fit.slope * (at - x.mean())
-            for (variant, drops), at in zip(self.drops.items(), x, strict=True)
-        }
-        return _Block(self.language, self.sign, adjusted, float(fit.slope), float(fit.stderr) ** 2)
 
 
 def analyze(items: pd.DataFrame, perplexity: pd.DataFrame) -> pd.DataFrame:
@@ -114,7 +69,7 @@ def analyze(items: pd.DataFrame, perplexity: pd.DataFrame) -> pd.DataFrame:
     if not len(items):
         return tidy("task_contrasts", [])
     shown = perplexity[perplexity["metric"] == "perplexity"]
-    keys = zip(*(shown[name].astype(object) for name in [*_VARIANT, "language"]), strict=True)
+    keys = zip(*(shown[name].astype(object) for name in [*VARIANT, "language"]), strict=True)
     log_perplexity = {
         (key[:-1], key[-1]): float(np.log(value)) for key, value in zip(keys, shown["value"], strict=True)
     }
@@ -139,113 +94,14 @@ def analyze(items: pd.DataFrame, perplexity: pd.DataFrame) -> pd.DataFrame:
     return tidy("task_contrasts", [{name: [row.get(name) for row in rows] for name in names}] if rows else [])
 
 
-class Drops:
-    """Drops of every cell, by template and variant.
-
-    Parameters
-    ----------
-    twins
-        As from :func:`analysis.metrics.accuracy.by_twin`, of one task.
-    metric
-        ``accuracy_drop`` or ``margin_drop``.
-
-    Attributes
-    ----------
-    variants, languages, categories, parts
-        What there is; parts with their category.
-    cells
-        Drops of every variant by template, by category, part and language.
-    guessed
-        The cells in which the dense model is at chance.
-    """
-
-    def __init__(self, twins: pd.DataFrame, metric: str) -> None:
-        pruned = twins[twins["method"] != DENSE]
-        own = pruned["margin"] / pruned["items"]
-        before = pruned["dense_margin"] / pruned["items"]
-        if metric == "accuracy_drop":
-            pair = pruned["pairs"] > 0
-            own = pruned["twin_accuracy"].where(pair, pruned["accuracy"])
-            before = pruned["dense_twin_accuracy"].where(pair, pruned["dense_accuracy"])
-        variants = list(zip(*(pruned[name] for name in _VARIANT), strict=True))
-        self.variants: list[_Variant] = list(dict.fromkeys(variants))
-        number = {variant: k for k, variant in enumerate(self.variants)}
-        self._twins = pruned.assign(drop=(before - own).astype(float), variant=[number[v] for v in variants])
-        self.languages = list(dict.fromkeys(pruned["language"]))
-        self.cells: dict[tuple[str, str, str], dict[_Variant, pd.Series]] = {}
-        self.guessed: set[tuple[str, str, str]] = set()
-        self.categories = labels.categories_of(pruned)
-        self.parts: list[tuple[str, str]] = []
-        for part, rows in parts_of(self._twins):
-            for category, of in rows.groupby("category", sort=False):
-                self._add(str(category), part, of)
-                if part != ALL:
-                    self.parts.append((str(category), part))
-                    whole = self._twins[self._twins["category"] == category]
-                    self._add(str(category), f"{REST} {part}", whole.drop(of.index))
-
-    def _add(self, category: str, part: str, rows: pd.DataFrame) -> None:
-        for language, own in rows.groupby("language", sort=False):
-            place = category, part, str(language)
-            if at_chance(own[own["variant"] == own["variant"].iloc[0]]):
-                self.guessed.add(place)
-            by_template = own.groupby(["template", "variant"], sort=False)["drop"].mean().unstack("variant")
-            self.cells[place] = {variant: by_template[k] for k, variant in enumerate(self.variants)}
-
-    def recipes(self) -> Iterator[tuple[dict[str, Any], dict[str, list[_Variant]]]]:
-        """Yield every recipe that is calibrated, with the variants of each of its sets."""
-        key = len(RECIPE_COLUMNS)
-        calibrated = [variant for variant in self.variants if variant[key] != UNCALIBRATED]
-        for recipe, members in groupby(sorted(calibrated, key=lambda of: tuple(map(str, of))), lambda of: of[:key]):
-            sets: dict[str, list[_Variant]] = {}
-            for variant in members:
-                sets.setdefault(str(variant[key]), []).append(variant)
-            ordered = {name: sets[name] for name in sorted(sets, key=labels.calibration_rank)}
-            size = next(iter(sets.values()))[0][-1]
-            yield dict(zip(RECIPE_COLUMNS, recipe, strict=True)) | {"bits": size}, ordered
-
-    def blocks(
-        self, category: str, part: str, language: str, other: tuple[str, str] | None
-    ) -> tuple[list[_Block], bool, int]:
-        """Return a cell, or it minus another, whether the dense model only guesses there, and the fewest templates."""
-        place = category, part, language
-        cell = self.cells.get(place, {})
-        if other is None:
-            blocks, places = [_block(language, 1.0, cell)] if cell else [], [place]
-        else:
-            places = [place, (*other, language)]
-            second = self.cells.get(places[1], {})
-            blocks = _minus(language, cell, second) if cell and second else []
-        sizes = [len(next(iter(block.drops.values()))) for block in blocks]
-        if not sizes or min(sizes) < 2:
-            return [], False, 0
-        return blocks, any(at in self.guessed for at in places), min(sizes)
-
-
-def reference(categories: Sequence[str]) -> str:
-    """Return the category that the others are compared with."""
-    return "fluency" if "fluency" in categories else categories[0]
-
-
-def _block(language: str, sign: float, cell: Mapping[_Variant, pd.Series]) -> _Block:
-    return _Block(language, sign, {variant: drops.to_numpy() for variant, drops in cell.items()})
-
-
-def _minus(language: str, cell: Mapping[_Variant, pd.Series], other: Mapping[_Variant, pd.Series]) -> list[_Block]:
-    shared = next(iter(cell.values())).index.intersection(next(iter(other.values())).index)
-    if len(shared):
-        return [_Block(language, 1.0, {v: (drops[shared] - other[v][shared]).to_numpy() for v, drops in cell.items()})]
-    return [_block(language, 1.0, cell), _block(language, -1.0, other)]
-
-
 class _Study:
     """Contrasts of one recipe in one metric."""
 
     def __init__(
         self,
         table: Drops,
-        sets: Mapping[str, Sequence[_Variant]],
-        log_perplexity: Mapping[tuple[_Variant, str], float] | None,
+        sets: Mapping[str, Sequence[TaskVariant]],
+        log_perplexity: Mapping[tuple[TaskVariant, str], float] | None,
     ) -> None:
         self.table, self.sets, self.log_perplexity = table, sets, log_perplexity
         self.names = list(sets)
@@ -330,13 +186,13 @@ class _Study:
 
     def _cell(
         self, category: str, part: str, language: str, other: tuple[str, str] | None
-    ) -> tuple[list[_Block], bool, int] | None:
+    ) -> tuple[list[Block], bool, int] | None:
         blocks, guessed, templates = self.table.blocks(category, part, language, other)
         if self.log_perplexity is not None:
             blocks = [block.matched(self.log_perplexity) for block in blocks]
         return (blocks, guessed, templates) if blocks else None
 
-    def _mean(self, cell: tuple[list[_Block], bool, int], name: str) -> float:
+    def _mean(self, cell: tuple[list[Block], bool, int], name: str) -> float:
         blocks, _, _ = cell
         return sum(
             block.sign * float(np.mean([block.drops[variant].mean() for variant in self.sets[name]]))
@@ -345,7 +201,7 @@ class _Study:
 
     def _estimate(
         self,
-        cells: Sequence[tuple[list[_Block], bool, int] | None],
+        cells: Sequence[tuple[list[Block], bool, int] | None],
         names: Sequence[str],
         set_weights: np.ndarray,
         weights: Float[np.ndarray, "sets cells"],
@@ -378,8 +234,8 @@ class _Study:
 
     def _of_slopes(
         self,
-        log_perplexity: Mapping[tuple[_Variant, str], float],
-        blocks: Sequence[_Block],
+        log_perplexity: Mapping[tuple[TaskVariant, str], float],
+        blocks: Sequence[Block],
         names: Sequence[str],
         weights: np.ndarray,
     ) -> float:

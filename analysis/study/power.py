@@ -18,7 +18,7 @@ from pruning.errors import StudyError, unknown
 from ..frames import ALL, alike, labels, read_frame
 from ..metrics.accuracy import by_twin
 from ..metrics.contrasts import FEWEST_SETS, text_scores
-from ..metrics.task_contrasts import Drops, reference
+from ..metrics.task_drops import Drops, reference
 from ..stats.power import Comparison, Components, power
 from .frames import FOLDER
 from .results import open_readings

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from benchmarks.harness import headline, in_turn, number, ratios, report
 
-from analysis.metrics import geometry
+from analysis.metrics import geometry_states
 
 LANGUAGES, SEGMENTS, HIDDEN = 7, 100, 4096
 MODELS, LAYERS = 31, 32
@@ -19,15 +19,15 @@ MODELS, LAYERS = 31, 32
 
 def test_geometry_over_one_product(capsys):
     rng = np.random.default_rng(0)
-    segments = geometry._Segments.of([[str(k) for k in range(SEGMENTS)]] * LANGUAGES)
+    segments = geometry_states.Segments.of([[str(k) for k in range(SEGMENTS)]] * LANGUAGES)
     places = np.repeat(rng.normal(size=(LANGUAGES, HIDDEN)), SEGMENTS, axis=0)
     states = rng.normal(size=(LANGUAGES * SEGMENTS, HIDDEN)) + places
     noisy = states + rng.normal(size=states.shape)
-    dense = geometry._States(segments, states, LANGUAGES - 1)
-    geometry._compared(dense, dense)
+    dense = geometry_states.States(segments, states, LANGUAGES - 1)
+    geometry_states.compared(dense, dense)
 
     def ours() -> None:
-        geometry._compared(dense, geometry._States(segments, noisy, LANGUAGES - 1))
+        geometry_states.compared(dense, geometry_states.States(segments, noisy, LANGUAGES - 1))
 
     def product() -> None:
         assert (noisy @ noisy.T).shape == (len(noisy), len(noisy))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from analysis.frames import dense_columns
-from analysis.metrics import geometry
+from analysis.metrics import geometry, geometry_states
 from analysis.report.geometry import geometry_of_recipe
 from probes import DENSE, Readings
 
@@ -151,13 +151,13 @@ def test_intervals_without_each_segment_are_those_of_fitting_again():
     """The jackknife's replicates come from rank-one updates; here the states are really left out."""
     variant = PLANTED[geometry.ROTATED]() + 0.5 * np.random.default_rng(6).normal(size=STATES.shape)
     ids = [[str(k) for k in range(SEGMENTS)]] * LANGUAGES
-    segments = geometry._Segments.of(ids)
+    segments = geometry_states.Segments.of(ids)
     states = [x.reshape(-1, HIDDEN) for x in (STATES, variant)]
-    found = geometry._overlap(*[geometry._States(segments, x, LANGUAGES - 1) for x in states])
+    found = geometry_states.overlaps(*[geometry_states.States(segments, x, LANGUAGES - 1) for x in states])
     for unit in (0, 17, 127):
         keep = segments.unit != unit
-        left = geometry._Segments(segments.language[keep], segments.unit[keep], segments.quarter[keep])
-        again = geometry._overlap(*[geometry._States(left, x[keep], LANGUAGES - 1) for x in states])
+        left = geometry_states.Segments(segments.language[keep], segments.unit[keep], segments.quarter[keep])
+        again = geometry_states.overlaps(*[geometry_states.States(left, x[keep], LANGUAGES - 1) for x in states])
         np.testing.assert_allclose(found[:, 1 + unit], again[:, 0], rtol=1e-8)
 
 
