@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.metrics.mask_overlap import within_and_between
 from analysis.stats.crossed import crossed_contrasts
 from analysis.stats.intervals import share_difference_interval, share_interval, unit_interval
 from analysis.stats.permutation import interactions, pairings_of_many
@@ -157,3 +158,29 @@ def recovery_rate(units: int, shape: float, runs: int, seed: int = 0) -> float:
         _, low, high = unit_interval(share, units, resamples=1000)
         held.append(low[0] <= 0.25 <= high[0])
     return float(np.mean(held))
+
+
+def overlap_rates(sets: int, draws: int, runs: int, seed: int = 0, uneven: bool = False) -> dict[str, float]:
+    """Return how often intervals of overlaps within and between sets hold what draws without end would come to.
+
+    An overlap is that of the two sets, plus what each draw adds to all its pairs (standard deviation 0.1; 0.5 for the
+    first set's if `uneven`) and to those with one set (0.05), plus what only this pair has (0.05).
+    """
+    rng = np.random.default_rng(seed)
+    of = np.repeat(np.arange(sets), draws)
+    upper = np.triu_indices(sets, 1)
+    held: dict[str, list[bool]] = {}
+    for _ in range(runs):
+        alike = 0.3 * rng.standard_normal((sets, sets))
+        alike = (alike + alike.T) / 2
+        spread = np.where(uneven & (of == 0), 0.5, 0.1)
+        general = spread * rng.standard_normal(len(of))
+        special = 0.05 * rng.standard_normal((len(of), sets))
+        rest = np.triu(0.05 * rng.standard_normal((len(of), len(of))), 1)
+        pairs = alike[of][:, of] + general[:, None] + general + special[:, of] + special[:, of].T + rest + rest.T
+        within, between = np.diag(alike).mean(), alike[upper].mean()
+        truth = {"same": within, "different": between, "difference": within - between}
+        for name, (_, low, high) in within_and_between(pairs, of)._asdict().items():
+            if np.isfinite(low):
+                held.setdefault(name, []).append(low <= truth[name] <= high)
+    return {name: float(np.mean(found)) for name, found in held.items()}

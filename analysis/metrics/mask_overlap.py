@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
@@ -21,6 +21,7 @@ from pruning.text.calibration import Drawn, shared_text
 from pruning.variants.masks import intersection_over_union, overlaps
 
 from ..frames import alike, labels, tidy
+from ..stats.jackknife import nested_jackknife_interval
 
 #: Weights of all variants together that are compared at a time: whole matrices of a large model would take gigabytes,
 #: and longer, since these fit into a processor's cache.
@@ -182,6 +183,74 @@ def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:
         first, second = labels.set_label(a, sa), labels.set_label(b, sb)
         matrix.loc[first, second] = matrix.loc[second, first] = value
     return matrix
+
+
+class Overlaps(NamedTuple):
+    """Mean overlap of draws of one set, of draws of different sets, and the first minus the second.
+
+    Each is a value with its 95 % interval over draws; nan where there is no such pair, or no interval.
+    """
+
+    same: tuple[float, float, float]
+    different: tuple[float, float, float]
+    difference: tuple[float, float, float]
+
+
+def mean_overlaps(frame: pd.DataFrame, metric: str = "iou") -> Overlaps:
+    """Return the mean of a metric over layers and roles within and between the calibration sets of one recipe.
+
+    Sets, and pairs of sets, count alike. A draw is in many pairs, so draws, not pairs, are left out in turn: the
+    jackknife over draws nested in sets, which are taken as given. Between sets that takes two draws of each, within
+    them three: without one of two there is no pair left.
+
+    Parameters
+    ----------
+    frame
+        The frame ``mask_overlap`` of one recipe.
+    metric
+        Of those of the frame.
+    """
+    shown = frame[frame["metric"] == metric]
+    one, other = ["calibration", "seed"], ["other_calibration", "other_seed"]
+    draws = labels.sets_of(pd.concat([shown[one], shown[other].set_axis(one, axis=1)]))
+    return within_and_between(mean_matrix(frame, metric).to_numpy(), [name for name, _ in draws])
+
+
+def within_and_between(matrix: Float[np.ndarray, "draws draws"], sets: Sequence[str]) -> Overlaps:
+    """Return what :func:`mean_overlaps` does, from the overlaps of all pairs of draws and the set of each.
+
+    Parameters
+    ----------
+    matrix
+        Symmetric; the diagonal is not looked at.
+    sets
+        Of each draw.
+    """
+    number = np.unique(list(sets), return_inverse=True)[1]
+    members = np.eye(number.max() + 1)[number]
+    pairs = np.where(np.eye(len(number), dtype=bool), 0, matrix)
+
+    def estimates(kept: Int[np.ndarray, " kept"]) -> Float[np.ndarray, " 3"]:
+        own = members[kept]
+        counts = own.sum(axis=0)
+        counts = np.outer(counts, counts) - np.diag(counts)
+        means = np.divide(
+            own.T @ pairs[np.ix_(kept, kept)] @ own, counts, out=np.full_like(counts, np.nan), where=counts > 0
+        )
+        same, different = (
+            found[np.isfinite(found)] for found in (np.diag(means), means[np.triu_indices(len(means), 1)])
+        )
+        of_each = [found.mean() if len(found) else np.nan for found in (same, different)]
+        return np.array([*of_each, of_each[0] - of_each[1]])
+
+    every = np.arange(len(number))
+    without = np.stack([estimates(np.delete(every, left)) for left in every])
+    least = np.bincount(number).min()
+    found = []
+    for k, (value, needed) in enumerate(zip(estimates(every), (3, 2, 3), strict=True)):
+        of_sets = [without[number == each, k] for each in range(number.max() + 1)] if least >= needed else []
+        found.append(nested_jackknife_interval(float(value), of_sets))
+    return Overlaps(*found)
 
 
 def cluster(matrix: pd.DataFrame) -> NDArray[np.float64]:

@@ -166,11 +166,12 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     alike = "agree in a mean share of" if coded else "overlap with a mean IoU of"
     iou, chance = _metric(overlap, metric), _metric(overlap, f"{metric}_chance")["value"].mean()
     same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
+    within, between, apart = mask_overlap.mean_overlaps(iou)
     if same.any():
         shared = labels.common_text(mask_overlap.draws_share(iou))
         yield (
-            f"{masks} from two draws of the same calibration set {alike} "
-            f"{iou['value'][same].mean():.3f} (chance: {chance:.3f}; {shared})."
+            f"{masks} from two draws of the same calibration set {alike} {_over_draws(within)} "
+            f"(chance: {chance:.3f}; {shared})."
         )
     if not same.all():
         by_role = iou[~same].groupby("role", observed=True)["value"].mean()
@@ -178,11 +179,22 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         pairs = {(a, b): value for a, b in combinations(matrix.index, 2) if not np.isnan(value := matrix.loc[a, b])}
         most, least = max(pairs, key=pairs.__getitem__), min(pairs, key=pairs.__getitem__)
         yield (
-            f"{masks} from different calibration sets {alike} {iou['value'][~same].mean():.3f} "
+            f"{masks} from different calibration sets {alike} {_over_draws(between)} "
             f"(chance: {chance:.3f}); the least stable role is {by_role.idxmin()} ({by_role.min():.3f}), the most "
             f"stable {by_role.idxmax()} ({by_role.max():.3f}). The most similar sets are {most[0]} and {most[1]} "
             f"({pairs[most]:.3f}), the least similar {least[0]} and {least[1]} ({pairs[least]:.3f})."
         )
+    if np.isfinite(apart[1]):
+        clearly = "more" if apart[1] > 0 else "less" if apart[2] < 0 else "not clearly more or less"
+        yield (
+            f"Draws of one set overlap {clearly} than draws of different sets: the difference is {_over_draws(apart)} "
+            "(95 % jackknife interval over draws)."
+        )
+
+
+def _over_draws(estimate: tuple[float, float, float]) -> str:
+    value, low, high = estimate
+    return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
 
 
 def _neurons(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 from benchmarks.harness import number
-from simulated import Design, accuracy_rates, change_rate, rates, recovery_rate, share_rate
+from simulated import Design, accuracy_rates, change_rate, overlap_rates, rates, recovery_rate, share_rate
 
 from analysis.stats.power import Components, power, simulate
 
@@ -71,6 +71,14 @@ def test_intervals_of_recovered_shares(capsys):
     found = pd.DataFrame({n: [recovery_rate(n, shape, runs()) for shape in (9, 4, 1)] for n in units}).T
     found.columns = pd.Index(["drop varies by 1/3", "by 1/2", "by 1"])
     shown(capsys, found, "a recovered share, by templates: per cent held")
+
+
+def test_overlap_of_masks_over_draws(capsys):
+    sizes = list(product((2, 4, 8), (2, 3, 5), (False, True)))
+    found = pd.DataFrame({size: overlap_rates(*size[:2], runs(), uneven=size[2]) for size in sizes}).T
+    found.index.names = ["sets", "draws", "one set varies 5 ×"]
+    shown(capsys, found, "overlap within and between sets: per cent held")
+    assert (found.fillna(1) > 0.92).all().all()
 
 
 def test_power_that_is_predicted(capsys):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import tiny_model
 from matplotlib.text import Text
+from scipy.stats import t
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis import plots
 from analysis.metrics import mask_overlap
+from analysis.report.findings import _masks
 from pruning import Anatomy, CalibrationSet, MaskSet, Recipe, Variant
 from pruning.errors import VariantError
 from pruning.text.calibration import Drawn
@@ -105,6 +107,65 @@ def test_sets_that_share_more_weights_are_clustered_first():
     tree = mask_overlap.cluster(matrix)
     assert {frozenset(map(int, row[:2])) for row in tree[:2]} == {frozenset({0, 2}), frozenset({1, 3})}
     assert tree[2, 2] > 5 * tree[:2, 2].max()
+
+
+def drawn(draws, sets=("en", "sw", "zh")):
+    """Masks of draws of each set that are more like those of their set than of others, and a recipe's frame of them."""
+    masks, which = {}, {}
+    for number, name in enumerate(sets):
+        own = random_set(10 * number, 0.7)
+        for draw in range(draws):
+            masks[f"{name}{draw}"] = own & random_set(100 * number + draw + 1, 0.7 + draw / 20)
+            which[f"{name}{draw}"] = columns(name, seed=draw)
+    return mask_overlap.analyze(masks, which)
+
+
+def plain_means(frame, without=None):
+    """Mean IoU within and between sets, sets counting alike, by grouping the rows."""
+    rows = frame[frame["metric"] == "iou"].astype({"calibration": str, "other_calibration": str})
+    one = list(zip(rows["calibration"], rows["seed"], strict=True))
+    other = list(zip(rows["other_calibration"], rows["other_seed"], strict=True))
+    rows = rows[[without not in pair for pair in zip(one, other, strict=True)]]
+    pairs = rows.groupby(rows[["calibration", "other_calibration"]].apply(frozenset, axis=1))["value"].mean()
+    same = [value for sets, value in pairs.items() if len(sets) == 1]
+    different = [value for sets, value in pairs.items() if len(sets) == 2]
+    return np.array([np.mean(same), np.mean(different), np.mean(same) - np.mean(different)])
+
+
+def test_mean_overlaps_leave_out_draws_not_pairs():
+    frame = drawn(3)
+    found = mask_overlap.mean_overlaps(frame)
+    variances = []
+    for name in ("en", "sw", "zh"):
+        without = np.stack([plain_means(frame, (name, seed)) for seed in range(3)])
+        variances.append(2 / 3 * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+    df = np.sum(variances, axis=0) ** 2 / (np.square(variances) / 2).sum(axis=0)
+    margin = t.ppf(0.975, df) * np.sqrt(np.sum(variances, axis=0))
+    value = plain_means(frame)
+    np.testing.assert_allclose(found, np.stack([value, value - margin, value + margin], axis=1))
+    assert found.same[0] > found.different[0]
+    assert found.difference[1] > 0
+
+
+@pytest.mark.parametrize(("draws", "known"), [(1, []), (2, ["different"]), (3, ["same", "different", "difference"])])
+def test_an_interval_within_sets_takes_three_draws_and_one_between_them_two(draws, known):
+    found = mask_overlap.mean_overlaps(drawn(draws))._asdict()
+    assert [name for name, (_, low, _) in found.items() if np.isfinite(low)] == known
+    assert np.isfinite(found["different"][0])
+    assert np.isfinite(found["same"][0]) == (draws > 1)
+
+
+def test_the_report_says_how_overlaps_vary_over_draws():
+    recipe = {name: value for name, value in BASE.items() if name != "model"}
+    for draws in (2, 3):
+        frame = drawn(draws)
+        within, between, apart = mask_overlap.mean_overlaps(frame)
+        said = " ".join(_masks({"mask_overlap": frame}, recipe))
+        interval = f" [{within[1]:.3f}, {within[2]:.3f}]" if draws == 3 else ""
+        assert f"same calibration set overlap with a mean IoU of {within[0]:.3f}{interval} (chance" in said
+        assert f"sets overlap with a mean IoU of {between[0]:.3f} [{between[1]:.3f}, {between[2]:.3f}] (chance" in said
+        last = f"more than draws of different sets: the difference is {apart[0]:.3f} [{apart[1]:.3f}, {apart[2]:.3f}]"
+        assert (last in said) == (draws == 3)
 
 
 def test_rows_say_what_text_two_draws_share():

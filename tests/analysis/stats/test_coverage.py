@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from simulated import Design, accuracy_rates, rates
+from simulated import Design, accuracy_rates, overlap_rates, rates
 
 DESIGNS = [
     Design(4, 2, 40),
@@ -32,3 +32,10 @@ def test_one_set_that_varies_more_is_not_covered_by_two_draws_but_by_three():
     """With two draws the variance is pooled over sets: what docs/statistics.md warns of."""
     two, three = (rates(Design(4, draws, 40, uneven=True), 400, at_once=200)["two sets: interval"] for draws in (2, 4))
     assert two < 0.9 < three
+
+
+def test_overlap_of_masks_holds_over_draws_nested_in_sets():
+    two, three = (overlap_rates(4, draws, 300) for draws in (2, 3))
+    assert set(two) == {"different"}
+    assert set(three) == {"same", "different", "difference"}
+    assert min([*two.values(), *three.values()]) > 0.92
