@@ -4,7 +4,8 @@ Long format, one observation a row. The first columns say which model was measur
 what: ``metric, value`` and, where the value is an estimate, ``low, high`` (95 % interval) and ``n``; where two
 calibration sets are compared also
 ``draws``, ``df``, ``p_value`` and ``p_adjusted`` (see :mod:`analysis.metrics.contrasts`). Where two draws of
-calibration text are compared, ``shared_text`` is the share of their tokens that they have in common.
+calibration text are compared, ``shared_text`` is the share of their tokens that they have in common; of a contrast, the
+largest such share among the draws of one of its sets.
 
 ``bits`` is the size of the projections in a variant's scope in bits a weight, by which pruning and quantization can be
 compared (:meth:`pruning.Variant.bits`): 16 for a weight that is kept (also where models compute in float32), 1 for the
@@ -390,7 +391,7 @@ FRAMES: dict[str, FrameSpec] = {
         estimates=False,
     ),
     "contrasts": FrameSpec(
-        ("language", "other_calibration"),
+        ("language", "other_calibration", "shared_text"),
         {
             "log_perplexity": Metric(
                 "nat", f"log perplexity with this calibration set minus that with the other; {_PAIRED}"

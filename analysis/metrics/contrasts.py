@@ -17,6 +17,7 @@ from scipy.stats import false_discovery_control
 
 from probes import DENSE, Readings
 from probes.readers.signal import SIGNAL_SITES
+from pruning.text.calibration import Drawn, shared_text
 
 from ..frames import RECIPE_COLUMNS, alike, labels, tidy
 from ..stats.crossed import crossed_contrast
@@ -39,7 +40,10 @@ Scores = dict[str, Float[np.ndarray, " segments"]]
 
 
 def analyze(
-    readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]], subspaces: Sequence[LSAR]
+    readings: Mapping[tuple[str, str], Readings],
+    columns: Mapping[str, Mapping[str, Any]],
+    subspaces: Sequence[LSAR],
+    text: Mapping[str, Sequence[Drawn]] | None = None,
 ) -> pd.DataFrame:
     """Return the frame ``contrasts``: every pair of calibration sets of a recipe, in every language.
 
@@ -69,6 +73,8 @@ def analyze(
         Variant to the columns that describe it.
     subspaces
         One a layer (:func:`analysis.metrics.lsar.fit_layers`).
+    text
+        Variant to the calibration text that it was made with, as far as it is known.
     """
     languages = list(dict.fromkeys(language for _, language in readings))
     rows: list[dict[str, Any]] = []
@@ -85,13 +91,16 @@ def analyze(
             for variant in variants:
                 scores[variant, language] = _scores(dense, readings[variant, language], subspaces)
         shared = {name: columns[variants[0]][name] for name in (*RECIPE_COLUMNS, "bits")}
+        alike_draws = {
+            name: _share_of_draws([(text or {}).get(one) for one in of.values()]) for name, of in sets.items()
+        }
         for metric in next(iter(scores.values())):
             values = {place: of[metric] for place, of in scores.items()}
             compared = [
                 *_corrected(_pairs(values, languages, ordered, sets)),
                 *_own_against_others(values, languages, sets),
             ]
-            rows += [{**shared, **row, "metric": metric} for row in compared]
+            rows += [{**shared, **row, "shared_text": _of_sets(row, alike_draws), "metric": metric} for row in compared]
     return tidy("contrasts", rows)
 
 
@@ -185,6 +194,21 @@ def _own_against_others(
         "p_value": p_value,
         "p_adjusted": p_value,
     }
+
+
+def _share_of_draws(drawn: Sequence[Sequence[Drawn] | None]) -> float:
+    """Return the largest share of their text that two draws of a set have in common: 0 of a single draw.
+
+    Unknown text of a draw makes it unknown (nan).
+    """
+    shares = [shared_text(one, other) if one and other else np.nan for one, other in combinations(drawn, 2)]
+    return float(np.max(shares, initial=0))
+
+
+def _of_sets(row: Mapping[str, Any], shares: Mapping[str, float]) -> float:
+    """Return the largest share of the sets that a row compares, nan if it is unknown of one."""
+    compared = shares if row["other_calibration"] == OTHERS else (row["calibration"], row["other_calibration"])
+    return float(np.max([shares[name] for name in compared]))
 
 
 def _drawn(

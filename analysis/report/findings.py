@@ -166,7 +166,7 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     alike = "agree in a mean share of" if coded else "overlap with a mean IoU of"
     iou, chance = _metric(overlap, metric), _metric(overlap, f"{metric}_chance")["value"].mean()
     same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
-    within, between, apart = mask_overlap.mean_overlaps(iou)
+    within, between, apart = mask_overlap.mean_overlaps(iou, metric)
     if same.any():
         shared = labels.common_text(mask_overlap.draws_share(iou))
         yield (

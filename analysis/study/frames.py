@@ -186,7 +186,9 @@ def _distributions(context: Context) -> Analyzed:
 
 
 def _contrasts(context: Context) -> Analyzed:
-    return {"contrasts": contrasts.analyze(_readings(context), context.variants.columns(), subspaces(context))}
+    text = {name: context.variants.open(name).record.text for name in context.variants.names}
+    frame = contrasts.analyze(_readings(context), context.variants.columns(), subspaces(context), text)
+    return {"contrasts": frame}
 
 
 def _items(context: Context) -> Analyzed:

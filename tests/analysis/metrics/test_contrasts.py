@@ -11,6 +11,7 @@ from analysis.metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from analysis.metrics.lsar import LSAR
 from probes import DENSE, Readings
 from probes.readers.signal import SIGNAL_SITES
+from pruning.text.calibration import Drawn
 
 LANGUAGES = ("ar", "de", "en", "zh")
 SEGMENTS = 80
@@ -22,7 +23,7 @@ def columns(calibration: str, seed: int) -> dict[str, object]:
     return {"model": "m", **recipe, "propagation": "pruned", "bits": 9.0, "calibration": calibration, "seed": seed}
 
 
-def study(effect: float, seeds: int, spread: float = 0.02, seed: int = 0, quality: float = 0.0):
+def study(effect: float, seeds: int, spread: float = 0.02, seed: int = 0, quality: float = 0.0, text=None):
     """Models calibrated on every language, whose own language costs `effect` nats less.
 
     Each draw shifts a language by `spread`, and each set all languages by `quality`.
@@ -60,7 +61,7 @@ def study(effect: float, seeds: int, spread: float = 0.02, seed: int = 0, qualit
                 loss = hard[language] + 0.5 + shift + 0.05 * rng.normal(size=SEGMENTS)
                 readings[name, language] = reading(language, loss, 0.1)
     subspace = LSAR().fit(rng.normal(size=(len(LANGUAGES), HIDDEN)))
-    return contrasts.analyze(readings, described, [subspace])
+    return contrasts.analyze(readings, described, [subspace], text)
 
 
 def perplexity(frame):
@@ -129,3 +130,29 @@ def test_all_metrics_are_compared_and_errors_alike_do_not_differ():
     errors = frame[frame["metric"].isin(["specific_error_db", "agnostic_error_db"])]
     pairs = errors[errors["other_calibration"] != OTHERS]
     assert (pairs["p_adjusted"] > SIGNIFICANT).mean() > 0.9
+
+
+def test_rows_say_what_text_the_draws_of_their_sets_share():
+    """A quarter of two of three German draws, a half of the English ones; of one Arabic draw nothing is known."""
+    tokens = {
+        "ar": ((0, 9), (9, 18)),
+        "de": ((0, 40), (30, 70), (70, 110)),
+        "en": ((0, 40), (20, 60), (100, 140)),
+        "zh": ((0, 4), (4, 8), (8, 12)),
+    }
+    text = {
+        f"{name}-{draw}": (Drawn(language=name, pool="p", tokens=(of,)),)
+        for name, ranges in tokens.items()
+        for draw, of in enumerate(ranges)
+    }
+    frame = study(effect=0.3, seeds=3, text=text)
+    shared = frame.groupby(["calibration", "other_calibration"], observed=True)["shared_text"].agg(["min", "max"])
+    assert (shared["min"].dropna() == shared["max"].dropna()).all()
+    expected = {("de", "en"): 0.5, ("de", "zh"): 0.25, ("en", "zh"): 0.5}
+    assert {pair: share for pair, share in shared["max"].dropna().items() if OTHERS not in pair} == expected
+    others = frame[frame["other_calibration"] == OTHERS]["shared_text"]
+    assert others.isna().all()
+    known = study(effect=0.3, seeds=2, text=text)  # of which the first two Arabic draws
+    assert (known[known["other_calibration"] == OTHERS]["shared_text"] == 0.5).all()
+    assert study(effect=0.3, seeds=2)["shared_text"].isna().all()
+    assert (study(effect=0.3, seeds=1)["shared_text"] == 0).all()
