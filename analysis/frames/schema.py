@@ -248,6 +248,12 @@ FRAMES: dict[str, FrameSpec] = {
             "subspace_overlap_change": Metric(
                 "", f"subspace_overlap minus the mean of the dense model's and this model's self_overlap; {_JACKKNIFE}"
             ),
+            "language_variance_change": Metric(
+                "",
+                "variance between languages (squared distance of their means from the centre, as one half's means "
+                "times the other's, so that noise adds nothing) relative to the dense model's, minus 1; no layer: mean "
+                f"over layers; {_JACKKNIFE}",
+            ),
             "overlap_chance": Metric("", "overlap expected of random subspaces: rank over hidden size (dense model)"),
             "largest_angle": Metric("degree", f"largest of these angles; {_JACKKNIFE}"),
             "cka": Metric(

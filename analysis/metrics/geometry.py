@@ -36,6 +36,8 @@ from ..stats.intervals import share_difference_interval, share_interval
 from ..stats.jackknife import jackknife_interval
 from .geometry_states import PARTS, Found, Segments, States, compared
 
+#: Relative change of the variance between languages.
+BETWEEN = "language_variance_change"
 OVERLAPS = ("subspace_overlap", "largest_angle", "self_overlap", "subspace_overlap_change")
 #: The dense model's part that each is compared with: its own subspace is the dense one.
 _BEFORE = (0, 1, 2, 1, 2, 1)
@@ -140,8 +142,19 @@ class _Rows:
         for metric, draws in zip(OVERLAPS, overlap, strict=False):
             for each in (draws, draws.mean(axis=-1)):
                 self.put(metric, jackknife_interval(np.asarray(each[0]), each[1:]), units)
+        if dense is not None:
+            self._add_between(found, dense)
         for part, name in enumerate(PARTS if before is not None else PARTS[: max(_BEFORE) + 1]):
             self._add_decoding(f"{name}_decoding", right[part], None if before is None else before[part])
+
+    def _add_between(self, found: Sequence[Found], dense: Sequence[Found]) -> None:
+        """Add the relative change of the variance between languages; unknown where the dense model has none."""
+        after, before = (
+            np.stack([one.between for one in each if one.between is not None], axis=-1) for each in (found, dense)
+        )
+        change = np.divide(after, before, out=np.full_like(after, np.nan), where=before > 0) - 1
+        for each in (change, change.mean(axis=-1)):
+            self.put(BETWEEN, jackknife_interval(np.asarray(each[0]), each[1:]), self.segments.units)
 
     def _add_decoding(
         self, metric: str, right: Float[np.ndarray, "layers rows"], before: Float[np.ndarray, "layers rows"] | None
@@ -181,13 +194,15 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
     otherwise as unknown.
 
     ==================  ==============================================================================================
-    ``lost``            languages are found less well in the model's own subspace, and in its whole state
+    ``lost``            languages are found less well in the model's own subspace, and in its whole state, and their
+                        means have come closer
     ``scattered``       less well in its own subspace, but as well as before in the whole state
     ``rotated``         as well as before in its own subspace, which overlaps less with the dense one than each with
                         itself
     ``rotated inside``  the subspace is kept, but the dense model's probe in it finds the languages less well
     ``unchanged``       none of all that
-    ``undecided``       an interval is too wide to say
+    ``undecided``       an interval is too wide to say; or languages are found less well though their means have not
+                        come closer, as when noise grows: with few segments that alone misleads a probe
     ==================  ==============================================================================================
 
     Returns
@@ -203,6 +218,7 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
         "whole": "whole_decoding_change",
         "overlap": "subspace_overlap_change",
         "transferred": "transferred_decoding_change",
+        "between": BETWEEN,
     }
     tables = {}
     for short, metric in metrics.items():
@@ -217,8 +233,10 @@ def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _verdict(state: pd.Series) -> str:
     """Return the verdict from what fell (-1), was kept (1), or is unknown (0)."""
-    if state["own"] < 0 and state["whole"]:
-        return LOST if state["whole"] < 0 else SCATTERED
+    if state["own"] < 0 and state["whole"] > 0:
+        return SCATTERED
+    if state["own"] < 0 and state["whole"] < 0 and state["between"] < 0:
+        return LOST
     if state["own"] > 0 and state["overlap"] < 0:
         return ROTATED
     if state["own"] > 0 and state["overlap"] > 0 and state["transferred"]:

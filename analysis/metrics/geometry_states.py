@@ -132,8 +132,8 @@ class Half:
         centred = means - means.mean(axis=0)
         return cls(segments, rows, states, means, centred.T @ directions[0], directions)
 
-    def cosines(self, other: Half) -> Float[np.ndarray, "draws rank rank"]:
-        """Return the inner products of the two bases: of all segments, then without each unit of this half."""
+    def products_with(self, other: Half) -> Float[np.ndarray, "draws languages languages"]:
+        """Return the inner products of both halves' centred means: of all segments, then without each unit of this."""
         language = self.segments.language[self.rows]
         share = 1 / (np.bincount(language) - 1)[language]
         products = self.means @ other.means.T
@@ -141,8 +141,11 @@ class Half:
         own = _numbered(self.segments.unit[self.rows])
         without = np.repeat(products[None], own.max() + 1, axis=0)
         np.add.at(without, (own, language), moves)
-        every = _centred(np.concatenate([products[None], without]))
-        return self.directions.swapaxes(-1, -2) @ every @ other.directions[0]
+        return _centred(np.concatenate([products[None], without]))
+
+    def cosines(self, other: Half) -> Float[np.ndarray, "draws rank rank"]:
+        """Return the inner products of the two bases: of all segments, then without each unit of this half."""
+        return self.directions.swapaxes(-1, -2) @ self.products_with(other) @ other.directions[0]
 
 
 def _numbered(values: Int[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
@@ -166,6 +169,8 @@ class Found:
     overlap
         Overlap and largest angle of its subspace with the dense one, and overlap with itself, of all segments and
         without each unit, ``[3, 1 + units]``; None with too few segments.
+    between
+        Variance between its languages, of all segments and without each unit, ``[1 + units]``; None likewise.
     right
         Whether each segment's language was predicted from each of :data:`PARTS`, ``[parts, rows]``; None likewise.
     cka
@@ -173,6 +178,7 @@ class Found:
     """
 
     overlap: Float[np.ndarray, "3 draws"] | None
+    between: Float[np.ndarray, " draws"] | None
     right: Float[np.ndarray, "parts rows"] | None
     cka: list[tuple[float, np.ndarray]] | None
 
@@ -186,9 +192,9 @@ def compared(dense: States, model: States) -> Found:
             own = np.ix_(*[np.flatnonzero(segments.language == number)] * 2)
             cka.append(debiased_cka(dense.products[own], model.products[own]))
     if not segments.enough:
-        return Found(None, None, cka)
+        return Found(None, None, None, cka)
     overlap = np.concatenate([overlaps(dense, model), overlaps(model, model)[:1]])
-    return Found(overlap, predicted_right(dense, model), cka)
+    return Found(overlap, between_languages(model), predicted_right(dense, model), cka)
 
 
 def overlaps(dense: States, model: States) -> Float[np.ndarray, "2 draws"]:
@@ -202,6 +208,19 @@ def overlaps(dense: States, model: States) -> Float[np.ndarray, "2 draws"]:
             without[:, units] += found[:, 1:] / 2
         whole.append(found[:, 0])
     return np.column_stack([np.mean(whole, axis=0), without])
+
+
+def between_languages(model: States) -> Float[np.ndarray, " draws"]:
+    """Return the sum over languages of their means' squared distance from the centre, of all and without each unit.
+
+    One half's means times the other's: noise in the means, which is independent, adds nothing on average.
+    """
+    found = np.zeros(1 + model.segments.units)
+    for one, other in (model.halves, model.halves[::-1]):
+        own = np.trace(one.products_with(other), axis1=-2, axis2=-1)
+        found[0] = own[0]
+        found[1 + np.unique(model.segments.unit[one.rows])] = own[1:]
+    return found
 
 
 def predicted_right(dense: States, model: States) -> Float[np.ndarray, "parts rows"]:

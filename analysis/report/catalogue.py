@@ -255,9 +255,9 @@ def _of_recipe(
             "itself, the ceiling. Language found: accuracy of a linear discriminant in the part of a state inside or "
             "outside a subspace; outside, it is above chance even in the dense model, since subspaces are estimated. "
             "Where overlap falls but languages are found in the model's own subspace as before, they were rotated; "
-            "where they are not, lost. CKA (unbiased): within each language, mean over languages. Subspaces, "
-            f"discriminants and accuracies are of different segments among {text}. Lines: means over calibration sets; "
-            "bands: minimum to maximum. The frame geometry holds the intervals.",
+            "where they are not, and their means have come closer, lost. CKA (unbiased): within each language, mean "
+            f"over languages. Subspaces, discriminants and accuracies are of different segments among {text}. Lines: "
+            "means over calibration sets; bands: minimum to maximum. The frame geometry holds the intervals.",
             drawing(plots.geometry.layers, "geometry"),
         )
     if several:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from benchmarks.harness import number
 from simulated import Design, accuracy_rates, change_rate, overlap_rates, rates, recovery_rate, share_rate
+from simulated_geometry import verdict_rates, wrongly
 
 from analysis.stats.power import Components, power, simulate
 
@@ -79,6 +80,16 @@ def test_overlap_of_masks_over_draws(capsys):
     found.index.names = ["sets", "draws", "one set varies 5 ×"]
     shown(capsys, found, "overlap within and between sets: per cent held")
     assert (found.fillna(1) > 0.92).all().all()
+
+
+def test_verdicts_on_planted_geometry(capsys):
+    """A tenth of the runs of the other tables, since a run takes up to a second."""
+    worst = {}
+    for segments, hidden in product((40, 100, 400), (64, 640)):
+        found = verdict_rates(segments, hidden, max(runs() // 10, 20))
+        shown(capsys, found, f"verdicts, {segments} segments, {hidden} dimensions: per cent")
+        worst[segments, hidden] = max(wrongly(row, name) for name, row in found.iterrows())
+    assert max(worst.values()) <= 0.06 + 3 * np.sqrt(0.06 / max(runs() // 10, 20)), worst
 
 
 def test_power_that_is_predicted(capsys):

@@ -116,6 +116,46 @@ def test_noisier_means_are_not_taken_for_a_rotation():
     assert not {geometry.ROTATED, geometry.ROTATED_INSIDE} & set(geometry.verdicts(found)["verdict"])
 
 
+def test_noise_that_hides_languages_from_a_probe_is_not_taken_for_a_loss():
+    """Few segments of many dimensions: the probe finds less, but the means of the languages are as far apart."""
+    rng = np.random.default_rng(0)
+    few, wide = 40, 640
+    dense = 0.7 * rng.normal(size=(LANGUAGES, few, wide)) + rng.normal(size=(few, wide))
+    dense[..., : LANGUAGES - 1] += PLACES[:, None]
+    noisy, lost = dense + rng.normal(size=dense.shape), dense + rng.normal(size=dense.shape)
+    lost[..., : LANGUAGES - 1] -= 0.8 * PLACES[:, None]
+    for variant, verdict in ((noisy, geometry.UNDECIDED), (lost, geometry.LOST)):
+        frame = analyzed(variant, dense)
+        rows = frame[frame["layer"].notna() & frame["language"].isna()].set_index("metric")
+        assert rows.loc["whole_decoding_change", "high"] < -geometry.TOLERANCE
+        assert rows.loc["own_specific_decoding_change", "high"] < -geometry.TOLERANCE
+        assert set(geometry.verdicts(frame)["verdict"]) == {verdict}
+        expected = 0.0 if variant is noisy else 0.2**2 - 1
+        assert rows.loc[geometry.BETWEEN, "low"] < expected < rows.loc[geometry.BETWEEN, "high"]
+
+
+def test_variance_between_languages_without_each_segment_is_that_of_fitting_again():
+    variant = PLANTED[geometry.ROTATED]() + np.random.default_rng(6).normal(size=STATES.shape)
+    segments = geometry_states.Segments.of([[str(k) for k in range(SEGMENTS)]] * LANGUAGES)
+    states = variant.reshape(-1, HIDDEN)
+    found = geometry_states.between_languages(geometry_states.States(segments, states, LANGUAGES - 1))
+    for left in (None, 0, 127):
+        keep = np.arange(len(states)) if left is None else np.flatnonzero(segments.unit != left)
+        means = np.array(
+            [
+                [
+                    states[[i for i in keep if segments.language[i] == n and segments.quarter[i] // 2 == half]].mean(
+                        axis=0
+                    )
+                    for n in range(LANGUAGES)
+                ]
+                for half in (0, 1)
+            ]
+        )
+        first, second = means - means.mean(axis=1, keepdims=True)
+        assert found[0 if left is None else 1 + left] == pytest.approx((first * second).sum())
+
+
 @pytest.mark.parametrize("what", PLANTED)
 def test_the_report_says_so_in_words(what):
     said = " ".join(geometry_of_recipe({"geometry": planted(what)}, {"method": "wanda"}))

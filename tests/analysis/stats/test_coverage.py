@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from simulated import Design, accuracy_rates, overlap_rates, rates
+from simulated_geometry import verdict_rates, wrongly
 
 DESIGNS = [
     Design(4, 2, 40),
@@ -39,3 +40,12 @@ def test_overlap_of_masks_holds_over_draws_nested_in_sets():
     assert set(two) == {"different"}
     assert set(three) == {"same", "different", "difference"}
     assert min([*two.values(), *three.values()]) > 0.92
+
+
+@pytest.mark.parametrize(("segments", "hidden"), [(40, 64), (40, 640)])
+def test_verdicts_on_planted_geometry_are_seldom_wrong(segments, hidden):
+    """Where they are undecided they are not wrong; that few segments of wide states often leave them so is no error."""
+    planted = ("unchanged", "unchanged, noisier", "rotated by 45°", "rotated by 45° and lost to a fifth")
+    found = verdict_rates(segments, hidden, 8, planted=planted)
+    assert {name: wrongly(row, name) for name, row in found.iterrows()} == dict.fromkeys(planted, 0)
+    assert (found["undecided"][["rotated by 45°", "rotated by 45° and lost to a fifth"]] < 0.5).all()
