@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.stats import t
 
 #: Draws of each set from which its own variance is used; with fewer, the variance is pooled over all sets.
@@ -59,6 +59,7 @@ def crossed_contrast(
     scores: Sequence[Sequence[Float[np.ndarray, "_ _"]]],
     set_weights: Float[np.ndarray, " sets"],
     language_weights: Float[np.ndarray, "*sets languages"],
+    ids: Sequence[Sequence[str]] | None = None,
 ) -> Contrast:
     """Estimate ``Σ u_i v_il mean(scores[i][l])``, with an interval that holds over draws and segments together.
 
@@ -66,10 +67,13 @@ def crossed_contrast(
     ----------
     scores
         By set and language, ``[draws, segments]``. All sets have read the same segments of a language; sets may differ
-        in their draws, and languages in their segments, which are taken to be independent.
+        in their draws, and languages in their segments.
     set_weights, language_weights
         ``u`` and ``v``: to compare two sets in one language, 1 and -1 for the sets and 1 for the language. The weights
         of the languages are the same for all sets, or one row a set.
+    ids
+        Of the segments of each language: those with one id are translations of each other, and vary together. Without
+        ids, languages are taken to be independent.
 
     Notes
     -----
@@ -77,13 +81,14 @@ def crossed_contrast(
     draws. A set's own variance between draws is used where every set in the contrast has three draws or more; with
     fewer it is pooled over all sets, which assumes that they vary alike.
     """
-    return Contrast(*(float(of) for of in crossed_contrasts(scores, set_weights, language_weights)))
+    return Contrast(*(float(of) for of in crossed_contrasts(scores, set_weights, language_weights, ids)))
 
 
 def crossed_contrasts(
     scores: Sequence[Sequence[Float[np.ndarray, ...]]],
     set_weights: Float[np.ndarray, " sets"],
     language_weights: Float[np.ndarray, "*sets languages"],
+    ids: Sequence[Sequence[str]] | None = None,
 ) -> Contrasts:
     """Estimate one contrast in many studies at once, as :func:`crossed_contrast` does in one.
 
@@ -91,7 +96,7 @@ def crossed_contrasts(
     ----------
     scores
         By set and language, ``[studies, draws, segments]``.
-    set_weights, language_weights
+    set_weights, language_weights, ids
         As there.
     """
     languages_of = np.broadcast_to(language_weights, (len(scores), np.shape(language_weights)[-1]))
@@ -102,10 +107,10 @@ def crossed_contrasts(
     if draws is None:
         return Contrasts(value, *(np.full(value.shape, np.nan) for _ in range(4)))
     added, twice = list(draws), []
-    for k in languages:
-        in_language = [(weights[i, k], scores[i][k]) for i in sets]
-        added += _Term.of_segments(in_language)
-        twice += _Term.of_residuals(in_language)
+    for together in _translated(languages, ids):
+        weighted = [_summed([(weights[i, k], scores[i][k], own) for k, own in together]) for i in sets]
+        added += _Term.of_segments(weighted)
+        twice += _Term.of_residuals(weighted)
     least = sum(term.variance for term in draws)
     variance = sum(term.variance for term in added) - sum(term.variance for term in twice)
     floored = variance < least
@@ -118,6 +123,46 @@ def crossed_contrasts(
     with np.errstate(divide="ignore", invalid="ignore"):
         df = np.where(spread > 0, variance**2 / spread, np.inf)
     return Contrasts(*_t_test(value, np.sqrt(variance), df))
+
+
+def _translated(
+    languages: Sequence[int], ids: Sequence[Sequence[str]] | None
+) -> list[list[tuple[int, Int[np.ndarray, "_"] | None]]]:
+    """Return groups of languages that share segments, directly or through others, each with its segments' numbers.
+
+    The segments of a group are numbered through; there are no numbers where a language has none of another's segments.
+    """
+    if ids is None:
+        return [[(k, None)] for k in languages]
+    groups: list[list[int]] = []
+    for k in languages:
+        shares = [group for group in groups if any(set(ids[k]) & set(ids[other]) for other in group)]
+        groups = [group for group in groups if group not in shares] + [[*(j for group in shares for j in group), k]]
+    found: list[list[tuple[int, Int[np.ndarray, "_"] | None]]] = []
+    for group in groups:
+        names = dict.fromkeys(name for k in group for name in ids[k])
+        number = {name: i for i, name in enumerate(names)}
+        alone = len(group) == 1
+        found.append([(k, None if alone else np.array([number[name] for name in ids[k]])) for k in group])
+    return found
+
+
+def _summed(weighted: Sequence[tuple[float, np.ndarray, Int[np.ndarray, "_"] | None]]) -> np.ndarray:
+    """Return what each segment adds to a weighted sum of means over some languages, ``[..., draws, segments]``.
+
+    The mean over segments is that sum, but for what is the same in all draws. A segment that a language lacks counts
+    as its mean there.
+    """
+    weight, of, number = weighted[0]
+    if number is None:
+        return weight * of
+    size = 1 + max(int(places.max()) for _, _, places in weighted if places is not None)
+    total = np.zeros((*of.shape[:-1], size))
+    for weight, of, places in weighted:
+        means = of.mean(axis=-1, keepdims=True)
+        total += weight * means
+        total[..., places] += weight * (size / of.shape[-1]) * (of - means)
+    return total
 
 
 def _t_test(value: Any, error: Any, df: Any) -> tuple[Any, ...]:
@@ -155,21 +200,21 @@ class _Term(NamedTuple):
         return [cls(pooled * sum(float(set_weights[i] ** 2) / number[i] for i in sets), df)]
 
     @classmethod
-    def of_segments(cls, weighted: Sequence[tuple[float, np.ndarray]]) -> list[_Term]:
-        """What other segments of one language change."""
-        differences = np.asarray(sum(weight * of.mean(axis=-2) for weight, of in weighted))
+    def of_segments(cls, weighted: Sequence[np.ndarray]) -> list[_Term]:
+        """What other segments change, given what each adds to the contrast, by set ``[..., draws, segments]``."""
+        differences = np.asarray(sum(of.mean(axis=-2) for of in weighted))
         segments = differences.shape[-1]
         return [cls(differences.var(axis=-1, ddof=1) / segments, segments - 1)] if segments > 1 else []
 
     @classmethod
-    def of_residuals(cls, weighted: Sequence[tuple[float, np.ndarray]]) -> list[_Term]:
+    def of_residuals(cls, weighted: Sequence[np.ndarray]) -> list[_Term]:
         """What is neither of draws nor of segments, and is contained in both."""
         terms = []
-        for weight, of in weighted:
+        for of in weighted:
             draws, segments = of.shape[-2:]
             df = (draws - 1) * (segments - 1)
             if df:
                 means = of.mean(axis=-2, keepdims=True) + of.mean(axis=-1, keepdims=True)
                 rest = of - means + of.mean(axis=(-2, -1), keepdims=True)
-                terms.append(cls(weight**2 * (rest**2).sum(axis=(-2, -1)) / df / (draws * segments), df))
+                terms.append(cls((rest**2).sum(axis=(-2, -1)) / df / (draws * segments), df))
         return terms

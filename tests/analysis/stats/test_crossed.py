@@ -114,3 +114,55 @@ def test_the_error_of_something_else_widens_the_interval():
     assert wider.high - wider.value > 2 * 1.9
     assert wider.p_value > found.p_value or found.p_value == 1
     assert found.with_error(0.0) == found
+
+
+# -- segments that are translations of each other --------------------------------------------------------------------
+
+IDS = [str(i) for i in range(SEGMENTS)]
+
+
+def translated(rng, languages=4, own=0.1):
+    """Two sets of three draws; what suits a set at a segment is largely the same in every language."""
+    scores = []
+    for _ in range(2):
+        suits = 0.5 * rng.normal(size=SEGMENTS)
+        drawn, residual = 0.05 * rng.normal(size=(3, 1)), 0.3 * rng.normal(size=(3, SEGMENTS))
+        scores.append([suits + drawn + residual + own * rng.normal(size=(3, SEGMENTS)) for _ in range(languages)])
+    return scores
+
+
+def test_translations_vary_together():
+    """Taken to be independent, four languages would seem to tell twice as much as one."""
+    rng = np.random.default_rng(0)
+    weights = np.array([1.0, -1.0]), np.full(4, 0.25)
+    studies = [translated(rng) for _ in range(400)]
+    for ids, least, most in (([IDS] * 4, 0.92, 0.98), (None, 0.5, 0.85)):
+        found = [crossed_contrast(scores, *weights, ids) for scores in studies]
+        assert least < np.mean([one.low <= 0 <= one.high for one in found]) < most
+
+
+def test_some_languages_lack_some_segments():
+    rng = np.random.default_rng(0)
+    weights = np.array([1.0, -1.0]), np.array([0.5, 0.3, 0.2])
+    there = [np.arange(SEGMENTS), np.arange(10, SEGMENTS), np.arange(0, SEGMENTS, 2)]
+    ids = [[IDS[i] for i in own] for own in there]
+    studies = [translated(rng, 3) for _ in range(400)]
+    found = [
+        crossed_contrast([[of[:, own] for of, own in zip(by, there, strict=True)] for by in scores], *weights, ids)
+        for scores in studies
+    ]
+    assert 0.92 < np.mean([one.low <= 0 <= one.high for one in found]) < 0.98
+
+
+def test_segments_of_other_names_are_independent_and_order_does_not_matter():
+    rng = np.random.default_rng(1)
+    scores, weights = translated(rng, 3), (np.array([1.0, -1.0]), np.array([0.5, 0.3, 0.2]))
+    apart = [[f"{k} {name}" for name in IDS] for k in range(3)]
+    assert crossed_contrast(scores, *weights, apart) == pytest.approx(crossed_contrast(scores, *weights))
+    together = crossed_contrast(scores, *weights, [IDS] * 3)
+    summed = [[sum(w * of for w, of in zip(weights[1], by, strict=True))] for by in scores]
+    assert together == pytest.approx(crossed_contrast(summed, weights[0], np.ones(1)))
+    order = rng.permutation(SEGMENTS)
+    shuffled = [[by[0], by[1][:, order], by[2]] for by in scores]
+    ids = [IDS, [IDS[i] for i in order], IDS]
+    assert crossed_contrast(shuffled, *weights, ids) == pytest.approx(together)
