@@ -411,6 +411,10 @@ FRAMES: dict[str, FrameSpec] = {
                 f"the same difference in 10·log10 of the language-specific part's error, mean over layers; {_PAIRED}",
             ),
             "agnostic_error_db": Metric("dB", f"the same for the language-agnostic part; {_PAIRED}"),
+            "specific_minus_agnostic_db": Metric(
+                "dB",
+                f"specific_error_db minus agnostic_error_db: for which part the choice of text matters more; {_PAIRED}",
+            ),
         },
         tests=True,
     ),

@@ -44,6 +44,7 @@ def analyze(
     columns: Mapping[str, Mapping[str, Any]],
     subspaces: Sequence[LSAR],
     text: Mapping[str, Sequence[Drawn]] | None = None,
+    ids: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
     """Return the frame ``contrasts``: every pair of calibration sets of a recipe, in every language.
 
@@ -63,7 +64,7 @@ def analyze(
     language, in K! ways.
 
     Readings are opened one variant and language at a time, beside the dense model's in that language; what is kept of
-    them is four numbers a segment.
+    them is five numbers a segment.
 
     Parameters
     ----------
@@ -75,6 +76,9 @@ def analyze(
         One a layer (:func:`analysis.metrics.lsar.fit_layers`).
     text
         Variant to the calibration text that it was made with, as far as it is known.
+    ids
+        Language to the ids of the segments that were read. Those with one id are translations of each other and vary
+        together; without ids, languages are taken to be independent.
     """
     languages = list(dict.fromkeys(language for _, language in readings))
     rows: list[dict[str, Any]] = []
@@ -98,7 +102,7 @@ def analyze(
             values = {place: of[metric] for place, of in scores.items()}
             compared = [
                 *_corrected(_pairs(values, languages, ordered, sets)),
-                *_own_against_others(values, languages, sets),
+                *_own_against_others(values, languages, sets, ids),
             ]
             rows += [{**shared, **row, "shared_text": _of_sets(row, alike_draws), "metric": metric} for row in compared]
     return tidy("contrasts", rows)
@@ -133,7 +137,12 @@ def _scores(dense: Readings, pruned: Readings, subspaces: Sequence[LSAR]) -> Sco
         np.maximum(norms[:, :2], _TINY) / np.maximum(norms[:, 4:6].mean(axis=2, keepdims=True), _TINY)
     )
     specific, agnostic = parts.mean(axis=0)
-    return {**text_scores(pruned), "specific_error_db": specific, "agnostic_error_db": agnostic}
+    return {
+        **text_scores(pruned),
+        "specific_error_db": specific,
+        "agnostic_error_db": agnostic,
+        "specific_minus_agnostic_db": specific - agnostic,
+    }
 
 
 def _pairs(
@@ -159,7 +168,10 @@ def _pairs(
 
 
 def _own_against_others(
-    values: Mapping[tuple[str, str], np.ndarray], languages: Sequence[str], sets: Mapping[str, Mapping[int, str]]
+    values: Mapping[tuple[str, str], np.ndarray],
+    languages: Sequence[str],
+    sets: Mapping[str, Mapping[int, str]],
+    ids: Mapping[str, Sequence[str]] | None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every language that has a set of its own, and one for all of them."""
     chosen = [language for language in languages if language in sets]
@@ -172,6 +184,7 @@ def _own_against_others(
     alone = np.eye(len(chosen))
     against = alone - (1 - alone) / (len(chosen) - 1)  # in row i: 1 for i, and -1 shared out among the others
     p_values = interactions(means)
+    translated = [ids[language] for language in chosen] if ids else None
     yield from _corrected(
         {
             "calibration": language,
@@ -179,7 +192,7 @@ def _own_against_others(
             "other_calibration": OTHERS,
             "draws": draws,
             "n": scores[i][i].shape[1],
-            **crossed_contrast(scores, against[i], against[i])._asdict(),
+            **crossed_contrast(scores, against[i], against[i], translated)._asdict(),
             "p_value": p_values[i] if repeated else np.nan,
         }
         for i, language in enumerate(chosen)
@@ -190,7 +203,7 @@ def _own_against_others(
         "other_calibration": OTHERS,
         "draws": draws,
         "n": min(scores[i][i].shape[1] for i in range(len(chosen))),
-        **crossed_contrast(scores, np.full(len(chosen), 1 / len(chosen)), against)._asdict(),
+        **crossed_contrast(scores, np.full(len(chosen), 1 / len(chosen)), against, translated)._asdict(),
         "p_value": p_value,
         "p_adjusted": p_value,
     }

@@ -53,11 +53,11 @@ def analyze(items: pd.DataFrame, perplexity: pd.DataFrame) -> pd.DataFrame:
     straight line for all recipes and sets, and its standard error is counted. With fewer than
     :data:`FEWEST_VARIANTS` variants they are left out.
 
-    Intervals and t-tests are over templates and draws together (:func:`analysis.stats.crossed.crossed_contrast`);
-    without a second draw of any set they are empty. Rows of ``own`` permute whole sets, as in the frame ``contrasts``.
-    ``p_adjusted`` corrects for all rows of a recipe, task, metric and contrast, those over all languages apart from the
-    others (Benjamini & Hochberg). Where the dense model is at chance in either cell (``at_chance``) there is neither
-    interval nor test, and means over languages leave the language out.
+    Intervals and t-tests are over templates and draws together (:func:`analysis.stats.crossed.crossed_contrast`), a
+    template's translations being one; without a second draw of any set they are empty. Rows of ``own`` permute whole
+    sets, as in the frame ``contrasts``. ``p_adjusted`` corrects for all rows of a recipe, task, metric and contrast,
+    those over all languages apart from the others (Benjamini & Hochberg). Where the dense model is at chance in either
+    cell (``at_chance``) there is neither interval nor test, and means over languages leave the language out.
 
     Parameters
     ----------
@@ -218,7 +218,7 @@ class _Study:
         scores = [
             [np.stack([block.drops[variant] for variant in self.sets[name]]) for block in blocks] for name in names
         ]
-        found = crossed_contrast(scores, set_weights, of_block)
+        found = crossed_contrast(scores, set_weights, of_block, [block.templates for block in blocks])
         if self.log_perplexity is not None:
             weighted = set_weights[:, None] * of_block
             found = found.with_error(self._of_slopes(self.log_perplexity, blocks, names, weighted))

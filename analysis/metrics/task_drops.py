@@ -37,6 +37,8 @@ class Block:
         In which it was asked.
     sign
         Of the block in a contrast of two cells.
+    templates
+        Names of its templates; those of translations are the same.
     drops
         Of every template.
     slope, slope_variance
@@ -45,6 +47,7 @@ class Block:
 
     language: str
     sign: float
+    templates: tuple[str, ...]
     drops: Mapping[TaskVariant, Float[np.ndarray, " templates"]]
     slope: float = 0.0
     slope_variance: float = 0.0
@@ -60,7 +63,7 @@ class Block:
             variant: drops - fit.slope * (at - x.mean())
             for (variant, drops), at in zip(self.drops.items(), x, strict=True)
         }
-        return Block(self.language, self.sign, adjusted, float(fit.slope), float(fit.stderr) ** 2)
+        return Block(self.language, self.sign, self.templates, adjusted, float(fit.slope), float(fit.stderr) ** 2)
 
 
 class Drops:
@@ -152,11 +155,13 @@ def reference(categories: Sequence[str]) -> str:
 
 
 def _block(language: str, sign: float, cell: Mapping[TaskVariant, pd.Series]) -> Block:
-    return Block(language, sign, {variant: drops.to_numpy() for variant, drops in cell.items()})
+    templates = tuple(map(str, next(iter(cell.values())).index))
+    return Block(language, sign, templates, {variant: drops.to_numpy() for variant, drops in cell.items()})
 
 
 def _minus(language: str, cell: Mapping[TaskVariant, pd.Series], other: Mapping[TaskVariant, pd.Series]) -> list[Block]:
     shared = next(iter(cell.values())).index.intersection(next(iter(other.values())).index)
     if len(shared):
-        return [Block(language, 1.0, {v: (drops[shared] - other[v][shared]).to_numpy() for v, drops in cell.items()})]
+        differences = {variant: (drops[shared] - other[variant][shared]).to_numpy() for variant, drops in cell.items()}
+        return [Block(language, 1.0, tuple(map(str, shared)), differences)]
     return [_block(language, 1.0, cell), _block(language, -1.0, other)]

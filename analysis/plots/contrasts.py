@@ -17,6 +17,7 @@ _WORDS = {
     "snr_db": "SNR of the residual stream after the last block (dB)",
     "specific_error_db": "error of the language-specific part (dB)",
     "agnostic_error_db": "error of the language-agnostic part (dB)",
+    "specific_minus_agnostic_db": "error of the language-specific part over that of the agnostic one (dB)",
 }
 
 

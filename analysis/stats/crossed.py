@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.stats import t
 
 #: Draws of each set from which its own variance is used; with fewer, the variance is pooled over all sets.
@@ -127,7 +127,7 @@ def crossed_contrasts(
 
 def _translated(
     languages: Sequence[int], ids: Sequence[Sequence[str]] | None
-) -> list[list[tuple[int, Int[np.ndarray, "_"] | None]]]:
+) -> list[list[tuple[int, np.ndarray | None]]]:
     """Return groups of languages that share segments, directly or through others, each with its segments' numbers.
 
     The segments of a group are numbered through; there are no numbers where a language has none of another's segments.
@@ -138,7 +138,7 @@ def _translated(
     for k in languages:
         shares = [group for group in groups if any(set(ids[k]) & set(ids[other]) for other in group)]
         groups = [group for group in groups if group not in shares] + [[*(j for group in shares for j in group), k]]
-    found: list[list[tuple[int, Int[np.ndarray, "_"] | None]]] = []
+    found: list[list[tuple[int, np.ndarray | None]]] = []
     for group in groups:
         names = dict.fromkeys(name for k in group for name in ids[k])
         number = {name: i for i, name in enumerate(names)}
@@ -147,7 +147,7 @@ def _translated(
     return found
 
 
-def _summed(weighted: Sequence[tuple[float, np.ndarray, Int[np.ndarray, "_"] | None]]) -> np.ndarray:
+def _summed(weighted: Sequence[tuple[float, np.ndarray, np.ndarray | None]]) -> np.ndarray:
     """Return what each segment adds to a weighted sum of means over some languages, ``[..., draws, segments]``.
 
     The mean over segments is that sum, but for what is the same in all draws. A segment that a language lacks counts

@@ -187,7 +187,7 @@ def _distributions(context: Context) -> Analyzed:
 
 def _contrasts(context: Context) -> Analyzed:
     text = {name: context.variants.open(name).record.text for name in context.variants.names}
-    frame = contrasts.analyze(_readings(context), context.variants.columns(), subspaces(context), text)
+    frame = contrasts.analyze(_readings(context), context.variants.columns(), subspaces(context), text, _ids(context))
     return {"contrasts": frame}
 
 

@@ -126,7 +126,8 @@ def test_sets_that_are_better_everywhere_do_not_suit_their_own_language(quality)
 
 def test_all_metrics_are_compared_and_errors_alike_do_not_differ():
     frame = study(effect=0.3, seeds=2)
-    assert set(frame["metric"]) == {"log_perplexity", "snr_db", "specific_error_db", "agnostic_error_db"}
+    parts = {"specific_error_db", "agnostic_error_db", "specific_minus_agnostic_db"}
+    assert set(frame["metric"]) == {"log_perplexity", "snr_db", *parts}
     errors = frame[frame["metric"].isin(["specific_error_db", "agnostic_error_db"])]
     pairs = errors[errors["other_calibration"] != OTHERS]
     assert (pairs["p_adjusted"] > SIGNIFICANT).mean() > 0.9
