@@ -180,7 +180,7 @@ def overlap_rates(sets: int, draws: int, runs: int, seed: int = 0, uneven: bool 
         pairs = alike[of][:, of] + general[:, None] + general + special[:, of] + special[:, of].T + rest + rest.T
         within, between = np.diag(alike).mean(), alike[upper].mean()
         truth = {"same": within, "different": between, "difference": within - between}
-        for name, (_, low, high) in within_and_between(pairs, of)._asdict().items():
+        for name, (_, low, high) in within_and_between(pairs, [str(k) for k in of])._asdict().items():
             if np.isfinite(low):
                 held.setdefault(name, []).append(low <= truth[name] <= high)
     return {name: float(np.mean(found)) for name, found in held.items()}

@@ -51,12 +51,16 @@ def changed_stream(model, change):
 
 @pytest.fixture(scope="module")
 def dense():
-    """A model, its readings, and its language-specific subspace after the last block, fitted on other text."""
+    """A model, its readings, and the language-specific subspace of the same text after the last block.
+
+    Of the same text: one fitted on other text would not be quite the one that is judged, and a turn inside it would
+    leave that one.
+    """
     model = tiny_model()
     session = Session(model, tiny_tokenizer())
     heldout = text(0)
     readings = {language: read_against_dense(session, own)[DENSE] for language, own in heldout.items()}
-    fitted = lsar.fit_layers({language: pooled_states(session, own) for language, own in text(1).items()})
+    fitted = lsar.fit_layers({language: pooled_states(session, own) for language, own in heldout.items()})
     return model, session, heldout, readings, fitted[LAST]
 
 

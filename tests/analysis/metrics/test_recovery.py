@@ -98,11 +98,13 @@ def exactly(frame, component, metric="margin_recovery", direction=RESTORE):
 def first_cause(frame):
     """The one that either half ranks first; what it restores on the other half is significant."""
     ranked = frame[frame["position"] == 1]
-    (place,) = {(row["component"], row["layer"], row["role"]) for row in ranked.to_dict("records")}
+    places = ranked[["component", "layer", "role"]].astype(object)
+    (place,) = set(places.where(places.notna(), None).itertuples(index=False, name=None))
     assert set(ranked["estimated_on"]) == {"first", "second", "both"}
     named = named_causes(frame)
     assert bool(named["significant"].iloc[0])
-    assert (named["component"].iloc[0], named["layer"].iloc[0]) == place[:2]
+    assert named["component"].iloc[0] == place[0]
+    assert named["layer"].iloc[0] == place[1] or place[1] is None
     return place
 
 
@@ -295,6 +297,8 @@ def test_damaged_neurons_of_a_firing_rate_are_named_and_random_ones_that_fire_as
     session = Session(model, tokenizer)
     rates = firing_rates(model, session)
     chosen = {1: np.argsort(np.abs(rates[1] - rate), kind="stable")[:8].tolist()}
+    with torch.no_grad():  # so that much is lost without them
+        model.model.layers[1].mlp.down_proj.weight[:, chosen[1]] *= 10
 
     def change(masks):
         for layer, own in chosen.items():
@@ -309,9 +313,7 @@ def test_damaged_neurons_of_a_firing_rate_are_named_and_random_ones_that_fire_as
             assert own[place.columns].mean() == pytest.approx(own[chosen[place.layer]].mean(), abs=0.05)
     frame = diagnosed(model, tokenizer, damage, components=components, skip_first=False, confirm=2)
     kind, layer, role = first_cause(frame)
-    assert kind == "neurons"
-    assert pd.isna(layer)
-    assert pd.isna(role)
+    assert (kind, layer, role) == ("neurons", None, None)
     rows = frame[(frame["metric"] == "margin_recovery") & frame["component"].isin(["neurons", "random_neurons"])]
     own, controls = (rows[rows["component"] == kind] for kind in ("neurons", "random_neurons"))
     for direction in (RESTORE, DAMAGE):
@@ -326,7 +328,7 @@ def test_damaged_neurons_of_a_firing_rate_are_named_and_random_ones_that_fire_as
     assert "between 0 and 0 % (4 draws)" in sentence
     assert "neurons recover 100 % " in sentence
     named = next(line for line in said if line.startswith("Chosen by both halves"))
-    assert "estimates: the language-specific neurons, 100 % [" in named
+    assert "estimates: the language-specific neurons, 100 % (" in named
 
 
 def test_controls_are_never_named_even_where_they_recover_most(model, tokenizer):
