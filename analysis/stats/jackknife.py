@@ -23,7 +23,7 @@ def jackknife_interval(value: _Values, without: Float[np.ndarray, "units ..."]) 
     return value, np.asarray(value - margin), np.asarray(value + margin)
 
 
-def nested_jackknife_interval(value: float, without: Sequence[Float[np.ndarray, "_"]]) -> tuple[float, float, float]:
+def nested_jackknife_interval(value: float, without: Sequence[Float[np.ndarray, " _"]]) -> tuple[float, float, float]:
     """Return an estimate with its 95 % interval over units that are nested in groups, from it without each unit.
 
     The variance is the sum of the groups' jackknife variances, as in stratified samples (Wolter 2007, chapter 4), and t
