@@ -116,12 +116,19 @@ class _Rows:
     def __post_init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def put(self, metric: str, estimate: Any, n: int | None = None, language: str | None = None) -> None:
-        """Add a metric at each layer, or, for a scalar, its mean over layers."""
+    def put(
+        self,
+        metric: str,
+        estimate: Any,
+        n: int | None = None,
+        language: str | None = None,
+        layers: np.ndarray | None = None,
+    ) -> None:
+        """Add a metric at each layer (all by default), or, for a scalar, its mean over layers."""
         value, *interval = (np.atleast_1d(each) for each in estimate)
         place: dict[str, Any] = {"metric": [metric] * len(value), "language": language, "n": n}
         if np.ndim(estimate[0]):
-            place["layer"] = self.layers
+            place["layer"] = self.layers if layers is None else layers
         low_high = dict(zip(("low", "high"), interval, strict=False))
         self.rows.append({**self.columns, **place, "value": value, **low_high})
 
@@ -152,9 +159,14 @@ class _Rows:
         after, before = (
             np.stack([one.between for one in each if one.between is not None], axis=-1) for each in (found, dense)
         )
-        change = np.divide(after, before, out=np.full_like(after, np.nan), where=before > 0) - 1
-        for each in (change, change.mean(axis=-1)):
-            self.put(BETWEEN, jackknife_interval(np.asarray(each[0]), each[1:]), self.segments.units)
+        there, units = (before > 0).all(axis=0), self.segments.units
+        if not there.any():
+            return
+        change = after[:, there] / before[:, there] - 1
+        self.put(BETWEEN, jackknife_interval(change[0], change[1:]), units, layers=self.layers[there])
+        if there.all():
+            together = change.mean(axis=-1)
+            self.put(BETWEEN, jackknife_interval(np.asarray(together[0]), together[1:]), units)
 
     def _add_decoding(
         self, metric: str, right: Float[np.ndarray, "layers rows"], before: Float[np.ndarray, "layers rows"] | None
