@@ -112,9 +112,9 @@ def test_frames_have_a_row_for_everything_that_was_asked(finished):
     assert len(frames["items"]) == (variants + 1) * languages * categories * items * (2 + 2)
     whole = frames["accuracy"][frames["accuracy"]["part"] == "all"]
     assert len(whole) == (3 + 6 * variants) * (languages + 1) * categories
-    # 4 metrics of a comparison, 6 pairs of sets with one seed or two, no other single language for one of the three
+    # 5 metrics of a comparison, 6 pairs of sets with one seed or two, no other single language for one of the three
     contrasts = frames["contrasts"]
-    assert len(contrasts[contrasts["other_calibration"] != "others"]) == 4 * 3 * languages
+    assert len(contrasts[contrasts["other_calibration"] != "others"]) == 5 * 3 * languages
     assert contrasts["p_adjusted"].between(0, 1).all()
     assert (contrasts["p_adjusted"] >= contrasts["p_value"] - 1e-12).all()
     knowledge = frames["subspaces"]["metric"] == "agnostic_retrieval"
