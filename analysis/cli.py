@@ -216,8 +216,8 @@ def export(
         raise StudyError(f'there is no variant "{shortened(variant)}" in {folder}; {did_you_mean(variant, known)}')
     opened = Variant.open(place)
     model, tokenizer = load_model(resolved.model, dtype="checkpoint", device="cpu", stream=stream)
-    opened.export(model, tokenizer, target)
-    typer.echo(f"checkpoint: {target}")
+    said = opened.export(model, tokenizer, target)
+    typer.echo(f"checkpoint: {target}" + (f" ({said})" if said else ""))
 
 
 def main() -> None:

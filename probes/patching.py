@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pruning.models.anatomy import EXPERTS, ROLES, Anatomy, expert_site
 from pruning.projections import Key
+from pruning.variants.biases import biased
 from pruning.variants.owner import DenseModel, write_weight
 from pruning.variants.variant import Variant
 
@@ -225,6 +226,8 @@ class DamagedModel:
         owner.check(variant)
         self._owner = owner
         self._variant = variant
+        present = {key: owner.anatomy.bias(*key) for key in variant.biases}
+        self._dense_biases = {key: None if bias is None else bias.clone() for key, bias in present.items()}
 
     @property
     def projections(self) -> tuple[Key, ...]:
@@ -235,6 +238,23 @@ class DamagedModel:
         """Context manager within which the model is pruned."""
         return self._owner.pruned_to(self._variant)
 
+    @property
+    def biases(self) -> tuple[Key, ...]:
+        """The projections whose biases differ from the dense model's."""
+        return tuple(self._variant.biases)
+
+    def differentiable_biases(self) -> AbstractContextManager[None]:
+        """Context manager within which every projection whose bias differs has one, of zeros if it has none now."""
+        anatomy = self._owner.anatomy
+        lacking = {key: bias for key, bias in self._variant.biases.items() if anatomy.bias(*key) is None}
+        return biased(anatomy, {key: torch.zeros_like(bias) for key, bias in lacking.items()})
+
+    def bias_change(self, key: Key) -> Tensor:
+        """Return a projection's dense bias minus its pruned bias, on the model's device; no bias is one of zeros."""
+        pruned = self._variant.biases[key].to(self._owner.anatomy.device)
+        dense = self._dense_biases[key]
+        return -pruned if dense is None else dense - pruned
+
     def change(self, key: Key) -> Tensor:
         """Return a projection's dense weight minus its pruned weight, on the model's device."""
         dense = self._owner.dense[key].to(self._owner.anatomy.device)
@@ -244,7 +264,7 @@ class DamagedModel:
 
     @contextmanager
     def with_weights(self, keys: Sequence[Key], *, dense: bool) -> Iterator[None]:
-        """Context manager within which some projections have their dense, or their pruned, weights."""
+        """Context manager within which some projections have their dense, or their pruned, weights and biases."""
         try:
             for key in keys:
                 self._write(key, dense=dense)
@@ -258,6 +278,9 @@ class DamagedModel:
             self._owner.anatomy.set_weight(*key, self._owner.dense[key])
         else:
             write_weight(self._owner.anatomy, key, self._variant, self._owner.dense[key])
+        if key in self._variant.biases:
+            bias = self._dense_biases[key] if dense else self._variant.biases[key]
+            self._owner.anatomy.set_bias(*key, bias)
 
 
 @dataclass(frozen=True)
@@ -366,10 +389,12 @@ def attribute(
                 for batch, own in zip(group, added, strict=True)
             ]
         summed: dict[Key, Tensor] = {}
-        with _as(damage, direction == RESTORE):
+        summed_biases: dict[Key, Tensor] = {}
+        biases = [key for key in damage.biases if key in wanted]
+        with _as(damage, direction == RESTORE), damage.differentiable_biases():
             for batch, values, theirs in zip(group, kept, added, strict=True):
                 own = KeepAdded(inside)
-                gradients = _differentiate(session, batch, second, sites, bool(wanted), own)
+                gradients = _differentiate(session, batch, second, sites, bool(wanted), biases, own)
                 progress(3 * int(batch.batch.real.sum()))
                 if placed:
                     mask = _mask(batch.batch, positions)
@@ -379,8 +404,12 @@ def attribute(
                 for key, gradient in gradients.weights.items():
                     if key in wanted:
                         summed[key] = summed[key].add_(gradient) if key in summed else gradient
+                for key, gradient in gradients.biases.items():
+                    summed_biases[key] = summed_biases[key].add_(gradient) if key in summed_biases else gradient
         for key, gradient in summed.items():
             effect = float((gradient * damage.change(key)).sum(dtype=torch.float64))
+            if key in summed_biases:
+                effect += float((summed_biases[key] * damage.bias_change(key)).sum(dtype=torch.float64))
             totals[key] += effect if direction == RESTORE else -effect
     attributed: dict[int, np.ndarray] = dict(zip(placed, sums, strict=True))
     for i, component in enumerate(components):
@@ -446,19 +475,26 @@ def _run(
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Activations of the patched run, and gradients of the objective by activations and by weights."""
+    """Activations of the patched run, and gradients of the objective by activations, weights and biases."""
 
     values: Mapping[Site, Tensor]
     gradients: Mapping[Site, Tensor]
     weights: Mapping[Key, Tensor]
+    biases: Mapping[Key, Tensor]
 
 
 def _differentiate(
-    session: Session, batch: QuestionBatch, scores: ScoreTable, sites: Mapping[Site, None], weights: bool, added: Reader
+    session: Session,
+    batch: QuestionBatch,
+    scores: ScoreTable,
+    sites: Mapping[Site, None],
+    weights: bool,
+    biases: Sequence[Key],
+    added: Reader,
 ) -> _Gradients:
     # Every site gets an identity edit: its value may be a view of a larger output, and must be a tensor of its own in
     # the graph to have a gradient.
-    with session.differentiable() as parameters, torch.enable_grad():
+    with session.differentiable(biases) as parameters, torch.enable_grad():
         keep = Keep(sites)
         touches = [_Touch(*site) for site in sites]
         final = final_states(session, batch.batch, [keep, added], touches)
@@ -476,6 +512,7 @@ def _differentiate(
         {site: value.detach() for site, value in keep.values.items()},
         {site: gradient for site, gradient in at_sites.items() if gradient is not None},
         session.anatomy.by_projection(at_weights),
+        session.anatomy.biases_by_projection(biases, at_weights),
     )
 
 

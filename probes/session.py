@@ -11,7 +11,7 @@ many readers there are. Blocks that lack a site (experts, the gate of an MLP wit
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -25,6 +25,7 @@ from pruning.engine.streams import Arguments, StackStarter
 from pruning.errors import ModelError
 from pruning.models.anatomy import ROUTING, Anatomy
 from pruning.models.arithmetic import fast_float32
+from pruning.projections import Key
 from pruning.text.sources import Segment
 from pruning.variants.owner import DenseModel
 
@@ -187,13 +188,15 @@ class Session:
         return {name: value for name, value in spared.items() if name in self._accepted}
 
     @contextmanager
-    def differentiable(self) -> Iterator[dict[str, Parameter]]:
+    def differentiable(self, biases: Collection[Key] = ()) -> Iterator[dict[str, Parameter]]:
         """Context manager within which reads are differentiable; yields the projections' parameters by path.
+
+        With `biases`, those of these projections are among the parameters.
 
         Only the values read and these parameters can have gradients, which saves memory.
         """
         before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        projections = self.anatomy.block_parameters()
+        projections = self.anatomy.block_parameters() | self.anatomy.bias_parameters(biases)
         try:
             for parameter in before:
                 parameter.requires_grad_(False)

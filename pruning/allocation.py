@@ -6,9 +6,10 @@ Under every allocation exactly as many weights are pruned in the whole model as 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from .projections import Key
 from .statistics import InputStatistics
 
 Budgets = dict[Key, int]
+Group = TypeVar("Group", bound=Hashable)
 
 _SPREAD = Parameter(0.08, 0, 0.5, "most that a block's sparsity may differ from the target")
 
@@ -51,6 +53,7 @@ class Allocation:
 
 
 UNIFORM, OWL, CROSS_LINGUAL, DIAGNOSIS, ALPHA = "uniform", "owl", "cross-lingual", "diagnosis", "alpha"
+STANDARDIZED = "standardized"
 _ALLOCATIONS = {
     UNIFORM: Allocation(UNIFORM, "every matrix has the same sparsity", surveys=False),
     OWL: Allocation(
@@ -65,6 +68,11 @@ _ALLOCATIONS = {
             "spread": _SPREAD,
             "sign": Parameter(1, -1, 1, "1: blocks whose inputs correlate between languages are sparser; -1: denser"),
         },
+    ),
+    STANDARDIZED: Allocation(
+        STANDARDIZED,
+        "An et al. (FLAP), AAAI 2024, 2312.11983: one threshold over all neurons and heads, z-scored",
+        surveys=False,
     ),
     DIAGNOSIS: Allocation(
         DIAGNOSIS,
@@ -284,3 +292,29 @@ def by_matrix(shapes: Mapping[Key, Shape], sparsities: Mapping[Key, float], tota
     for key in sorted(wanted, key=lambda key: budgets[key] - wanted[key])[:short]:
         budgets[key] += 1
     return budgets
+
+
+def lowest_within(scores: Mapping[Group, Tensor], costs: Mapping[Group, int], budget: int) -> dict[Group, int]:
+    """Return how many of each group's units are among the lowest of all whose costs add up to at most `budget`.
+
+    Parameters
+    ----------
+    scores
+        Group to the scores of its units; ties are broken by the order of the groups, then by position.
+    costs
+        Group to the cost of each of its units.
+    budget
+        The units go in the order of their scores, and the first one that exceeds the budget stays with all after it.
+
+    Examples
+    --------
+    >>> scores = {"heads": torch.tensor([-1.0, 0.5]), "neurons": torch.tensor([0.1, -0.2, 0.7])}
+    >>> lowest_within(scores, {"heads": 4, "neurons": 1}, 6)
+    {'heads': 1, 'neurons': 2}
+    """
+    group = np.repeat(np.arange(len(scores)), [len(own) for own in scores.values()])
+    cost = np.repeat([costs[name] for name in scores], [len(own) for own in scores.values()])
+    order = np.argsort(torch.cat([own.double().cpu() for own in scores.values()]).numpy(), kind="stable")
+    count = int(np.searchsorted(np.cumsum(cost[order]), budget, side="right"))
+    gone = np.bincount(group[order[:count]], minlength=len(scores))
+    return {name: int(number) for name, number in zip(scores, gone, strict=True)}

@@ -180,7 +180,7 @@ _PATTERNS: dict[str, Pattern] = {
     MODEL: Pattern(MODEL, _matrix, _matrix_share),
 } | {
     name: Pattern(name, _matrix, _matrix_share, structure=tuple(name.split("+")))
-    for name in (NEURONS, HEADS, f"{NEURONS}+{HEADS}")
+    for name in (NEURONS, HEADS, f"{NEURONS}+{HEADS}", BLOCKS)
 }
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from .allocation import DIAGNOSIS, UNIFORM, allocation_named
+from .allocation import DIAGNOSIS, STANDARDIZED, UNIFORM, allocation_named
 from .correction import NONE, corrector_named, refiner_named
 from .errors import RecipeError, shortened, unknown
 from .files import content_sha256
@@ -17,7 +17,7 @@ from .methods import Method, method_named
 from .models.anatomy import ROLES, role_kind
 from .models.families import is_reader, roles_of
 from .parameters import checked, exact
-from .patterns import MODEL, Pattern, is_structure, n_of_m, pattern_named
+from .patterns import BLOCKS, MODEL, Pattern, is_structure, n_of_m, pattern_named
 from .quantization import MULTIPLE, WIDTHS, Grid
 from .statistics import GRAM, OF_INPUTS
 from .text.calibration import CalibrationSet
@@ -44,16 +44,17 @@ class Recipe(BaseModel):
         Share of weights to prune, between 0 and 1; may be omitted with an n:m pattern. 0 for methods that quantize.
     pattern
         Which weights compete with each other: ``row``, ``matrix``, ``model`` (one global threshold), or n:m, which
-        removes n out of every m consecutive inputs; or which structures are removed as a whole: ``neurons``, ``heads``
-        or ``neurons+heads``. Defaults to the method's native pattern; empty
-        for methods that quantize.
+        removes n out of every m consecutive inputs; or which structures are removed as a whole: ``neurons``, ``heads``,
+        ``neurons+heads`` or ``blocks``. Defaults to the method's native pattern; empty for methods that quantize.
     allocation
-        How sparsity is distributed over blocks: ``uniform``, ``owl``, ``cross-lingual`` or ``alpha``; or over
-        matrices, by `importance`: ``diagnosis``. Defaults to the method's native allocation.
+        How sparsity is distributed over blocks: ``uniform``, ``owl``, ``cross-lingual`` or ``alpha``; over matrices,
+        by `importance`: ``diagnosis``; over neurons and heads: ``standardized``. Defaults to the method's native
+        allocation.
     propagation
         ``pruned``: each block's statistics are gathered with the preceding blocks already pruned, as published.
         ``dense``: all statistics come from the dense model, which is cheaper but gives other results from the second
-        block on. Methods that need only derivatives of the whole model's loss are always ``dense``.
+        block on. Methods that need only derivatives of the whole model's loss are always ``dense``, and so is pattern
+        ``blocks``.
     refinement
         ``swaps`` exchanges kept and pruned weights of a row for as long as that lowers the reconstruction error;
         ``none`` by default. Methods that update weights refuse it.
@@ -112,12 +113,12 @@ class Recipe(BaseModel):
         numbers = n_of_m(str(filled["pattern"]))
         if not filled.get("allocation"):
             fixed = numbers is not None or filled["pattern"] == MODEL or is_structure(str(filled["pattern"]))
-            filled["allocation"] = UNIFORM if fixed else method.allocation
+            filled["allocation"] = UNIFORM if fixed and method.scores != "channels" else method.allocation
         if numbers and filled.get("sparsity") is None:
             filled["sparsity"] = numbers[0] / numbers[1]
-        at_once = method.differentiates and not method.of_inputs
-        if at_once or not filled.get("propagation"):
-            filled["propagation"] = "dense" if at_once else "pruned"
+        dense = (method.differentiates and not method.of_inputs) or filled["pattern"] == BLOCKS
+        if dense or not filled.get("propagation"):
+            filled["propagation"] = "dense" if dense else method.propagation
         parameters = filled.get("parameters", ())
         if isinstance(parameters, Mapping):
             filled["parameters"] = tuple(sorted(parameters.items()))
@@ -240,8 +241,13 @@ class Recipe(BaseModel):
                     f'{self.method} removes whole structures: use pattern "{self.scoring.pattern}" (its native one), '
                     f'not "{self.pattern}"'
                 )
+            if self.allocation == STANDARDIZED:
+                raise RecipeError(f'allocation "{STANDARDIZED}" compares whole structures; use pattern "neurons+heads"')
             return
         removes = f'pattern "{self.pattern}" removes whole structures'
+        fitting = {"weights": True, "channels": self.pattern != BLOCKS, "blocks": self.pattern == BLOCKS}
+        if not fitting[self.scoring.scores]:
+            raise RecipeError(f'{self.method} has no scores for pattern "{self.pattern}"; use "{self.scoring.pattern}"')
         if self.scoring.solve is not None:
             raise RecipeError(f'{removes}, and {self.method} chooses single weights; use pattern "row", or wanda-sp')
         if self.follows:
@@ -251,8 +257,10 @@ class Recipe(BaseModel):
             )
         if self.roles:
             raise RecipeError(f"{removes}, which determines the projections; leave out roles")
-        if self.allocation != UNIFORM:
-            raise RecipeError(f'{removes}, with allocation "{UNIFORM}" only, not "{self.allocation}"')
+        fitting_allocations = (UNIFORM,) if self.pattern == BLOCKS else (UNIFORM, STANDARDIZED)
+        if self.allocation not in fitting_allocations:
+            either = " or ".join(f'"{name}"' for name in fitting_allocations)
+            raise RecipeError(f'{removes}, with allocation {either}, not "{self.allocation}"')
 
     def _check_bits(self) -> None:
         if not self.quantizes:
@@ -366,7 +374,8 @@ class Recipe(BaseModel):
 
     def reads(self, layer: int, role: str) -> bool:
         """Whether the method needs statistics of a projection's input."""
-        return self.covers(layer, role) and (self.scoring.scores == "weights" or is_reader(role))
+        read = {"weights": True, "channels": is_reader(role), "blocks": False}[self.scoring.scores]
+        return read and self.covers(layer, role)
 
     def covers_block(self, layer: int) -> bool:
         """Whether any projection of a block may be in the recipe's scope."""

@@ -310,10 +310,10 @@ class PruningRun:
         made = [job for job in wave.jobs if job not in swept.set_aside]
         for job in made:
             if not self.finished(job.id):  # otherwise it was moved there before a kill
-                masks, values, codes = workspace.results(job.id)
+                masks, values, codes, biases = workspace.results(job.id)
                 record = self.record(job, workspace.remarks(job.id))
                 if self.folder is None:
-                    self._held[job.id] = Variant(record, masks, values, codes)
+                    self._held[job.id] = Variant(record, masks, values, codes, biases)
                 else:
                     record.save(workspace.place(job.id))
                     self.place(job.id).parent.mkdir(parents=True, exist_ok=True)

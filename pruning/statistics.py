@@ -16,9 +16,11 @@ from .errors import MethodError
 
 #: Names of the statistics that a method can request.
 SQUARES, GRAM, POSITIVE, ABSOLUTE = "squares", "gram", "positive", "absolute"
+MOMENTS, SIMILARITY = "moments", "similarity"
 GRADIENT, CURVATURE, SLOPES = "gradient", "curvature", "slopes"
-#: Those of the inputs of a projection, and the derivatives of the whole dense model's loss.
-OF_INPUTS, OF_THE_LOSS = (SQUARES, GRAM, POSITIVE, ABSOLUTE), (GRADIENT, CURVATURE, SLOPES)
+#: Those of the inputs of a projection or a block, and the derivatives of the whole dense model's loss.
+OF_INPUTS = (SQUARES, GRAM, POSITIVE, ABSOLUTE, MOMENTS, SIMILARITY)
+OF_THE_LOSS = (GRADIENT, CURVATURE, SLOPES)
 STATISTICS = (*OF_INPUTS, *OF_THE_LOSS)
 #: Panel width for updates of a Gram matrix; only panels on and above the diagonal are computed.
 _PANEL = 512
@@ -55,6 +57,39 @@ class LanguageSums:
         )
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Mean of every input, and its squared deviations from it, which lose no digits where the mean is large.
+
+    Attributes
+    ----------
+    tokens
+        Number of tokens.
+    mean
+        Mean of every input, float32 ``[inputs]``.
+    deviations
+        Sum of the squared deviations from it, float32 ``[inputs]``.
+    """
+
+    tokens: int
+    mean: Tensor
+    deviations: Tensor
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "tokens inputs"]) -> Moments:
+        """Return those of a batch."""
+        variance, mean = torch.var_mean(rows, dim=0, correction=0)
+        return cls(len(rows), mean, variance * len(rows))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the moments over both sets of tokens (Chan, Golub & LeVeque, 1983)."""
+        tokens = self.tokens + other.tokens
+        apart = other.mean - self.mean
+        mean = self.mean + apart * (other.tokens / tokens)
+        between = apart.square() * (self.tokens * other.tokens / tokens)
+        return Moments(tokens, mean, self.deviations + other.deviations + between)
+
+
 class InputStatistics:
     """Sums over the inputs of one projection, in float32 whatever the model's dtype.
 
@@ -66,7 +101,7 @@ class InputStatistics:
     inputs
         Number of input features.
     needs
-        What to gather: any of ``squares``, ``positive``, ``absolute`` and ``gram``.
+        What to gather: any of ``squares``, ``positive``, ``absolute``, ``moments`` and ``gram``.
     device
         Device of the sums.
 
@@ -83,6 +118,7 @@ class InputStatistics:
         self.needs = needs
         self.device = torch.device(device)
         self.languages: dict[str, LanguageSums] = {}
+        self._moments: Moments | None = None
         self._panels: Tensor | None = None
         if GRAM in needs:
             self._panels = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
@@ -103,6 +139,9 @@ class InputStatistics:
             sums.positive += (rows > 0).sum(dim=0)
         if ABSOLUTE in self.needs:
             sums.absolute += rows.abs().sum(dim=0)
+        if MOMENTS in self.needs and len(rows):
+            moments = Moments.of(rows)
+            self._moments = moments if self._moments is None else self._moments + moments
         if self._panels is not None:
             self.memo.clear()
             self._mirrored = False
@@ -117,6 +156,8 @@ class InputStatistics:
         total.languages = dict(self.languages)
         for language, sums in other.languages.items():
             total.languages[language] = total.languages[language] + sums if language in total.languages else sums
+        both = [part._moments for part in (self, other) if part._moments is not None]
+        total._moments = reduce(operator.add, both) if both else None
         if self._panels is not None and other._panels is not None:
             total._panels = self._panels + other._panels
         return total
@@ -152,6 +193,22 @@ class InputStatistics:
         self._require(ABSOLUTE)
         total = sum((s.absolute for s in self.languages.values()), torch.zeros(self.inputs, device=self.device))
         return total / max(self.tokens, 1)
+
+    @property
+    def mean(self) -> Float[Tensor, " inputs"]:
+        """Mean of every input over all tokens."""
+        return self._known_moments().mean
+
+    @property
+    def variance(self) -> Float[Tensor, " inputs"]:
+        """Variance of every input over all tokens (the mean squared deviation)."""
+        moments = self._known_moments()
+        return moments.deviations / moments.tokens
+
+    def _known_moments(self) -> Moments:
+        self._require(MOMENTS)
+        zeros = torch.zeros(self.inputs, device=self.device)
+        return self._moments or Moments(1, zeros, zeros)
 
     def norms_by_language(self) -> dict[str, Tensor]:
         """Return ``‖X_j‖₂`` for each language, rescaled as if each had the mean number of tokens."""
@@ -193,6 +250,37 @@ class InputStatistics:
             raise _not_asked_for(need)
 
 
+@dataclass
+class Passage:
+    """What a block does to the residual stream, summed over tokens.
+
+    Attributes
+    ----------
+    tokens
+        Number of tokens.
+    turns
+        Sum of 1 - cos of the states of a token before and after the block.
+    """
+
+    tokens: int = 0
+    turns: Tensor | float = 0.0
+
+    def add(self, before: Float[Tensor, "*tokens hidden"], after: Float[Tensor, "*tokens hidden"]) -> None:
+        """Add a batch."""
+        turns = 1 - torch.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.tokens += turns.numel()
+        self.turns = self.turns + turns.sum()
+
+    def __add__(self, other: Passage) -> Passage:
+        """Return the sums over both sets of tokens."""
+        return Passage(self.tokens + other.tokens, self.turns + other.turns)
+
+    @property
+    def turn(self) -> float:
+        """Mean of 1 - cos."""
+        return float(self.turns) / self.tokens
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Everything a scoring method may use besides the weight.
@@ -212,6 +300,8 @@ class Statistics:
         Number of calibration sequences.
     seed
         For methods that draw random numbers; differs between projections.
+    passage
+        What the block does to the residual stream, for methods that score blocks.
     """
 
     inputs: InputStatistics | None = None
@@ -220,6 +310,7 @@ class Statistics:
     seed: int = 0
     slopes: Tensor | None = None
     sequences: int = 0
+    passage: Passage | None = None
 
     @property
     def known_inputs(self) -> InputStatistics:
@@ -248,6 +339,13 @@ class Statistics:
         if self.slopes is None:
             raise _not_asked_for(SLOPES)
         return self.slopes
+
+    @property
+    def known_passage(self) -> Passage:
+        """What the block does to the residual stream; raises ``MethodError`` if it was not requested."""
+        if self.passage is None:
+            raise _not_asked_for(SIMILARITY)
+        return self.passage
 
 
 def _not_asked_for(need: str) -> MethodError:

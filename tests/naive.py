@@ -130,6 +130,25 @@ def keep_n_m(scores: Tensor, n: int, m: int) -> Tensor:
     return keep
 
 
+def flap(W: Tensor, X: Tensor) -> Tensor:
+    """FLAP (An et al., AAAI 2024): for every input its variance times the squared norm of the weights that read it."""
+    W, X = W.detach().double(), X.detach().double()
+    return ((X - X.mean(dim=0)) ** 2).mean(dim=0) * (W**2).sum(dim=0)
+
+
+def block_influence(before: Tensor, after: Tensor) -> float:
+    """ShortGPT (Men et al., 2024): 1 - mean over tokens of the cosine of the states before and after a block."""
+    before, after = before.detach().double(), after.detach().double()
+    cosines = (before * after).sum(dim=1) / ((before**2).sum(dim=1) * (after**2).sum(dim=1)).sqrt()
+    return 1 - float(cosines.mean())
+
+
+def z_scores(values: Tensor) -> Tensor:
+    """Subtract the mean, divide by the sample standard deviation."""
+    apart = values - values.mean()
+    return apart / ((apart**2).sum() / (len(values) - 1)).sqrt()
+
+
 # Structures: a unit is a list of (role, rows, columns), the weights that belong to it
 
 

@@ -68,6 +68,8 @@ def variant_rank(row: pd.Series) -> tuple[Any, ...]:
 _METHOD_NAMES = {
     "admm": "ADMM",
     "awq": "AWQ",
+    "block-influence": "block influence",
+    "flap": "FLAP",
     "gblm": "GBLM",
     "gptq": "GPTQ",
     "grasp": "GraSP",

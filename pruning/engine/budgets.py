@@ -12,6 +12,7 @@ from ..allocation import (
     CROSS_LINGUAL,
     DIAGNOSIS,
     OWL,
+    STANDARDIZED,
     Budgets,
     allocation_named,
     by_block,
@@ -25,25 +26,28 @@ from ..allocation import (
 )
 from ..methods import wanda
 from ..models.anatomy import Anatomy
-from ..patterns import MODEL, Shape
+from ..patterns import BLOCKS, MODEL, Shape
 from ..projections import Key
 from ..recipes import Recipe
 from ..spectrum import squared_singular_values, tail_exponent
-from ..statistics import SQUARES, InputStatistics, Statistics
+from ..statistics import SQUARES, InputStatistics, Passage, Statistics
 from .choosing import Derivatives, finite, not_finite, scored, unseen
 from .jobs import Job, covered_shapes, diagnosed_sparsities
-from .structures import unit_budgets
+from .structures import block_budgets, covered_families, standardized_budgets, unit_budgets
+from .units import block_score, unit_scores
 
 
 def needs_survey(recipe: Recipe) -> bool:
     """Whether the whole dense model must be looked at before any weight is removed."""
     allocation = allocation_named(recipe.allocation)
-    return allocation.surveys or allocation.weighs or recipe.pattern == MODEL
+    compares = recipe.pattern in (MODEL, BLOCKS) or recipe.allocation == STANDARDIZED
+    return allocation.surveys or allocation.weighs or compares
 
 
 def survey_needs(recipe: Recipe) -> frozenset[str]:
     """Return the input statistics that a recipe's survey requires."""
-    needs = recipe.scoring.of_inputs if recipe.pattern == MODEL else frozenset()
+    compares = recipe.pattern in (MODEL, BLOCKS) or recipe.allocation == STANDARDIZED
+    needs = recipe.scoring.of_inputs if compares else frozenset()
     return needs | ({SQUARES} if allocation_named(recipe.allocation).surveys else set())
 
 
@@ -59,6 +63,8 @@ class Survey:
         Scores of every projection, for a single threshold over the model.
     importance
         Importance of every block, for allocations.
+    units
+        Standardized scores of the units of every family, by block and reader, for a single threshold over them.
     unseen
         Projections whose input no token reached.
     """
@@ -66,6 +72,7 @@ class Survey:
     job: Job
     scores: dict[Key, Tensor] = field(default_factory=dict)
     importance: dict[int, float] = field(default_factory=dict)
+    units: dict[Key, Tensor] = field(default_factory=dict)
     unseen: list[Key] = field(default_factory=list)
 
     def look(
@@ -74,9 +81,22 @@ class Survey:
         layer: int,
         inputs: Mapping[str, InputStatistics],
         derivatives: Derivatives | None = None,
+        passage: Passage | None = None,
     ) -> None:
         """Add one block."""
         recipe = self.job.recipe
+        if recipe.pattern == BLOCKS:
+            if recipe.covers_block(layer):
+                self.importance[layer] = block_score(anatomy, layer, recipe, inputs, derivatives, passage)
+            return
+        if recipe.allocation == STANDARDIZED:
+            for family in covered_families(anatomy, layer, recipe):
+                scores, remarks = unit_scores(anatomy, layer, family, recipe, inputs, derivatives, standardized=True)
+                if remarks:
+                    self.unseen.append((layer, family.reader))
+                else:
+                    self.units[layer, family.reader] = scores
+            return
         covered = [
             (group, role) for group in anatomy.groups(layer) for role in group.roles if recipe.covers(layer, role)
         ]
@@ -101,6 +121,10 @@ class Survey:
     def budgets(self, anatomy: Anatomy) -> tuple[Budgets, list[str]]:
         """Return the budgets and any remarks about them."""
         recipe = self.job.recipe
+        if recipe.pattern == BLOCKS:
+            return block_budgets(anatomy, recipe, self.importance)
+        if recipe.allocation == STANDARDIZED:
+            return standardized_budgets(anatomy, recipe, self.units), []
         shapes = covered_shapes(anatomy, recipe)
         even = uniform(shapes, recipe.choosing, recipe.sparsity)
         total = sum(even.values())

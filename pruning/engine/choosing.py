@@ -33,6 +33,8 @@ class Choice:
         Role to updated weights, for methods that update them.
     codes
         Role to quantized weights, for methods that quantize; they have no masks.
+    biases
+        Role to bias, where it differs from the dense model's.
     remarks
         Notes for the variant's record.
     """
@@ -40,6 +42,7 @@ class Choice:
     masks: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     codes: dict[str, Quantized] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from ..models.anatomy import Anatomy, InputGroup, Stack
-from ..statistics import InputStatistics, together
+from ..statistics import SIMILARITY, InputStatistics, Passage, together
 from ..text.calibration import CalibrationSet, Piece
+from ..variants.biases import biased
 from .choosing import Choice
 from .jobs import Job, Schedule
 from .shelves import Joined
@@ -20,9 +21,15 @@ from .workspace import Workspace
 class StatisticsOf:
     """Statistics of one block by job: sums over the pieces of its text, computed once per calibration set."""
 
-    def __init__(self, schedule: Schedule, by_piece: Mapping[Piece, Mapping[str, InputStatistics]]) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        by_piece: Mapping[Piece, Mapping[str, InputStatistics]],
+        passages: Mapping[Piece, Passage],
+    ) -> None:
         self._schedule = schedule
         self._by_piece = by_piece
+        self._passages = passages
         self._by_set: dict[CalibrationSet, dict[str, InputStatistics]] = {}
 
     def __call__(self, job: Job) -> dict[str, InputStatistics]:
@@ -33,6 +40,10 @@ class StatisticsOf:
                 leader: together(piece[leader] for piece in pieces) for leader in pieces[0]
             }
         return self._by_set[job.calibration]
+
+    def passage(self, job: Job) -> Passage:
+        """Return what the block does to the residual stream of a job that needs to know."""
+        return sum((self._passages[piece] for piece in self._schedule.pieces_of(job)), Passage())
 
 
 class Flow:
@@ -107,18 +118,22 @@ class Flow:
         """Pass every shared piece of text through the dense block."""
         jobs = self.schedule.on_pieces(layer)
         go_on = set(self.schedule.pieces(layer + 1)) if layer + 1 < self.schedule.blocks else set()
-        by_piece = {}
+        by_piece: dict[Piece, dict[str, InputStatistics]] = {}
+        passages: dict[Piece, Passage] = {}
         for piece in self.schedule.pieces(layer):
             readers = [job for job in jobs if piece in self.schedule.pieces_of(job)]
             wanted = self._wanted(layer, readers)
             stream, shelf = self.pieces[piece], None
             if piece in go_on:
                 shelf = self.workspace.shelf(layer + 1, _piece_name(piece), "hidden", len(stream.tokens))
-            sink = None if shelf is None else shelf.add
+            sink: Callable[[Tensor], object] | None = None if shelf is None else shelf.add
+            if any(SIMILARITY in self.needs(job) for job in readers):
+                passages[piece] = Passage()
+                sink = _compared(passages[piece], stream, sink)
             by_piece[piece] = gather(self.anatomy, layer, stream, wanted, self.progress, sink)
             if shelf is not None:
                 self._next[piece] = shelf.done()
-        return StatisticsOf(self.schedule, by_piece)
+        return StatisticsOf(self.schedule, by_piece, passages)
 
     def own_statistics(self, job: Job, layer: int) -> dict[str, InputStatistics]:
         """Pass the states of one job through the dense block."""
@@ -193,6 +208,18 @@ class Flow:
         return pieces + [(job.id, stream) for job, stream in self.own.items()]
 
 
+def _compared(passage: Passage, stream: Stream, sink: Callable[[Tensor], object] | None) -> Callable[[Tensor], object]:
+    """Return a sink for a block's output that compares it with the input, batch by batch, and passes it on."""
+    inputs = iter(stream.hidden)
+
+    def take(after: Tensor) -> None:
+        passage.add(next(inputs).to(after.device), after)
+        if sink is not None:
+            sink(after)
+
+    return take
+
+
 def _piece_name(piece: Piece) -> str:
     return f"{piece.language}-{piece.length}-{piece.start}-{piece.stop}"
 
@@ -207,7 +234,8 @@ def _pruned(anatomy: Anatomy, layer: int, choice: Choice) -> Iterator[None]:
         for role, mask in choice.masks.items():
             weight = choice.weights[role] if role in choice.weights else dense[role].masked_fill(~mask, 0)
             anatomy.set_weight(layer, role, weight)
-        yield
+        with biased(anatomy, {(layer, role): bias for role, bias in choice.biases.items()}):
+            yield
     finally:
         for role, weight in dense.items():
             anatomy.set_weight(layer, role, weight)

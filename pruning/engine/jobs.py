@@ -10,12 +10,13 @@ from math import gcd
 from ..allocation import DIAGNOSIS, diagnosed
 from ..errors import RecipeError
 from ..models.anatomy import Anatomy
-from ..patterns import Shape
+from ..patterns import BLOCKS, Shape
 from ..projections import Key
 from ..quantization import MULTIPLE
 from ..recipes import Recipe
 from ..text.calibration import CalibrationSet, CalibrationText, Piece
-from .structures import covered_families, unit_budgets
+from .removable import check_blocks_removable
+from .structures import check_blocks, covered_families, unit_budgets
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> l
 def covered_shapes(anatomy: Anatomy, recipe: Recipe) -> dict[Key, Shape]:
     """Return the shape of every projection in a recipe's scope."""
     keys = [key for key in anatomy if recipe.covers(*key)]
-    if recipe.choosing.structure:
+    if recipe.choosing.structure and recipe.pattern != BLOCKS:
         layers = dict.fromkeys(layer for layer, _ in keys)
         owned = {(n, role) for n in layers for family in covered_families(anatomy, n, recipe) for role in family.roles}
         keys = [key for key in keys if key in owned]
@@ -65,9 +66,9 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     Raises
     ------
     RecipeError
-        If the model lacks a role or the blocks, its inputs cannot be divided into groups, the method needs the
-        whole model in memory but its weights stay on disk, a diagnosis does not match its matrices, or the sparsity
-        removes none of the structures of a block.
+        If the model lacks a role or the blocks, its inputs cannot be divided into groups of m, the method needs the
+        whole model in memory but its weights stay on disk, a diagnosis does not match its matrices, the sparsity
+        removes none of the structures, or blocks cannot be removed.
     """
     if anatomy.streamed and recipe.scoring.differentiates:
         raise RecipeError(
@@ -96,7 +97,10 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
             )
     if recipe.allocation == DIAGNOSIS:
         diagnosed_sparsities(anatomy, recipe)
-    if recipe.choosing.structure:
+    if recipe.pattern == BLOCKS:
+        check_blocks(anatomy, recipe)
+        check_blocks_removable(anatomy)
+    elif recipe.choosing.structure:
         unit_budgets(anatomy, recipe)
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..allocation import Budgets, allocation_named
 from ..errors import ModelError, RecipeError
 from ..models.anatomy import Anatomy
+from ..patterns import BLOCKS
 from ..projections import Key
-from ..statistics import InputStatistics
+from ..statistics import SIMILARITY, InputStatistics
 from ..text.calibration import CalibrationSet, CalibrationText
 from ..variants.codes import CodeSet
 from ..variants.masks import MaskSet
@@ -47,6 +48,8 @@ class Pruned:
         For methods that update weights, the values of the kept ones, in mask order; otherwise empty.
     codes
         For methods that quantize, the quantized projections, which have no masks.
+    biases
+        Biases that differ from the dense model's.
     remarks
         Notes for the variant's record.
     """
@@ -54,6 +57,7 @@ class Pruned:
     masks: MaskSet
     values: Mapping[Key, Tensor]
     codes: CodeSet
+    biases: Mapping[Key, Tensor]
     remarks: tuple[str, ...]
 
 
@@ -153,7 +157,7 @@ def differentiated_tokens(jobs: Sequence[Job]) -> int:
 
 def _streaming(jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs that read text block by block."""
-    return [job for job in jobs if job.recipe.of_inputs]
+    return [job for job in jobs if job.recipe.of_inputs and not _at_once(job)]
 
 
 def _differentiating(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
@@ -163,6 +167,11 @@ def _differentiating(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
         if job.recipe.scoring.differentiates:
             both[not job.recipe.scoring.of_inputs].append(job)
     return both
+
+
+def _at_once(job: Job) -> bool:
+    """Whether a job's weights are chosen without any statistics but those of a survey."""
+    return not job.recipe.needs or (job.recipe.pattern == BLOCKS and bool(job.recipe.of_inputs))
 
 
 def _surveyed(jobs: Sequence[Job]) -> dict[Job, list[Job]]:
@@ -215,8 +224,7 @@ class _Sweep:
         self._keep_derivatives(with_inputs)
         self._survey()
         self._differentiate(alone)
-        at_once = [job for job in self.jobs if not job.recipe.needs]
-        self._stream(_streaming(self.jobs), at_once)
+        self._stream(_streaming(self.jobs), [job for job in self.jobs if _at_once(job)])
         self.workspace.complete()
 
     def _left(self, jobs: Iterable[Job]) -> list[Job]:
@@ -260,7 +268,9 @@ class _Sweep:
                 readers = self._left(reading[dense])
                 if readers:
                     with self._or_set_aside(*readers):
-                        survey.look(self.anatomy, layer, statistics(dense), self.derivatives.get(dense.calibration))
+                        passage = statistics.passage(dense) if SIMILARITY in survey_needs(dense.recipe) else None
+                        derivatives = self.derivatives.get(dense.calibration)
+                        survey.look(self.anatomy, layer, statistics(dense), derivatives, passage)
         for dense, survey in surveys.items():
             for job in self._left(reading[dense]):
                 self._settle(job, survey)

@@ -18,6 +18,7 @@ from ..errors import DiskError
 from ..files import PARTIAL, content_sha256, disk_errors, file_sha256, write_json
 from ..patterns import Shape
 from ..projections import Key
+from ..variants.biases import BIASES_FILE, open_biases
 from ..variants.codes import CodeSet, PackedCodes
 from ..variants.masks import MaskSet, pack_bits
 from ..variants.store import (
@@ -40,7 +41,7 @@ _FORMAT: Final = "prunescope-workspace-1"
 #: Files that a workspace writes below its folder; nothing else is ever removed.
 _FILES = re.compile(
     rf"({_ASIDE}/)?({_WORK}|{_POSITION}|states-\d+/[^/]+\.safetensors|"
-    rf"{_RESULTS}/[^/]+/({RECIPE_FILE}|{MASKS_FILE}|{WEIGHTS_FILE}|{CODES_FILE}))"
+    rf"{_RESULTS}/[^/]+/({RECIPE_FILE}|{MASKS_FILE}|{WEIGHTS_FILE}|{CODES_FILE}|{BIASES_FILE}))"
 )
 _FOLDERS = re.compile(rf"{_ASIDE}|({_ASIDE}/)?(states-\d+|{_RESULTS}(/[^/]+)?)")
 
@@ -89,6 +90,7 @@ class Workspace:
         self._inputs: dict[str, dict[Key, int]] = {}
         self._values: dict[str, dict[Key, Tensor]] = {}
         self._codes: dict[str, dict[Key, PackedCodes]] = {}
+        self._biases: dict[str, dict[Key, Tensor]] = {}
         self._remarks: dict[str, list[str]] = {}
         self._digests: dict[str, str] = {}
         self._position: dict[str, Any] | None = None
@@ -133,7 +135,7 @@ class Workspace:
             self._writers[job] = VariantWriter.at(place, shapes)
 
     def put(self, job: str, layer: int, choice: Choice) -> None:
-        """Add a job's masks, weights and codes for one block."""
+        """Add a job's masks, weights, codes and biases for one block."""
         for role, mask in choice.masks.items():
             packed, inputs = pack_bits(mask), mask.shape[1]
             values = _kept(choice.weights[role], mask) if role in choice.weights else None
@@ -152,6 +154,12 @@ class Workspace:
             else:
                 with disk_errors(self.place(job)):
                     self._writers[job].add_codes((layer, role), codes)
+        for role, bias in choice.biases.items():
+            if self.folder is None:
+                self._biases.setdefault(job, {})[layer, role] = bias.cpu()
+            else:
+                with disk_errors(self.place(job)):
+                    self._writers[job].add_bias((layer, role), bias)
         self.remark(job, choice.remarks)
 
     def remark(self, job: str, remarks: Sequence[str]) -> None:
@@ -169,25 +177,26 @@ class Workspace:
         assert self.folder is not None
         return self.folder / _RESULTS / job
 
-    def results(self, job: str) -> tuple[MaskSet, Mapping[Key, Tensor], CodeSet]:
-        """Return a finished variant's masks, kept values and codes; those in a folder are read on access."""
+    def results(self, job: str) -> tuple[MaskSet, Mapping[Key, Tensor], CodeSet, Mapping[Key, Tensor]]:
+        """Return a finished variant's masks, kept values, codes and biases; from a folder, all but biases on access."""
         if self.folder is None:
             packed = {key: bits.numpy() for key, bits in self._masks.get(job, {}).items()}
             masks = MaskSet(packed, self._inputs.get(job, {}))
-            return masks, self._values.get(job, {}), CodeSet(self._codes.get(job))
+            return masks, self._values.get(job, {}), CodeSet(self._codes.get(job)), self._biases.get(job, {})
         place = self.place(job)
         if job in self._writers:
             with disk_errors(place):
                 self._writers[job].finish(self.model)
         masks = open_masks(place, self.model)
-        return masks, open_values(place, masks, self.model), open_codes(place, self.model)
+        values, codes = open_values(place, masks, self.model), open_codes(place, self.model)
+        return masks, values, codes, open_biases(place, self.model)
 
     def remarks(self, job: str) -> tuple[str, ...]:
         """Return the remarks on a job."""
         return tuple(self._remarks.get(job, ()))
 
     def _forget(self, job: str) -> None:
-        for results in (self._writers, self._masks, self._inputs, self._values, self._codes):
+        for results in (self._writers, self._masks, self._inputs, self._values, self._codes, self._biases):
             results.pop(job, None)
         if self.folder is not None:
             _clear(self.folder, self.place(job))

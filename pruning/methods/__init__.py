@@ -7,13 +7,31 @@ from __future__ import annotations
 
 from .registry import Coded, Method, Solved, known_methods, method_named, register
 
-from . import awq, gblm, gptq, grasp, m_wanda, magnitude, random, ria, rtn, snip, sparsegpt, wanda, wanda_sp  # isort: skip  (they register themselves)
+from . import (  # isort: skip  (they register themselves)
+    awq,
+    block_influence,
+    flap,
+    gblm,
+    gptq,
+    grasp,
+    m_wanda,
+    magnitude,
+    random,
+    ria,
+    rtn,
+    snip,
+    sparsegpt,
+    wanda,
+    wanda_sp,
+)
 
 __all__ = [
     "Coded",
     "Method",
     "Solved",
     "awq",
+    "block_influence",
+    "flap",
     "gblm",
     "gptq",
     "grasp",

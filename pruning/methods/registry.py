@@ -41,6 +41,11 @@ class Solved:
 Solve = Callable[..., Solved]
 
 
+#: ``compensate(weight, statistics, removed, **parameters)`` returns what to add to the bias of a projection that reads
+#: neurons or heads, if these inputs are removed; or ``None``.
+Compensate = Callable[..., Tensor | None]
+
+
 @dataclass(frozen=True)
 class Coded:
     """Result of a quantizing method for matrices that read the same input.
@@ -76,10 +81,11 @@ class Method:
     source
         The publication that defines it.
     needs
-        Statistics it requests: ``squares``, ``positive``, ``absolute`` or ``gram`` of the inputs, ``gradient``,
-        ``curvature`` or ``slopes`` of the loss; none if it needs no calibration text.
-    pattern, allocation
-        Native pattern and allocation, used when a recipe names none.
+        Statistics it requests: ``squares``, ``positive``, ``absolute``, ``moments`` or ``gram`` of the inputs,
+        ``similarity`` of a block's input and output, ``gradient``, ``curvature`` or ``slopes`` of the loss; none if it
+        needs no calibration text.
+    pattern, allocation, propagation
+        Native pattern, allocation and propagation, used when a recipe names none.
     solve
         For methods that also update the remaining weights; `score` then only serves comparisons between matrices.
     quantize
@@ -88,7 +94,9 @@ class Method:
         What a recipe may set.
     scores
         What `score` scores: ``weights``; or the ``channels`` that ``o`` and ``down`` read, for methods that remove
-        whole neurons and heads.
+        whole neurons and heads; or ``blocks``, each with a single number.
+    compensate
+        For methods that score channels: what biases make up for.
     """
 
     name: str
@@ -100,7 +108,9 @@ class Method:
     solve: Solve | None = None
     quantize: Quantize | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    scores: Literal["weights", "channels"] = "weights"
+    propagation: str = "pruned"
+    scores: Literal["weights", "channels", "blocks"] = "weights"
+    compensate: Compensate | None = None
 
     @property
     def calibrated(self) -> bool:

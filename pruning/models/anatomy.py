@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -326,6 +326,54 @@ class Anatomy:
         """Write the weight of one projection into the model's parameter, in place, whatever its storage."""
         view = self._view(layer, role)
         view.copy_(value.unflatten(0, view.shape[:-1]))
+
+    def bias(self, layer: int, role: str) -> Float[Tensor, " outputs"] | None:
+        """Return the bias of one projection, a live view or a copy as for :meth:`weight`; ``None`` if it has none."""
+        view = self._bias_view(layer, role)
+        return None if view is None else view.flatten()
+
+    @torch.no_grad()
+    def set_bias(self, layer: int, role: str, value: Float[Tensor, " outputs"] | None) -> None:
+        """Write the bias of one projection in place; give it one if it has none, or take it away.
+
+        Only a projection that does not share its module with others can be given a bias or lose it.
+        """
+        view = self._bias_view(layer, role)
+        if view is not None and value is not None:
+            view.copy_(value.unflatten(0, view.shape))
+            return
+        module: Any = self.module(layer, path_of(self._blocks[layer].sites[role]))
+        weight = self.weight(layer, role)
+        module.bias = None if value is None else nn.Parameter(value.to(weight, copy=True), requires_grad=False)
+
+    def bias_parameters(self, keys: Iterable[tuple[int, str]]) -> dict[str, nn.Parameter]:
+        """Return the parameters that store the biases of some projections, by path; not all may have one."""
+        names = dict.fromkeys(f"{self.path(*key)}.bias" for key in keys if self.bias(*key) is not None)
+        return {name: self.model.get_parameter(name) for name in names}
+
+    def biases_by_projection(
+        self, keys: Iterable[tuple[int, str]], values: Mapping[str, Tensor]
+    ) -> dict[tuple[int, str], Tensor]:
+        """Split tensors shaped like :meth:`bias_parameters`, such as gradients, by projection: ``[outputs]`` each."""
+        split = {}
+        for layer, role in keys:
+            name = f"{self.path(layer, role)}.bias"
+            if name in values:
+                place = self._blocks[layer].sites[role]
+                whole = values[name]
+                own = self._cut(layer, role, place, whole).flatten() if isinstance(place, Fused) else whole
+                split[layer, role] = own
+        return split
+
+    def _bias_view(self, layer: int, role: str) -> Tensor | None:
+        place = self._blocks[layer].sites.get(role)
+        if place is None:  # in experts
+            return None
+        bias = getattr(self.module(layer, path_of(place)), "bias", None)
+        if bias is None:
+            return None
+        stored: Tensor = bias.data
+        return self._cut(layer, role, place, stored) if isinstance(place, Fused) else stored
 
     def block_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that store the projections, by path from the model's root.

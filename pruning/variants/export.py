@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..errors import VariantError
 from ..files import write_json, write_text
 from ..models.anatomy import Anatomy, role_kind
 from ..models.checkpoint import INDEX
@@ -23,6 +24,7 @@ from ..models.streaming import Streamed, residence_of
 from ..projections import Key
 from ..text.languages import named
 from .masks import MaskSet
+from .smaller import needs_biases, rebuilt, smallest
 from .store import VariantRecord
 
 CARD_FILE = "README.md"
@@ -52,6 +54,10 @@ class Exportable(Protocol):
     def changes(self, key: Key) -> bool:
         """Whether a projection differs from the dense model's."""
 
+    @property
+    def biases(self) -> Mapping[Key, Tensor]:
+        """Biases that differ from the dense model's."""
+
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
 
@@ -59,11 +65,41 @@ class Exportable(Protocol):
         """Context manager that turns a model into the variant."""
 
 
-def write_checkpoint(variant: Exportable, anatomy: Anatomy, tokenizer: Any, folder: Path) -> None:
-    """Write a variant as a checkpoint into an existing folder."""
+def write_checkpoint(variant: Exportable, anatomy: Anatomy, tokenizer: Any, folder: Path) -> str:
+    """Write a variant as a checkpoint into an existing folder, without its removed structures if that is possible.
+
+    Returns
+    -------
+    str
+        What was cut out, or why removed structures are stored as zeros; empty if the variant has none.
+
+    Raises
+    ------
+    VariantError
+        If it has biases that a checkpoint of its architecture has no place for.
+    """
     model: Any = anatomy.model
     residence = residence_of(model)
+    recipe = variant.record.recipe
+    structure = recipe.choosing.structure if recipe is not None else ()
+    own, said = None, ""
     if isinstance(residence, Streamed):
+        if needs_biases(variant, anatomy):
+            raise VariantError(f'"{variant.record.id}" adds biases to the dense model; export it without --stream')
+        said = "full size, with zeros: it is written block by block" if structure else ""
+    elif structure:
+        own, said = smallest(variant, anatomy, structure)
+        said = f"smaller: {said}" if own is not None else f"full size, with zeros: {said}"
+    if own is None and needs_biases(variant, anatomy):
+        own, reason = rebuilt(variant, anatomy, ())
+        if own is None:
+            raise VariantError(
+                f'"{variant.record.id}" cannot be exported: {reason}; prune with parameters = {{ bias = 0 }}'
+            )
+    if own is not None:
+        with no_progress_bars():
+            own.save_pretrained(folder)
+    elif isinstance(residence, Streamed):
         _copy_the_rest(residence.shards.folder, folder)
         model.config.save_pretrained(folder)  # not copied, since the dtype may differ
         _write_shards(variant, anatomy, residence, folder)
@@ -71,11 +107,12 @@ def write_checkpoint(variant: Exportable, anatomy: Anatomy, tokenizer: Any, fold
         with variant.applied(model), no_progress_bars():
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_text(folder / CARD_FILE, model_card(variant))
+    write_text(folder / CARD_FILE, model_card(variant, said))
+    return said
 
 
-def model_card(variant: Exportable) -> str:
-    """Return a model card in Markdown, with Hub metadata."""
+def model_card(variant: Exportable, said: str = "") -> str:
+    """Return a model card in Markdown, with Hub metadata; `said` as :func:`write_checkpoint` returns it."""
     record, masks = variant.record, variant.masks
     kinds: dict[str, list[int]] = {}
     for key in masks:
@@ -96,6 +133,8 @@ def model_card(variant: Exportable) -> str:
         bits=variant.bits(),
         removed={kind: removed / total for kind, (removed, total) in kinds.items()},
         corrected=bool(variant.values),
+        said=said,
+        biases=len(variant.biases),
         version=version("prunescope"),
     )
 
@@ -118,6 +157,8 @@ def _write_shards(variant: Exportable, anatomy: Anatomy, residence: Streamed, fo
             for role in anatomy.roles(layer) if layer < layers else ():
                 if variant.changes((layer, role)):
                     anatomy.set_weight(layer, role, variant.weight((layer, role), anatomy.weight(layer, role)))
+                if (layer, role) in variant.biases:
+                    anatomy.set_bias(layer, role, variant.biases[layer, role])
             state = model.state_dict()
             tensors = revert_weight_conversion(model, {name: state[name] for name in names})
         shard = f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors"

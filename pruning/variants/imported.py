@@ -50,8 +50,10 @@ class _Count:
     on_grid: int = 0
 
 
-def difference(dense: nn.Module, pruned: nn.Module, name: str) -> tuple[VariantRecord, MaskSet, dict[Key, Tensor]]:
-    """Return the record, masks and changed values of a model that was made elsewhere from a dense one.
+def difference(
+    dense: nn.Module, pruned: nn.Module, name: str
+) -> tuple[VariantRecord, MaskSet, dict[Key, Tensor], dict[Key, Tensor]]:
+    """Return the record, masks, changed values and changed biases of a model that was made elsewhere from a dense one.
 
     Where a projection has zeros that the dense model has not, it is pruned: it has a mask, and values if other weights
     differ too. Where it has none, or is quantized, it has values only, the whole weight. The recipe is known only if
@@ -70,21 +72,28 @@ def difference(dense: nn.Module, pruned: nn.Module, name: str) -> tuple[VariantR
         If the models do not match, nothing was changed, or the model differs in more than its projections.
     """
     parent, child = Anatomy(dense), Anatomy(pruned)
-    if _shapes(parent) != _shapes(child):
-        raise VariantError(f'"{name}" was not made from this model: its parameters or their shapes differ')
+    if parent.kind != child.kind or _shapes(parent) != _shapes(child):
+        cut = "; where blocks, heads or neurons were cut out, compare a checkpoint of full size (export --stream)"
+        raise VariantError(
+            f'"{name}" was not made from this model: its parameters or their shapes differ'
+            + (cut if _is_smaller(child, parent) else "")
+        )
     record = _stated(
         VariantRecord(id=name, model=str(dense.name_or_path), model_fingerprint=parent.fingerprint()), child
     )
     folder = str(child.model.name_or_path)
     quantization = stated_quantization(Path(folder)) if folder else None
     coded = quantization is not None or (record.recipe is not None and record.recipe.quantizes)
-    bits, inputs, values, count = {}, {}, {}, _Count()
+    bits, inputs, values, biases, count = {}, {}, {}, {}, _Count()
     for layer in range(len(parent.blocks)):
         with parent.loaded(layer, to_read=True), child.loaded(layer, to_read=True):
             _check_unchanged(parent, child, parent.parameter_names(layer), name)
             for role in parent.roles(layer):
                 before = parent.weight(layer, role)
                 weight = child.weight(layer, role).to(before)
+                bias = child.bias(layer, role)
+                if bias is not None and _differs(bias, parent.bias(layer, role)):
+                    biases[layer, role] = bias.cpu()
                 covered = record.recipe is not None and record.recipe.covers(layer, role)
                 if torch.equal(weight, before) and not covered:
                     continue
@@ -117,7 +126,20 @@ def difference(dense: nn.Module, pruned: nn.Module, name: str) -> tuple[VariantR
         )
     if record.recipe is None:
         record = record.model_copy(update=_found(count, quantization, values))
-    return record, MaskSet(bits, inputs), values
+    return record, MaskSet(bits, inputs), values, biases
+
+
+def _is_smaller(child: Anatomy, parent: Anatomy) -> bool:
+    """Whether a model has fewer blocks than another, or narrower projections in a block."""
+    if len(child.blocks) != len(parent.blocks):
+        return len(child.blocks) < len(parent.blocks)
+    both = [(child.shape(*key), parent.shape(*key)) for key in parent if key[1] in child.roles(key[0])]
+    return any(one < other for shapes in both for one, other in zip(*shapes, strict=True))
+
+
+def _differs(bias: Tensor, dense: Tensor | None) -> bool:
+    """Whether a bias differs from the dense model's; having none is having one of zeros."""
+    return not torch.equal(bias, torch.zeros_like(bias) if dense is None else dense.to(bias))
 
 
 def _add(count: _Count, before: Tensor, weight: Tensor, mask: Tensor, removed: int) -> None:
@@ -164,14 +186,21 @@ def _on_grid(weight: Tensor) -> bool:
 
 
 def _shapes(anatomy: Anatomy) -> dict[str, torch.Size]:
-    return {name: p.shape for name, p in anatomy.model.named_parameters(remove_duplicate=False)}
+    biases = _biases(anatomy)
+    parameters = anatomy.model.named_parameters(remove_duplicate=False)
+    return {name: p.shape for name, p in parameters if name not in biases}
+
+
+def _biases(anatomy: Anatomy) -> set[str]:
+    """Return the paths that the biases of the projections have, or would have."""
+    return {f"{anatomy.path(*key)}.bias" for key in anatomy if key[1] in anatomy.sites(key[0])}
 
 
 def _check_unchanged(parent: Anatomy, child: Anatomy, names: Iterable[str], called: str) -> None:
     """Raise ``VariantError`` if parameters other than projections differ between the models."""
-    projections = parent.block_parameters()
+    imported = parent.block_parameters().keys() | _biases(parent)
     for name in names:
-        if name not in projections:
+        if name not in imported:
             before = parent.model.get_parameter(name)
             after = child.model.get_parameter(name).to(before)
             if not torch.equal(before, after) and not torch.allclose(after.float(), before.float(), rtol=_ROUNDING):

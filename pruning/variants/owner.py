@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..models.anatomy import Anatomy
 from ..projections import Key
+from .biases import biased
 from .variant import Variant
 
 
@@ -99,7 +100,8 @@ class DenseModel:
         try:
             for key in variant.projections:
                 write_weight(self.anatomy, key, variant, dense[key])
-            yield
+            with biased(self.anatomy, variant.biases):
+                yield
         finally:
             for key in variant.projections:
                 self.anatomy.set_weight(*key, dense[key])
@@ -131,6 +133,7 @@ class Block:
         self._anatomy = anatomy
         self._layer = layer
         self._changed: set[str] = set()
+        self._biases = ExitStack()
         roles = anatomy.roles(layer) if changes else ()
         self._dense = {role: anatomy.weight(layer, role).clone() for role in roles}
 
@@ -142,12 +145,16 @@ class Block:
         for role in changed:
             write_weight(self._anatomy, (self._layer, role), variant, self._dense[role])
         self._changed = changed
+        self._biases.close()
+        own = {key: bias for key, bias in variant.biases.items() if key[0] == self._layer}
+        self._biases.enter_context(biased(self._anatomy, own))
 
     def restore(self) -> None:
         """Restore the dense block bit for bit."""
         for role in self._changed:
             self._anatomy.set_weight(self._layer, role, self._dense[role])
         self._changed = set()
+        self._biases.close()
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """A variant on disk: ``recipe.json`` and what was done to each projection.
 
 ``masks.safetensors`` says which weights were kept, ``weights.safetensors`` has their values if they were updated, and
-``codes.safetensors`` has quantized projections, which have no mask.
+``codes.safetensors`` has quantized projections, which have no mask; ``biases.safetensors`` has biases that differ from
+the dense model's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..patterns import Shape
 from ..projections import Key, key_of, name_of
 from ..recipes import EVERYWHERE, UNCALIBRATED, Recipe
 from ..text.calibration import CalibrationSet, Drawn
+from .biases import BIASES_FILE, GrowingBiases
 from .codes import CodeSet, GrowingCodes, PackedCodes
 from .masks import GrowingMasks, MaskSet, is_mask_file
 from .tensors import GrowingTensors, StoredTensors, damaged, room_for
@@ -144,7 +146,7 @@ def _reason(error: ValueError) -> str:
 def is_variant(folder: Path) -> bool:
     """Whether a folder holds a variant that prunescope wrote, complete or not, and nothing else."""
     names = {path.name for path in folder.iterdir()}
-    if not names <= {RECIPE_FILE, MASKS_FILE, WEIGHTS_FILE, CODES_FILE}:
+    if not names <= {RECIPE_FILE, MASKS_FILE, WEIGHTS_FILE, CODES_FILE, BIASES_FILE}:
         return False
     try:
         content = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
@@ -156,20 +158,21 @@ def is_variant(folder: Path) -> bool:
 
 
 class VariantWriter:
-    """Writes the masks, weights and codes of a variant into a folder, one projection at a time; see :meth:`at`."""
+    """Writes the parts of a variant into a folder, one projection at a time; see :meth:`at`."""
 
-    def __init__(self, masks: GrowingMasks, values: GrowingTensors, codes: GrowingCodes) -> None:
+    def __init__(self, masks: GrowingMasks, values: GrowingTensors, codes: GrowingCodes, biases: GrowingBiases) -> None:
         self._masks = masks
         self._values = values
         self._codes = codes
+        self._biases = biases
 
     @classmethod
     def at(cls, folder: Path, shapes: Mapping[Key, Shape]) -> VariantWriter:
         """Start in an existing folder; `shapes` are those of all projections that may be written."""
         sizes = {name_of(key): outputs * inputs for key, (outputs, inputs) in shapes.items()}
         room = room_for(sizes, {_WEIGHTS_FORMAT: "0" * 64})
-        masks = GrowingMasks.at(folder / MASKS_FILE, shapes)
-        return cls(masks, GrowingTensors(folder / WEIGHTS_FILE, room), GrowingCodes.at(folder / CODES_FILE, shapes))
+        masks, values = GrowingMasks.at(folder / MASKS_FILE, shapes), GrowingTensors(folder / WEIGHTS_FILE, room)
+        return cls(masks, values, GrowingCodes.at(folder / CODES_FILE, shapes), GrowingBiases.at(folder, shapes))
 
     def add(self, key: Key, packed: Tensor, inputs: int, values: Tensor | None = None) -> None:
         """Write one pruned projection.
@@ -195,9 +198,18 @@ class VariantWriter:
         """Write one quantized projection."""
         self._codes.add(key, packed)
 
+    def add_bias(self, key: Key, bias: Tensor) -> None:
+        """Write the bias of one projection, if it differs from the dense model's."""
+        self._biases.add(key, bias)
+
     def state(self) -> dict[str, Any]:
         """Flush to disk, and return the state that :meth:`resumed` needs."""
-        return {"masks": self._masks.state(), "values": self._values.state(), "codes": self._codes.state()}
+        return {
+            "masks": self._masks.state(),
+            "values": self._values.state(),
+            "codes": self._codes.state(),
+            "biases": self._biases.file.state(),
+        }
 
     @classmethod
     def resumed(cls, folder: Path, state: Mapping[str, Any]) -> VariantWriter | None:
@@ -205,7 +217,10 @@ class VariantWriter:
         masks = GrowingMasks.resumed(folder / MASKS_FILE, state["masks"])
         values = GrowingTensors.resumed(folder / WEIGHTS_FILE, state["values"])
         codes = GrowingCodes.resumed(folder / CODES_FILE, state["codes"])
-        return None if masks is None or values is None or codes is None else cls(masks, values, codes)
+        biases = GrowingTensors.resumed(folder / BIASES_FILE, state["biases"])
+        if masks is None or values is None or codes is None or biases is None:
+            return None
+        return cls(masks, values, codes, GrowingBiases(biases))
 
     def finish(self, model_fingerprint: str) -> None:
         """Complete the files."""
@@ -215,6 +230,7 @@ class VariantWriter:
             self._masks.finish(model_fingerprint)
         if len(self._values):
             self._values.finish({_WEIGHTS_FORMAT: model_fingerprint})
+        self._biases.finish(model_fingerprint)
 
 
 def open_codes(folder: Path, model_fingerprint: str) -> CodeSet:

@@ -17,6 +17,7 @@ from ..files import whole_folder
 from ..models.anatomy import Anatomy
 from ..projections import Key
 from .apply import write_pruned
+from .biases import biased, open_biases
 from .codes import CodeSet
 from .export import write_checkpoint
 from .imported import difference
@@ -49,12 +50,15 @@ class Variant:
         Of a projection without a mask, whose values were all changed, the whole weight.
     codes
         Quantized projections, which have no mask.
+    biases
+        Biases that differ from the dense model's, by projection; a projection may have none in the dense model.
     """
 
     record: VariantRecord
     masks: MaskSet
     values: Mapping[Key, Tensor]
     codes: CodeSet = field(default_factory=CodeSet)
+    biases: Mapping[Key, Tensor] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -145,7 +149,7 @@ class Variant:
             yield mask, weight
 
     def save(self, folder: Path) -> None:
-        """Write ``recipe.json``, masks, values and codes, as far as there are any.
+        """Write ``recipe.json``, masks, values, codes and biases, as far as there are any.
 
         Raises
         ------
@@ -167,6 +171,8 @@ class Variant:
             for key in self.values:
                 if key not in self.masks:
                     writer.add_values(key, self.values[key])
+            for key, bias in self.biases.items():
+                writer.add_bias(key, bias)
             writer.finish(self.record.model_fingerprint)
             self.record.save(partial)
 
@@ -186,7 +192,8 @@ class Variant:
             )
         model = record.model_fingerprint
         masks = open_masks(folder, model)
-        return cls(record, masks, open_values(folder, masks, model), open_codes(folder, model))
+        values, codes = open_values(folder, masks, model), open_codes(folder, model)
+        return cls(record, masks, values, codes, open_biases(folder, model))
 
     @classmethod
     def between(cls, dense: nn.Module, pruned: nn.Module, name: str) -> Variant:
@@ -210,7 +217,8 @@ class Variant:
         VariantError
             If the models do not match, nothing was changed, or the model differs in more than its projections.
         """
-        return cls(*difference(dense, pruned, name))
+        record, masks, values, biases = difference(dense, pruned, name)
+        return cls(record, masks, values, biases=biases)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -228,7 +236,8 @@ class Variant:
         try:
             for key, weight in dense.items():
                 anatomy.set_weight(*key, self.weight(key, weight))
-            yield
+            with biased(anatomy, self.biases):
+                yield
         finally:
             for key, weight in dense.items():
                 anatomy.set_weight(*key, weight)
@@ -246,11 +255,14 @@ class Variant:
         self.check_belongs_to(anatomy.fingerprint())
         for key in self.projections:
             anatomy.set_weight(*key, self.weight(key, anatomy.weight(*key)))
+        for key, bias in self.biases.items():
+            anatomy.set_bias(*key, bias)
 
-    def export(self, model: Any, tokenizer: Any, folder: Path) -> None:
+    def export(self, model: Any, tokenizer: Any, folder: Path) -> str:
         """Write an ordinary checkpoint for ``from_pretrained``, together with the recipe and a model card.
 
-        If the model is streamed from its shards, the checkpoint is written one block at a time.
+        If the model is streamed from its shards, the checkpoint is written one block at a time. Otherwise, neurons,
+        heads or blocks that were removed as a whole are cut out, if the architecture has a model of such sizes.
 
         Parameters
         ----------
@@ -259,21 +271,27 @@ class Variant:
         folder
             New or empty folder.
 
+        Returns
+        -------
+        str
+            What was cut out, or why removed structures are stored as zeros; empty if there are none.
+
         Raises
         ------
         DiskError
             If the folder is not empty, or cannot be written.
         VariantError
-            If the variant was not made from this model.
+            If the variant was not made from this model, or has biases that no checkpoint of its architecture can hold.
         """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DiskError(f"{folder} is not empty; export into a new folder")
         anatomy = Anatomy(model)
         self.check_belongs_to(anatomy.fingerprint())
         with whole_folder(folder) as partial:
-            write_checkpoint(self, anatomy, tokenizer, partial)
+            said = write_checkpoint(self, anatomy, tokenizer, partial)
             size = {"bits": self.bits()} if self.codes else {}  # decoded weights do not tell
             self.record.model_copy(update=size).save(partial)
+        return said
 
     def check_belongs_to(self, model_fingerprint: str) -> None:
         """Raise ``VariantError`` unless the variant was made from the dense model with this fingerprint."""

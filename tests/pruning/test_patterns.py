@@ -85,5 +85,5 @@ def test_unknown_patterns_are_refused():
     assert n_of_m("matrix") is None
     assert set(known_patterns()) == {
         *("row", "matrix", "model", "2:4", "4:8"),
-        *("neurons", "heads", "neurons+heads"),
+        *("neurons", "heads", "neurons+heads", "blocks"),
     }
