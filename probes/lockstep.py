@@ -2,7 +2,8 @@
 
 The outer loop is over blocks. A block's dense weights are loaded once; for the dense model and then each variant, the
 block takes on that model's weights and all the text of a wave passes through it, one nnsight trace per batch. Each
-variant's masks are thus applied once per wave and block, however much text there is.
+variant's masks are thus applied once per wave and block, however much text there is. In an encoder-decoder the output
+of every model's encoder is kept for the blocks of its decoder.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pruning.engine.streams import Arguments
+from pruning.errors import ModelError
+from pruning.models.anatomy import Stack
 from pruning.variants.owner import Block
 from pruning.variants.variant import Variant
 
@@ -24,7 +28,10 @@ from .readers.signal import SIGNAL_SITES
 from .reading_plan import ReadingPlan
 from .scoring import Progress
 from .session import Session
-from .streams import DENSE, Stream
+from .streams import DENSE, Stream, read_stack
+
+#: Stands for the encoder's output of whichever model reads.
+_MEMORY = object()
 
 
 @dataclass
@@ -35,8 +42,11 @@ class _Passage:
     ----------
     hidden
         Model to its hidden states before the current block, ``[batch, tokens, hidden]``.
+    memory
+        Model to the output of its encoder, for the decoder of an encoder-decoder, likewise.
     arguments
-        The other arguments of each block; the same for all models.
+        The other arguments of each block of the current stack; the same for all models but for the encoder's output,
+        in whose place is :data:`_MEMORY`.
     dense
         Site to the dense model's activations in the current block, while variants are compared with them.
     """
@@ -44,6 +54,7 @@ class _Passage:
     stream: Stream
     number: int
     hidden: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
     arguments: list[Arguments] = field(default_factory=list)
     dense: dict[str, Tensor] = field(default_factory=dict)
 
@@ -53,6 +64,10 @@ class _Passage:
 
     def readers(self, model: str) -> Sequence[Reader]:
         return self.stream.readers(model, self.number)
+
+    def runs_in(self, stack: Stack) -> bool:
+        """Whether the batch has a part for a stack."""
+        return stack.first == 0 or self.batch.decoder is not None
 
 
 def read_streams(
@@ -111,33 +126,69 @@ class _Wave:
         self.progress = progress
         wanted = dict.fromkeys(model for passage in passages for model in passage.stream.models)
         self.variants = {model: variants[model] for model in wanted if model != DENSE}
-        self.shares = 1 / (len(self.anatomy.blocks) + 1)
 
     def run(self) -> None:
-        self._begin()
-        for layer in range(len(self.anatomy.blocks)):
-            with self.session.owner.block(layer, changes=bool(self.variants)) as block:
-                for group in self._groups(layer):
-                    self._read_group(layer, block, group)
+        for stack in self.anatomy.stacks:
+            passages = [passage for passage in self.passages if passage.runs_in(stack)]
+            if not passages:  # a wave of nothing but whole segments for the encoder
+                return
+            self._begin(stack, passages)
+            for layer in range(stack.first, stack.stop):
+                with self.session.owner.block(layer, changes=bool(self.variants)) as block:
+                    for group in self._groups(layer, passages):
+                        self._read_group(layer, block, group)
+            if stack is not self.anatomy.stacks[-1]:
+                self._encode(passages)
         with self.anatomy.loaded_for_end():
-            for passage in self.passages:
+            for passage in passages:
                 self._end(passage)
 
-    def _begin(self) -> None:
-        with self.anatomy.loaded(0, to_read=True), self.anatomy.loaded_for_start():
-            starter = self.session.starter()
-            for passage in self.passages:
-                hidden, passage.arguments = starter.begin(**self.session.stack_inputs(passage.batch))
+    def _begin(self, stack: Stack, passages: Sequence[_Passage]) -> None:
+        """Start the states of all models, which are the same, and find the arguments of the stack's blocks."""
+        with self.anatomy.loaded(stack.first, to_read=True), self.anatomy.loaded_for_start():
+            starter = self.session.starter(stack)
+            for passage in passages:
+                memory = next(iter(passage.memory.values()), None)
+                if memory is not None:
+                    memory = memory.to(self.anatomy.device)
+                inputs = self.session.stack_inputs(passage.batch, stack, memory)
+                hidden, arguments = starter.begin(**inputs)
+                if memory is not None:
+                    self._check_handed_on(memory, arguments)
+                    arguments = [call.replaced(memory, _MEMORY) for call in arguments]
+                passage.arguments = arguments
                 passage.hidden = dict.fromkeys(passage.stream.models, self._held(hidden))
 
-    def _groups(self, layer: int) -> Iterator[list[_Passage]]:
+    def _check_handed_on(self, memory: Tensor, arguments: Sequence[Arguments]) -> None:
+        if not all(memory in call for call in arguments):
+            raise ModelError(
+                f'this "{self.anatomy.kind}" model changes the output of its encoder on the way to the blocks of its '
+                "decoder; such a model cannot be run block by block"
+            )
+
+    def _encode(self, passages: Sequence[_Passage]) -> None:
+        """Keep the encoder's output of every model for the decoder."""
+        with torch.no_grad(), self.anatomy.loaded_for_start():
+            for passage in passages:
+                if passage.batch.decoder is not None:
+                    passage.memory = {
+                        model: self._held(self.anatomy.encoded(hidden)) for model, hidden in passage.hidden.items()
+                    }
+                passage.hidden, passage.arguments = {}, []
+
+    def _groups(self, layer: int, passages: Sequence[_Passage]) -> Iterator[list[_Passage]]:
         """Yield groups of passages whose dense activations in a block, kept for the comparison, fit into memory."""
         width = self.plan.compared_width(layer)
         sizes = [
-            passage.batch.ids.numel() * width if passage.stream.compares and self.variants else 0
-            for passage in self.passages
+            passage.batch.last.ids.numel() * width if self._compares(passage, layer) else 0 for passage in passages
         ]
-        return within_memory(self.passages, sizes, self.plan.compared_bytes)
+        return within_memory(passages, sizes, self.plan.compared_bytes)
+
+    def _compares(self, passage: _Passage, layer: int) -> bool:
+        return bool(passage.stream.compares and self.variants and self._reads(passage, layer))
+
+    def _reads(self, passage: _Passage, layer: int) -> bool:
+        return self.anatomy.stack_of(layer) is read_stack(self.anatomy, passage.batch)
 
     def _read_group(self, layer: int, block: Block, group: Sequence[_Passage]) -> None:
         for model in (DENSE, *self.variants):
@@ -150,7 +201,7 @@ class _Wave:
                 block.become(self.variants[model])
             used: dict[int, Reader] = {}
             for passage in reading:
-                readers = passage.readers(model)
+                readers = passage.readers(model) if self._reads(passage, layer) else ()
                 used |= {id(reader): reader for reader in readers}
                 self._read_passage(layer, model, passage, readers)
             for reader in used.values():
@@ -160,14 +211,15 @@ class _Wave:
 
     def _read_passage(self, layer: int, model: str, passage: _Passage, readers: Sequence[Reader]) -> None:
         hidden = passage.hidden[model].to(self.anatomy.device, non_blocking=True)
-        keep = Keep(SIGNAL_SITES if model == DENSE and passage.stream.compares and self.variants else ())
-        after = self.session.read_block(
-            layer, hidden, passage.arguments[layer], passage.batch, [*readers, keep], passage.dense
-        )
+        keep = Keep(SIGNAL_SITES if model == DENSE and self._compares(passage, layer) else ())
+        arguments = passage.arguments[layer - self.anatomy.stack_of(layer).first]
+        if passage.memory:
+            arguments = arguments.replaced(_MEMORY, passage.memory[model].to(self.anatomy.device, non_blocking=True))
+        after = self.session.read_block(layer, hidden, arguments, passage.batch, [*readers, keep], passage.dense)
         if keep.values:
             passage.dense = {site: value for (_, site), value in keep.values.items()}
         passage.hidden[model] = self._held(after)
-        self.progress(passage.batch.n_tokens * self.shares)
+        self._advance(passage, layer)
 
     def _end(self, passage: _Passage) -> None:
         for model in tuple(passage.hidden):
@@ -176,8 +228,15 @@ class _Wave:
             self.session.read_final(hidden, passage.batch, readers)
             for reader in readers:
                 reader.flush()
-            self.progress(passage.batch.n_tokens * self.shares)
-        passage.arguments = []
+            self._advance(passage, len(self.anatomy.blocks))
+        passage.arguments, passage.memory = [], {}
+
+    def _advance(self, passage: _Passage, layer: int) -> None:
+        """Report a block, or the end, as a share of the tokens that are read."""
+        shares = (
+            len(self.anatomy.blocks) + 1 if passage.runs_in(self.anatomy.stacks[-1]) else self.anatomy.stacks[0].stop
+        )
+        self.progress(passage.batch.n_tokens / shares)
 
     def _held(self, hidden: Tensor) -> Tensor:
         """Return states where they wait for the next block: on the device, or on the host if they do not fit."""

@@ -2,10 +2,12 @@
 
 A *component* is what is patched: the residual stream after a block, a subspace of it, the output of a role, what one
 expert adds to the stream (nothing to tokens that are not routed to it), some neurons, or the weights of a projection.
-*Restoring* patches the dense model's values into the pruned model; *damaging* patches the pruned model's values into
-the dense one. Both runs read the same tokens, so values correspond position by position. By default activations are
-patched where tokens count (:meth:`probes.batches.Batcher.counts`), so not at the first one unless the session was told
-to count it; weights act on every token.
+In an encoder-decoder it lies in either stack: what is patched in the encoder acts on the rest of the encoder, and
+through its output on the whole decoder. *Restoring* patches the dense model's values into the pruned model; *damaging*
+patches the pruned model's values into the dense one. Both runs read the same tokens, so values correspond position by
+position. By default activations are patched where tokens count (:meth:`probes.batches.Batcher.counts`), so not at the
+first one unless the session was told to count it; weights act on every token. The start token of a decoder is always
+patched: the first token is predicted from it.
 
 Exact patching needs one run per component. Attribution patching (Nanda, 2023; Syed et al., 2024, 2310.10348) estimates
 all effects at once from gradients of the patched run. It is a first-order approximation; the exact runs tell how good.
@@ -42,7 +44,7 @@ from .scoring import (
     objective,
     question_batches,
 )
-from .session import Session
+from .session import Session, part_at
 
 Direction = Literal["restore", "damage"]
 #: Tokens whose activations are patched: those that count, or all of them, the first and special ones too.
@@ -353,7 +355,7 @@ def patch(
                         edits = [_Put(place, values[place.layer, place.site], positions) for place in component.places]
                         final = final_states(session, batch.batch, edits=edits, outputs=outputs, start=start)
                         scores.take(batch, batch.scores(session.anatomy, final))
-                        progress(int(batch.batch.real.sum()))
+                        progress(batch.batch.n_tokens)
     return Patched(dense.scores, pruned.scores, {i: table.scores for i, table in enumerate(exact)})
 
 
@@ -395,11 +397,11 @@ def attribute(
             for batch, values, theirs in zip(group, kept, added, strict=True):
                 own = KeepAdded(inside)
                 gradients = _differentiate(session, batch, second, sites, bool(wanted), biases, own)
-                progress(3 * int(batch.batch.real.sum()))
+                progress(3 * batch.batch.n_tokens)
                 if placed:
-                    mask = _mask(batch.batch, positions)
-                    by_expert = _by_expert(gradients, theirs, own, mask)
-                    rows = _effects([components[i] for i in placed], gradients, values, mask, by_expert)
+                    masks = {site: _mask(part_at(session.anatomy, *site, batch.batch), positions) for site in sites}
+                    by_expert = _by_expert(gradients, theirs, own, masks)
+                    rows = _effects([components[i] for i in placed], gradients, values, masks, by_expert)
                     np.add.at(sums.T, np.array(batch.batch.segments), rows.T.cpu().numpy())
                 for key, gradient in gradients.weights.items():
                     if key in wanted:
@@ -469,7 +471,7 @@ def _run(
     keep = Keep(sites)
     final = final_states(session, batch.batch, [keep, *readers], outputs=outputs)
     scores.take(batch, batch.scores(session.anatomy, final))
-    progress(int(batch.batch.real.sum()))
+    progress(batch.batch.n_tokens)
     return keep.values
 
 
@@ -536,7 +538,7 @@ def _with_gradient(place: Place) -> Place:
     return replace(place, site=EXPERTS) if _of_expert(place.site) else place
 
 
-def _by_expert(run: _Gradients, others: KeepAdded, own: KeepAdded, mask: Tensor) -> dict[Site, Tensor]:
+def _by_expert(run: _Gradients, others: KeepAdded, own: KeepAdded, masks: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
     """Return the estimated effect of patching what each expert adds, float64 ``[rows]``, by block and its site.
 
     No tensor has a place for every expert and token: each token is routed to a few.
@@ -545,7 +547,7 @@ def _by_expert(run: _Gradients, others: KeepAdded, own: KeepAdded, mask: Tensor)
     for layer, theirs in others.added.items():
         if (layer, EXPERTS) not in run.gradients:
             continue
-        gradient = run.gradients[layer, EXPERTS] * mask[..., None]
+        gradient = run.gradients[layer, EXPERTS] * masks[layer, EXPERTS][..., None]
         change = _towards(gradient, theirs) - _towards(gradient, own.added[layer])
         found |= {(layer, expert_site(expert)): effect for expert, effect in enumerate(change.T)}
     return found
@@ -563,12 +565,16 @@ def _effects(
     components: Sequence[Component],
     run: _Gradients,
     others: Mapping[Site, Tensor],
-    mask: Tensor,
+    masks: Mapping[Site, Tensor],
     by_expert: Mapping[Site, Tensor],
 ) -> Tensor:
-    """Return the estimated effect of patching each component on the objective, float64 ``[components, rows]``."""
-    changes = {site: (others[site] - run.values[site]) * mask[..., None] for site in run.gradients}
-    found = mask.new_zeros((len(components), len(mask)), dtype=torch.float64)
+    """Return the estimated effect of patching each component on the objective, float64 ``[components, rows]``.
+
+    `masks` says which tokens are patched at every site.
+    """
+    changes = {site: (others[site] - run.values[site]) * masks[site][..., None] for site in run.gradients}
+    any_mask = next(iter(masks.values()))
+    found = any_mask.new_zeros((len(components), len(any_mask)), dtype=torch.float64)
     for own, component in zip(found, components, strict=True):
         for place in component.places:
             site = place.layer, place.site
@@ -591,7 +597,8 @@ def _groups(
     width = sum(anatomy.hidden_size * int(anatomy.config.num_experts_per_tok) for _ in inside)
     width += sum(_width(anatomy, *site) for site in sites) + len(anatomy.blocks) * anatomy.hidden_size
     batches = question_batches(session, questions, smaller)
-    sizes = [batch.batch.ids.numel() * width * anatomy.element_size for batch in batches]
+    tokens = [max(batch.batch.ids.numel(), batch.batch.last.ids.numel()) for batch in batches]
+    sizes = [number * width * anatomy.element_size for number in tokens]
     return within_memory(batches, sizes, _KEPT_BYTES)
 
 

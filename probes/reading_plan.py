@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from humanize import naturaldelta, naturalsize
+from torch import Tensor
 
 from pruning.engine.plan import MemoryCapError
 from pruning.memory import free_memory
-from pruning.models.anatomy import Anatomy, role_kind
+from pruning.models.anatomy import Anatomy, Stack, role_kind
 
 from .batches import Batch
 from .readers.loss import log_likelihood, tile_rows
@@ -196,7 +198,7 @@ class _Needs:
         """Return what a stream's results take until reading ends; those in files are memory-mapped and not counted."""
         files = stream.files
         layers = len(self.anatomy.blocks)
-        rows = sum(len(batch.segments) for batch in stream.batches)
+        rows = sum(len(batch.segments) for batch in stream.batches if batch.decoder is None)
         a_model = layers * (rows * (self.anatomy.hidden_size * 4 + 128) + readable_neurons(self.anatomy) * 32)
         a_model += layers * rows * most_experts(self.anatomy) * 4
         if stream.compares:
@@ -205,18 +207,19 @@ class _Needs:
 
     def _passing(self) -> int:
         """Return the working memory of a batch inside a block."""
-        longest = max((batch.ids.shape[1] for batch in self._batches()), default=0)
+        parts = [part for batch in self._batches() for part in _parts(batch)]
+        longest = max((part.ids.shape[1] for part in parts), default=0)
         heads = int(self.anatomy.config.num_attention_heads)
         width = self.widest * 5 + self.anatomy.hidden_size * 6 + heads * longest
         if most_experts(self.anatomy):  # each token passes through several
             shapes = (self.anatomy.shape(*key) for key in self.anatomy if role_kind(key[1]) != key[1])
             expert = max(outputs + inputs for outputs, inputs in shapes)
             width += int(self.anatomy.config.num_experts_per_tok) * expert * 4
-        return max((batch.ids.numel() for batch in self._batches()), default=0) * width * max(self.element, _FLOAT)
+        return max((part.ids.numel() for part in parts), default=0) * width * max(self.element, _FLOAT)
 
     def _scoring(self) -> int:
         """Return what a batch's logits take, computed one vocabulary tile at a time, and that tile of the head."""
-        tokens = max((batch.ids.numel() for batch in self._batches()), default=0)
+        tokens = max((batch.last.ids.numel() for batch in self._batches()), default=0)
         tile = tile_rows(self.anatomy.device)
         return (tokens * (3 * tile + self.anatomy.hidden_size) + tile * self.anatomy.hidden_size) * _FLOAT
 
@@ -224,10 +227,25 @@ class _Needs:
 
     def held(self, batch: Batch, models: int) -> int:
         """See :meth:`ReadingPlan.held`."""
+        if self.anatomy.encoder_decoder:
+            return self._held_twice(batch, models)
         tokens = batch.ids.numel()
         masks = 2 * tokens * batch.ids.shape[1]  # bool; some models have one each for sliding and full attention
         rotary = 4 * tokens * 256 * _FLOAT
         return tokens * self.anatomy.hidden_size * self.element * (models + 1) + masks + rotary
+
+    def _held_twice(self, batch: Batch, models: int) -> int:
+        """Return the same for an encoder-decoder: the output of every model's encoder is held, too.
+
+        Position biases and masks are one tensor with a value a head and pair of tokens: of the encoder, then of the
+        decoder, for its own tokens and those of the encoder.
+        """
+        heads = int(self.anatomy.config.num_attention_heads)
+        rows, first = batch.ids.shape
+        second = batch.decoder.ids.shape[1] if batch.decoder is not None else 0
+        states = rows * (first + second) * self.anatomy.hidden_size * self.element * (models + 1)
+        pairs = rows * max(first * first, second * (first + second))
+        return states + pairs * (heads + 1) * max(self.element, _FLOAT)
 
     def compared_width(self, layer: int) -> int:
         """See :meth:`ReadingPlan.compared_width`."""
@@ -245,10 +263,10 @@ class _Needs:
         return max(sizes, default=0)
 
     def total_compared(self) -> int:
-        return self._widest_compared() * sum(batch.ids.numel() for batch in self._compared())
+        return self._widest_compared() * sum(batch.last.ids.numel() for batch in self._compared())
 
     def largest_compared(self) -> int:
-        return self._widest_compared() * max((batch.ids.numel() for batch in self._compared()), default=0)
+        return self._widest_compared() * max((batch.last.ids.numel() for batch in self._compared()), default=0)
 
     def largest_batch(self) -> int:
         """Return the minimum that must fit for any text to be read."""
@@ -262,31 +280,58 @@ class _Needs:
 
     @torch.no_grad()
     def seconds(self, waves: int) -> float:
-        """Time one batch in the first block and in the head, and extrapolate."""
-        batches = list(self._batches())
-        if not batches:
+        """Time one batch in the first block of each stack and in the head, and extrapolate."""
+        if not self._batches():
             return 0.0
-        batch = max(batches, key=lambda one: one.ids.numel())
-        session, anatomy = self.session, self.anatomy
-        with anatomy.loaded(0, to_read=True), anatomy.loaded_for_start():
-            hidden, arguments = session.starter().begin(**session.stack_inputs(batch))
-        with session.owner.block(0, changes=False):
-            a_block = _timed(lambda: session.read_block(0, hidden, arguments[0], batch), anatomy)
-        states = hidden.flatten(0, 1)[:_TRIED]
-        index = torch.arange(len(states), device=states.device)
-        with anatomy.loaded_for_end():
-            head = _timed(lambda: log_likelihood(anatomy, states, index, batch.ids.flatten()[:_TRIED]), anatomy, 1)
-        padded = sum(len(stream.models) * one.ids.numel() for stream in self.streams for one in stream.batches)
-        scored = sum(
-            len(stream.models) * one.ids.numel()
+        passes = sum(map(self._seconds_in, self.anatomy.stacks))
+        block_bytes = sum(p.numel() for block in self.anatomy.blocks for p in block.parameters()) * self.element
+        return passes * _READERS + self._seconds_to_score() + waves * self.variants * block_bytes * _SECONDS_A_BYTE
+
+    def _seconds_in(self, stack: Stack) -> float:
+        """Return what all text takes in a stack."""
+        session, anatomy, layer = self.session, self.anatomy, stack.first
+        found = [batch for batch in self._batches() if layer == 0 or batch.decoder is not None]
+        if not found:
+            return 0.0
+        batch = max(found, key=lambda one: _part(one, layer).ids.numel())
+        memory = None
+        with anatomy.loaded(layer, to_read=True), anatomy.loaded_for_start():
+            if layer > 0:  # what the encoder's output is makes no difference
+                memory = self._zeros(*batch.ids.shape)
+            hidden, arguments = session.starter(stack).begin(**session.stack_inputs(batch, stack, memory))
+        with session.owner.block(layer, changes=False):
+            a_block = _timed(lambda: session.read_block(layer, hidden, arguments[0], batch), anatomy)
+        padded = sum(
+            len(stream.models) * _part(one, layer).ids.numel()
             for stream in self.streams
             for one in stream.batches
-            if stream.models != (DENSE,) or stream.compares
+            if layer == 0 or one.decoder is not None
         )
-        block_bytes = sum(p.numel() for p in anatomy.blocks[0].parameters()) * self.element
-        applying = waves * self.variants * len(anatomy.blocks) * block_bytes * _SECONDS_A_BYTE
-        passes = padded * a_block / batch.ids.numel() * len(anatomy.blocks) * _READERS
-        return passes + scored * head / len(states) + applying
+        return padded * a_block / _part(batch, layer).ids.numel() * (stack.stop - stack.first)
+
+    def _seconds_to_score(self) -> float:
+        """Return what the logits of all text take."""
+        anatomy = self.anatomy
+        scored = sum(
+            len(stream.models) * one.last.ids.numel()
+            for stream in self.streams
+            for one in stream.batches
+            if (stream.models != (DENSE,) or stream.compares)
+            and (one.decoder is not None or not anatomy.encoder_decoder)
+        )
+        if not scored:
+            return 0.0
+        batch = max(self._batches(), key=lambda one: one.last.ids.numel())
+        ids = batch.last.ids.flatten()[:_TRIED]
+        with anatomy.loaded_for_end():
+            states = self._zeros(len(ids))
+            index = torch.arange(len(states), device=states.device)
+            head = _timed(lambda: log_likelihood(anatomy, states, index, ids), anatomy, 1)
+        return scored * head / len(states)
+
+    def _zeros(self, *size: int) -> Tensor:
+        model: Any = self.anatomy.model
+        return torch.zeros(*size, self.anatomy.hidden_size, dtype=model.dtype, device=self.anatomy.device)
 
     def _batches(self) -> Sequence[Batch]:
         return [batch for stream in self.streams for batch in stream.batches]
@@ -296,6 +341,15 @@ class _Needs:
 
     def _widest_compared(self) -> int:
         return max(self.compared_width(layer) for layer in range(len(self.anatomy.blocks)))
+
+
+def _part(batch: Batch, first: int) -> Batch:
+    """Return what the stack reads that begins with a block."""
+    return batch if first == 0 else batch.last
+
+
+def _parts(batch: Batch) -> Sequence[Batch]:
+    return [batch] if batch.decoder is None else [batch, batch.decoder]
 
 
 def _timed(run: Callable[[], object], anatomy: Anatomy, repeats: int = 2) -> float:

@@ -39,7 +39,8 @@ class Readings:
         fold i mod :data:`probes.readers.firing.FOLDS`. Those of expert e are number e · (neurons of an expert) and on;
         blocks with fewer neurons than others have zeros after them.
     tokens
-        Number of tokens counted in each segment, int64 ``[segments]``.
+        Number of tokens counted in each segment in each block, int64 ``[layers, segments]``: the same in all blocks but
+        for an encoder-decoder, whose encoder reads all of a segment and whose decoder its second half.
     nll
         Negative log-likelihood of each segment in nats, float64 ``[segments]``.
     predicted
@@ -60,6 +61,9 @@ class Readings:
     neurons
         Of a mixture of experts: neurons of each expert, and, last, those that all tokens pass through, int64 ``[layers,
         experts + 1]``.
+    context
+        Number of tokens counted of those that a decoder attends to in its encoder, int64 ``[segments]``: of the first
+        half, which the decoder does not read itself; 0 in a decoder-only model.
     """
 
     pooled: Tensor
@@ -73,6 +77,7 @@ class Readings:
     routed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.int32))
     agreed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int32))
     neurons: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.int64))
+    context: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @classmethod
     def empty(
@@ -88,7 +93,8 @@ class Readings:
         shapes: dict[str, tuple[str, tuple[int, ...]]] = {
             "pooled": ("F32", (layers, segments, hidden)),
             "fired": ("I32", (FOLDS, layers, neurons)),
-            "tokens": ("I64", (segments,)),
+            "tokens": ("I64", (layers, segments)),
+            "context": ("I64", (segments,)),
             "nll": ("F64", (segments,)),
             "predicted": ("I64", (segments,)),
             "utf8_bytes": ("I64", (segments,)),

@@ -47,17 +47,25 @@ class Question:
         ``(row, position, token, choice)``: the token's log-probability after that position counts towards that choice.
     choices, answer
         Number of choices, and index of the right one.
+    source
+        Token ids that the encoder of an encoder-decoder reads beside every row, which is the decoder's.
     """
 
     rows: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[int, int, int, int], ...]
     choices: int
     answer: int
+    source: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Number of tokens to read."""
-        return sum(map(len, self.rows))
+        return sum(len(self.source) + len(row) for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens that a row takes at most, with those that the encoder reads."""
+        return len(self.source) + max(map(len, self.rows))
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ class QuestionBatch:
     Attributes
     ----------
     batch
-        The rows; ``batch.segments`` says which question each belongs to.
+        The rows, in an encoder-decoder with what its encoder reads; ``batch.segments`` says which question each belongs
+        to.
     questions
         Which questions these are, in order.
     state
@@ -165,14 +174,30 @@ def item_questions(session: Session, items: Sequence[Item]) -> list[Question]:
     """Return items as questions.
 
     All choices are scored from the same position: the first token at which any of them differs from the prompt's own
-    tokenization, in case the tokenizer merges across the boundary.
+    tokenization, in case the tokenizer merges across the boundary. An encoder-decoder reads the prompt with its encoder
+    and is scored on the choices by its decoder, from the start token on.
 
     Raises
     ------
     TextError
         If an item has no token before its choices, is too long for the model, or two choices have the same tokens.
     """
-    return [_item_question(session, item) for item in items]
+    ask = _encoded_question if session.anatomy.encoder_decoder else _item_question
+    return [ask(session, item) for item in items]
+
+
+def _encoded_question(session: Session, item: Item) -> Question:
+    source = tuple(session.tokenizer(item.prompt)["input_ids"])
+    choices = [session.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in item.choices]
+    wholes = [(session.batcher.decoder_start, *choice) for choice in choices]
+    _check_length(session, item, max(len(source), *map(len, wholes)))
+    if not source:
+        raise TextError(
+            f'item "{item.id}" has no prompt, and this tokenizer adds no token; give it one, or leave it out'
+        )
+    if any(len(whole) < 2 for whole in wholes) or len(set(wholes)) < len(wholes):
+        raise TextError(f'item "{item.id}": two choices have the same tokens, or one has none; reword it')
+    return _question(wholes, 1, item.answer, source)
 
 
 def _item_question(session: Session, item: Item) -> Question:
@@ -181,26 +206,37 @@ def _item_question(session: Session, item: Item) -> Question:
 
     wholes = [encoded(item.prompt + choice) for choice in item.choices]
     start = _common_start([encoded(item.prompt), *wholes])
-    limit = getattr(session.anatomy.config, "max_position_embeddings", None) or max(map(len, wholes))
     if start == 0:
         raise TextError(
             f'item "{item.id}" has no token before its choices, and this tokenizer prepends none; '
             "give it a longer prompt, or leave it out"
         )
-    if max(map(len, wholes)) > limit:
-        raise TextError(f'item "{item.id}" is longer than the model\'s {limit} tokens; shorten it')
+    _check_length(session, item, max(map(len, wholes)))
     if any(len(whole) <= start for whole in wholes) or len(set(wholes)) < len(wholes):
         raise TextError(f'item "{item.id}": two choices, or a choice and the prompt, have the same tokens; reword it')
+    return _question(wholes, start, item.answer)
+
+
+def _check_length(session: Session, item: Item, longest: int) -> None:
+    limit = getattr(session.anatomy.config, "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise TextError(f'item "{item.id}" is longer than the model\'s {limit} tokens; shorten it')
+
+
+def _question(wholes: Sequence[tuple[int, ...]], start: int, answer: int, source: tuple[int, ...] = ()) -> Question:
+    """Return the question that scores these token ids from a position on, one sequence a choice."""
     rows = _without_beginnings([whole[:-1] for whole in wholes])
     targets = []
     for choice, whole in enumerate(wholes):
         row = next(i for i, row in enumerate(rows) if row[: len(whole) - 1] == whole[:-1])
         targets += [(row, position - 1, whole[position], choice) for position in range(start, len(whole))]
-    return Question(tuple(rows), tuple(targets), len(wholes), item.answer)
+    return Question(tuple(rows), tuple(targets), len(wholes), answer, source)
 
 
 def text_questions(session: Session, segments: Sequence[Segment]) -> list[Question]:
     """Return segments of text as questions with one choice each: all tokens that count, each given its prefix.
+
+    For an encoder-decoder these are the tokens of the second half (:meth:`probes.batches.Batcher.halves`).
 
     Raises
     ------
@@ -209,18 +245,21 @@ def text_questions(session: Session, segments: Sequence[Segment]) -> list[Questi
     """
     questions = []
     for segment in segments:
-        ids = session.tokenizer(segment.text, truncation=True, max_length=session.batcher.max_length)["input_ids"]
+        ids: list[int] = session.batcher.encoded(segment)
+        source: list[int] = []
+        if session.anatomy.encoder_decoder:
+            source, ids = session.batcher.halves(segment, ids)
         counted = session.batcher.counts(ids)
         targets = tuple((0, position - 1, ids[position], 0) for position in range(1, len(ids)) if counted[position])
         if not targets:
             raise TextError(f'segment "{segment.id}" has no token to predict: {segment.text!r}; leave it out')
-        questions.append(Question((tuple(ids[:-1]),), targets, 1, 0))
+        questions.append(Question((tuple(ids[:-1]),), targets, 1, 0, tuple(source)))
     return questions
 
 
 def question_batches(session: Session, questions: Sequence[Question], smaller: int = 1) -> list[QuestionBatch]:
     """Batch questions of similar length: the session's tokens per batch, or that divided by `smaller`."""
-    longest = [max(map(len, question.rows)) for question in questions]
+    longest = [question.longest for question in questions]
     order = sorted(range(len(questions)), key=lambda i: (longest[i], i))
     groups: list[list[int]] = []
     rows = 0
@@ -238,7 +277,7 @@ def score(session: Session, questions: Sequence[Question], progress: Progress = 
     values = ScoreTable(questions)
     for group in question_batches(session, questions):
         values.take(group, group.scores(session.anatomy, final_states(session, group.batch)))
-        progress(int(group.batch.real.sum()))
+        progress(group.batch.n_tokens)
     return values.scores
 
 
@@ -280,10 +319,13 @@ def _question_batch(session: Session, group: Sequence[int], questions: Sequence[
             index.append(places.setdefault((first + row, position), len(places)))
             token.append(wanted)
             cell.append(number * width + choice)
-    batch = session.batcher.batch(owners, encoded)
+    if session.anatomy.encoder_decoder:
+        batch = session.batcher.paired(owners, [questions[i].source for i in owners], encoded, start_counts=True)
+    else:
+        batch = session.batcher.batch(owners, encoded)
     device = batch.ids.device
     lengths = torch.tensor([len(row) for row in encoded])
-    shift = batch.ids.shape[1] - lengths if session.batcher.padding == "left" else torch.zeros_like(lengths)
+    shift = batch.last.ids.shape[1] - lengths if session.batcher.padding == "left" else torch.zeros_like(lengths)
     state = torch.tensor([(row, position + int(shift[row])) for row, position in places])
     there = torch.tensor([[c < questions[i].choices for c in range(width)] for i in group])
     answers = torch.tensor([questions[i].answer for i in group])

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from pruning.engine.streams import Arguments, StackStarter
 from pruning.errors import ModelError
-from pruning.models.anatomy import ROUTING, Anatomy
+from pruning.models.anatomy import CONTEXT_ROLES, ROUTING, Anatomy, Stack
 from pruning.models.arithmetic import fast_float32
 from pruning.projections import Key
 from pruning.text.sources import Segment
@@ -77,7 +77,7 @@ class Session:
     Raises
     ------
     ModelError
-        If the architecture is unknown, or an encoder-decoder.
+        If the architecture is unknown, or an encoder-decoder without a start token for its decoder.
     """
 
     def __init__(
@@ -96,8 +96,6 @@ class Session:
         self.tokenizer = tokenizer
         self.owner = DenseModel(model)
         self.anatomy = self.owner.anatomy
-        if self.anatomy.encoder_decoder:
-            raise ModelError(f'only decoder-only models can be read; "{self.anatomy.kind}" can only be pruned')
         self.batcher = Batcher(
             tokenizer,
             self.anatomy.device,
@@ -105,6 +103,7 @@ class Session:
             batch_tokens=batch_tokens,
             padding=padding,
             skip_first=skip_first,
+            decoder_start=self.anatomy.decoder_start,
         )
         self._accepted = inspect.signature(type(model).forward).parameters.keys()
         self._differentiating = False
@@ -153,15 +152,23 @@ class Session:
         if self.anatomy.streamed:
             raise ModelError("this needs the whole model in memory, but it is streamed from disk; load it whole")
         keep = outputs if outputs is not None and not outputs else None
-        goes_on_from = outputs[start - 1] if outputs is not None and start else None
-        wanted = self._wanted(readers, edits, every_block=keep is not None)
-        skipped = [self._envoy(self.anatomy.path(layer, "residual")) for layer in range(start)]
+        wanted = self._wanted(readers, edits, batch, every_block=keep is not None)
+        skipped = [
+            (self._envoy(self.anatomy.path(layer, "residual")), outputs[min(start, stack.stop) - 1])
+            for stack in self.anatomy.stacks
+            for layer in range(stack.first, min(start, stack.stop))
+            if outputs is not None
+        ]
+        root, inputs = self._traced, self.inputs(batch) | self._spared
+        if self._only_encoder(batch):
+            encoder = self.anatomy.stacks[0]
+            root, inputs = self._envoy(encoder.path), self.stack_inputs(batch, encoder)
         with (
             torch.set_grad_enabled(self._differentiating),
             fast_float32(self.anatomy.device),
-            self._traced.trace(**self.inputs(batch), **self._spared) as trace,
+            root.trace(**inputs) as trace,
         ):
-            for block in skipped:
+            for block, goes_on_from in skipped:
                 block.skip(goes_on_from)
             for module, visits in wanted:
                 given = module.inputs if visits[0].inside_experts else None
@@ -179,8 +186,13 @@ class Session:
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return the model's arguments for a batch, restricted to those that it accepts."""
-        inputs = {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
+        inputs = _inputs(batch)
+        if batch.decoder is not None:
+            inputs |= {f"decoder_{name}": value for name, value in _inputs(batch.decoder).items()}
         return {name: value for name, value in inputs.items() if name in self._accepted}
+
+    def _only_encoder(self, batch: Batch) -> bool:
+        return self.anatomy.encoder_decoder and batch.decoder is None
 
     @property
     def _spared(self) -> dict[str, Any]:
@@ -212,14 +224,31 @@ class Session:
 
     # -- block by block --------------------------------------------------------------------------------------
 
-    def stack_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the block stack's arguments for a batch, restricted to those that it accepts."""
-        accepted = inspect.signature(type(self.anatomy.stack_module(self.anatomy.stacks[-1])).forward).parameters
-        return {name: value for name, value in self.inputs(batch).items() if name in accepted}
+    def stack_inputs(self, batch: Batch, stack: Stack | None = None, memory: Tensor | None = None) -> dict[str, Tensor]:
+        """Return a stack's arguments for a batch, restricted to those that it accepts.
 
-    def starter(self) -> StackStarter:
-        """Return what computes the first block's inputs; needs the embeddings (``anatomy.loaded_for_start``)."""
-        return StackStarter(self.anatomy, self.anatomy.stacks[-1])
+        Parameters
+        ----------
+        batch
+            What is read.
+        stack
+            One of the model's stacks; the first by default.
+        memory
+            For the decoder of an encoder-decoder: the output of its encoder, ``[batch, tokens, hidden]``.
+        """
+        stack = stack or self.anatomy.stacks[0]
+        inputs = _inputs(batch if stack.first == 0 else batch.last)
+        if memory is not None:
+            inputs |= {"encoder_hidden_states": memory, "encoder_attention_mask": batch.real}
+        accepted = inspect.signature(type(self.anatomy.stack_module(stack)).forward).parameters
+        return {name: value for name, value in inputs.items() if name in accepted}
+
+    def starter(self, stack: Stack | None = None) -> StackStarter:
+        """Return what computes the inputs of a stack's first block (the first stack's, by default).
+
+        It needs the embeddings (``anatomy.loaded_for_start``).
+        """
+        return StackStarter(self.anatomy, stack or self.anatomy.stacks[0])
 
     def read_block(
         self,
@@ -274,15 +303,17 @@ class Session:
         with torch.no_grad(), fast_float32(self.anatomy.device), norm.trace(hidden):
             value = norm.output
             for reader in interested:
-                reader.read(len(self.anatomy.blocks), "final", value, batch)
+                reader.read(len(self.anatomy.blocks), "final", value, batch.last)
 
     # -- where things are ------------------------------------------------------------------------------------
 
     def _wanted(
-        self, readers: Sequence[Reader], edits: Sequence[Edit], *, every_block: bool
+        self, readers: Sequence[Reader], edits: Sequence[Edit], batch: Batch, *, every_block: bool
     ) -> list[tuple[Any, list[_Visit]]]:
-        """List the visits at every module of the whole model."""
+        """List the visits at every module that runs on a batch."""
         layers = len(self.anatomy.blocks)
+        if self._only_encoder(batch):
+            return self._visits(range(self.anatomy.stacks[0].stop), readers, edits, {}, every_block=every_block)
         wanted = self._visits(range(layers), readers, edits, {}, every_block=every_block)
         interested = [reader for reader in readers if "final" in reader.sites]
         if interested:
@@ -317,6 +348,19 @@ class Session:
         return found
 
 
+def part_at(anatomy: Anatomy, layer: int, site: str, batch: Batch) -> Batch:
+    """Return whose tokens a site has values of: those of a batch, or of its part for the decoder.
+
+    Keys and values of cross-attention are made from the encoder's output.
+    """
+    decoded = layer >= anatomy.stacks[-1].first and site not in CONTEXT_ROLES
+    return batch.last if decoded else batch
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {"input_ids": batch.ids, "attention_mask": batch.real, "position_ids": batch.positions}
+
+
 @dataclass(frozen=True)
 class _Visit:
     """One site of a module's output, with its edits and readers."""
@@ -338,6 +382,7 @@ class _Visit:
 
         `given` are the module's positional and named arguments.
         """
+        batch = part_at(self.anatomy, self.layer, self.site, batch)
         if self.inside_experts:
             return self._inside(output, batch, Routed.of(self.anatomy, self.layer, given))
         value = output if self.site == "final" else self.anatomy.site(self.layer, self.site, output, batch.ids.shape)

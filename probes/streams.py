@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruning.errors import ModelError
 from pruning.files import whole_file
-from pruning.models.anatomy import Anatomy
+from pruning.models.anatomy import Anatomy, Stack
 from pruning.text.sources import Segment
 
 from .batches import Batch
@@ -58,7 +58,19 @@ class Stream(Protocol):
         """Context manager that prepares storage for the results; they are complete when it exits without an error."""
 
     def readers(self, model: str, batch: int) -> Sequence[Reader]:
-        """Return the readers of one model for one batch; the same objects every time."""
+        """Return the readers of one model for one batch; the same objects every time.
+
+        They read the blocks of one stack (:func:`read_stack`).
+        """
+
+
+def read_stack(anatomy: Anatomy, batch: Batch) -> Stack:
+    """Return the stack whose blocks are read on a batch: the last that runs.
+
+    In an encoder-decoder, where a batch has a part for the decoder, its encoder only gives the context: it is read on
+    whole segments instead.
+    """
+    return anatomy.stacks[0 if batch.decoder is None else -1]
 
 
 class HeldoutStream:
@@ -139,7 +151,10 @@ class HeldoutStream:
             kind, _, expert = site.partition(".")
             read.neurons[layer, int(expert) if kind == "expert" else -1] = place.stop - place.start
         for batch in self.batches:
-            read.tokens[list(batch.segments)] = batch.counted.sum(dim=1).long().cpu()
+            stack = read_stack(self._anatomy, batch)
+            read.tokens[stack.first : stack.stop, list(batch.segments)] = batch.last.counted.sum(dim=1).long().cpu()
+            if batch.decoder is not None:
+                read.context[list(batch.segments)] = batch.counted.sum(dim=1).long().cpu()
 
     def _mark_sites(self) -> None:
         """Set the dense model's own error to zero at the sites that exist."""

@@ -33,7 +33,7 @@ class FiringCounts:
     fired
         Tokens on which each neuron fired, one ``[folds, layers, neurons]`` a language: those that were read, no copies.
     tokens
-        Tokens that were counted, ``[languages, folds]``.
+        Tokens that were counted in each block, ``[languages, folds, layers]``.
     routed
         Of a mixture of experts: those that reached each expert, all of them as the last but one, and none as the last,
         one ``[folds, layers, experts + 2]`` a language.
@@ -43,7 +43,7 @@ class FiringCounts:
 
     languages: tuple[str, ...]
     fired: tuple[np.ndarray, ...]
-    tokens: Int64[np.ndarray, "languages folds"]
+    tokens: Int64[np.ndarray, "languages folds layers"]
     routed: tuple[np.ndarray, ...] = ()
     owner: np.ndarray | None = None
 
@@ -51,18 +51,20 @@ class FiringCounts:
     def of(cls, readings: Mapping[tuple[str, str], Readings], variant: str) -> FiringCounts:
         """Take the counts of one model from what was read of all."""
         languages = tuple(dict.fromkeys(language for _, language in readings))
-        fired, tokens = [], np.zeros((len(languages), FOLDS), dtype=np.int64)
+        fired, tokens = [], []
         routed: list[np.ndarray] = []
         owner = None
-        for own, language in zip(tokens, languages, strict=True):
+        for language in languages:
             read = readings[variant, language]
             fired.append(read.fired.numpy())
-            folds = fold_of(torch.arange(len(read.tokens))).numpy()
-            np.add.at(own, folds, read.tokens.numpy())
+            folds = fold_of(torch.arange(read.tokens.shape[1])).numpy()
+            own = np.zeros((FOLDS, len(read.tokens)), dtype=np.int64)
+            np.add.at(own, folds, read.tokens.T.numpy())
+            tokens.append(own)
             if read.experts:
                 routed.append(_routed(read, folds, own))
                 owner = _owners(read.neurons.numpy(), read.fired.shape[2])
-        return cls(languages, tuple(fired), tokens, tuple(routed), owner)
+        return cls(languages, tuple(fired), np.stack(tokens), tuple(routed), owner)
 
     def probabilities(
         self, folds: Sequence[int] = range(FOLDS), layers: slice | Sequence[int] = slice(None)
@@ -85,15 +87,16 @@ class FiringCounts:
         ]
         return np.stack(shares, axis=-1)
 
-    def _reached(self, language: int, folds: list[int], layers: slice | Sequence[int]) -> np.ndarray | np.int64:
-        """Return the tokens that reached each neuron, or every neuron; nan where they are too few."""
+    def _reached(self, language: int, folds: list[int], layers: slice | Sequence[int]) -> np.ndarray:
+        """Return the tokens that reached each neuron, or every neuron of a block; nan where they are too few."""
         if self.owner is None:
-            return self.tokens[language][folds].sum()
-        found = self.routed[language][folds].sum(axis=0)[layers].astype(np.float64)
-        experts = found[:, :-2]
+            found: np.ndarray = self.tokens[language][folds].sum(axis=0)[layers, None]
+            return found
+        reached = self.routed[language][folds].sum(axis=0)[layers].astype(np.float64)
+        experts = reached[:, :-2]
         experts[experts < FEWEST_ROUTED] = np.nan
-        found[:, -1] = np.nan
-        return np.take_along_axis(found, self.owner[layers], axis=1)
+        reached[:, -1] = np.nan
+        return np.take_along_axis(reached, self.owner[layers], axis=1)
 
 
 def _routed(read: Readings, folds: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -101,7 +104,7 @@ def _routed(read: Readings, folds: np.ndarray, tokens: np.ndarray) -> np.ndarray
     _, layers, experts = read.routed.shape
     found = np.zeros((FOLDS, layers, experts + 2), dtype=np.int64)
     np.add.at(found[..., :experts], folds, read.routed.numpy())
-    found[..., experts] = tokens[:, None]
+    found[..., experts] = tokens
     return found
 
 

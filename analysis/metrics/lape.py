@@ -238,10 +238,10 @@ def _selected_by_chance(counts: FiringCounts, highest: float) -> dict[str, float
     The folds of all languages are permuted among the languages: whatever the text says, and however much of it there
     is, stays the same; only the language no longer goes with it.
     """
-    owner, fold = np.nonzero(counts.tokens)
+    owner, fold = np.nonzero(counts.tokens.any(axis=-1))
     fired = np.stack([counts.fired[i][f].ravel() for i, f in zip(owner, fold, strict=True)]).astype(np.float32)
-    read = counts.tokens[owner, fold].astype(np.float32)
-    routed, group = read[:, None], slice(None)
+    routed = counts.tokens[owner, fold].astype(np.float32)  # of each block
+    group = np.repeat(np.arange(routed.shape[1]), fired.shape[1] // routed.shape[1])
     if counts.owner is not None:  # tokens that reached each expert of each block, and the one that a neuron belongs to
         known = estimated(counts.probabilities()).ravel()
         routed = np.stack([counts.routed[i][f].ravel() for i, f in zip(owner, fold, strict=True)]).astype(np.float32)
@@ -250,7 +250,7 @@ def _selected_by_chance(counts: FiringCounts, highest: float) -> dict[str, float
     samples = [np.flatnonzero(owner == i).astype(np.float64) for i in range(len(counts.languages))]
 
     def reached(*dealt: np.ndarray) -> float:
-        weights = np.zeros((len(dealt), len(read)), dtype=np.float32)
+        weights = np.zeros((len(dealt), len(fired)), dtype=np.float32)
         for language, chosen in enumerate(dealt):
             weights[language, chosen.astype(np.int64)] = 1
         probabilities = (weights @ fired) / np.maximum(weights @ routed, 1)[:, group]

@@ -155,7 +155,7 @@ def analyze(
         if variant != DENSE:
             for language in languages:
                 interval = _errors(subspaces, readings[DENSE, language], states[language])
-                estimates.append((language, _METRICS, interval, len(states[language].tokens)))
+                estimates.append((language, _METRICS, interval, len(states[language].nll)))
         if ids is not None:
             for language, correct in _retrieved(subspaces, states, ids).items():
                 estimates.append((language, RETRIEVAL_METRICS, _share_right(correct), correct.shape[1]))

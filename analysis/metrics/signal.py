@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from probes import DENSE, Readings
 from probes.readers.signal import SIGNAL_SITES
+from pruning.models.anatomy import CONTEXT_ROLES
 
 from ..frames import tidy
 from ..stats.bootstrap import segment_interval
+
+#: Which sites have a value for each token that the encoder read, not the decoder.
+_OF_THE_ENCODER = [SIGNAL_SITES.index(role) for role in CONTEXT_ROLES]
 
 
 def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -37,7 +42,10 @@ def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, 
         layer, site = (index.numpy() for index in there.nonzero(as_tuple=True))
         error = read.error[:, there].numpy()
         power = read.power[:, there].numpy()
-        tokens = read.tokens.numpy().astype(np.float64)
+        tokens = read.tokens[torch.from_numpy(layer)].T.numpy().astype(np.float64)  # [segments, sites]
+        crossing = np.isin(site, _OF_THE_ENCODER)
+        if crossing.any():
+            tokens[:, crossing] = read.context[:, None]
 
         def of(
             weights: np.ndarray,
@@ -48,7 +56,7 @@ def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, 
             lost = weights @ error
             with np.errstate(divide="ignore"):  # no error at all: an infinite ratio
                 ratio = 10 * np.log10(weights @ power / lost)
-            return np.concatenate([lost / (weights @ tokens)[..., None], ratio], axis=-1)
+            return np.concatenate([lost / (weights @ tokens), ratio], axis=-1)
 
         value, low, high = segment_interval(of, segments)
         rows.append(

@@ -99,7 +99,7 @@ def report_facts(context: Context) -> ReportFacts:
         fit_segments=study.evaluation.fit_segments,
         rank=study.evaluation.rank or len(study.languages) - 1,
         skip_first=study.evaluation.skip_first,
-        heldout_tokens={lang: int(own.tokens.sum()) for lang, own in read.items()},
+        heldout_tokens={lang: int(own.tokens[0].sum()) for lang, own in read.items()},
         blocks=context.model.facts.blocks,
         neurons=next(iter(read.values())).n_neurons,
         versions=versions(),

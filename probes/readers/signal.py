@@ -10,9 +10,14 @@ from torch import Tensor
 from ..batches import Batch
 from .base import Reader
 
-#: What is compared: the output of every projection that a block of a decoder has (outside of experts), and the residual
-#: stream after every block. Sums of sites that a block has not are NaN.
-SIGNAL_SITES = ("q", "k", "v", "o", "gate", "up", "down", "residual")
+#: What is compared: the output of every projection that a block has (outside of experts; ``cross_*``: of a decoder's
+#: attention to the encoder's output), and the residual stream after every block. Sums of sites that a block has not are
+#: NaN.
+SIGNAL_SITES = (
+    *("q", "k", "v", "o"),
+    *("cross_q", "cross_k", "cross_v", "cross_o"),
+    *("gate", "up", "down", "residual"),
+)
 
 
 class SignalPower(Reader):

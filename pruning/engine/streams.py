@@ -28,6 +28,17 @@ class Arguments:
     positional: tuple[Any, ...]
     named: dict[str, Any]
 
+    def replaced(self, old: object, new: object) -> Arguments:
+        """Return them with one object replaced, such as the encoder's output by that of another model."""
+        return Arguments(
+            tuple(new if value is old else value for value in self.positional),
+            {name: new if value is old else value for name, value in self.named.items()},
+        )
+
+    def __contains__(self, value: object) -> bool:
+        """Whether this very object is one of them."""
+        return any(value is one for one in (*self.positional, *self.named.values()))
+
 
 @dataclass
 class Stream:

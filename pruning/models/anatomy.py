@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from ..errors import ModelError
 from .head import head_logits, head_of, precise_head_logits
 from .layouts import (
+    CONTEXT_ROLES,
     ROLES,
     SHARED_INPUTS,
     Experts,
@@ -35,6 +36,7 @@ from .layouts import (
 from .streaming import Streamed, residence_of
 
 __all__ = [
+    "CONTEXT_ROLES",
     "EXPERTS",
     "ROLES",
     "ROUTING",
@@ -192,6 +194,25 @@ class Anatomy:
     def encoder_decoder(self) -> bool:
         """Whether an encoder runs before the decoder."""
         return len(self.stacks) > 1
+
+    @property
+    def decoder_start(self) -> int | None:
+        """The token that the decoder of an encoder-decoder starts from; None in a decoder-only model.
+
+        Raises
+        ------
+        ModelError
+            If the configuration of an encoder-decoder names none.
+        """
+        if not self.encoder_decoder:
+            return None
+        start = getattr(self.model.config, "decoder_start_token_id", None)
+        if start is None:
+            raise ModelError(
+                f'the configuration of this "{self.kind}" model names no "decoder_start_token_id", without which its '
+                "decoder cannot be read; add it to config.json (T5 and its relatives have 0, their padding)"
+            )
+        return int(start)
 
     def stack_of(self, layer: int) -> Stack:
         """Return the stack that a block belongs to."""

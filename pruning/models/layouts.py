@@ -47,6 +47,9 @@ SHARED_INPUTS = (
     ("shared_down",),
 )
 
+#: Kinds that read the output of the encoder.
+CONTEXT_ROLES = ("cross_k", "cross_v")
+
 
 def role_kind(role: str) -> str:
     """Return the kind of a role: for an expert's role the part before its number.

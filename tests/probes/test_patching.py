@@ -10,6 +10,7 @@ import torch
 from conftest import DECODERS
 from disturbed import Disturbed
 from pairwise import pairwise
+from patched import half_pruned, mixed
 
 from probes import Session
 from probes.items import Item
@@ -26,7 +27,6 @@ from probes.patching import (
     stream_part,
 )
 from probes.scoring import item_questions, score, text_questions
-from pruning import Recipe, prune
 from pruning.variants.owner import DenseModel
 
 ITEMS = [
@@ -35,11 +35,6 @@ ITEMS = [
     Item(id="2", prompt="Bei Nacht sind alle Katzen", choices=(" grau.", " rot.", " g"), answer=0),
     Item(id="3", prompt="Habari ya", choices=(" asubuhi", " jioni sana, rafiki"), answer=1),
 ]
-
-
-def half_pruned(model, tokenizer, sparsity=0.5):
-    (variant,) = prune(model, tokenizer, Recipe(method="magnitude", sparsity=sparsity))
-    return variant
 
 
 def scored_by_hand(model, tokenizer, item):
@@ -161,21 +156,6 @@ def test_all_positions_include_the_first_token_whatever_counts(model, tokenizer,
 def by_hand(place, value, other, first):
     """A part of one value taken from another, from a token on."""
     return torch.cat([value[:, :first], mixed(place, value[:, first:], other[:, first:])], dim=1)
-
-
-def mixed(place, value, other):
-    """A part of one value taken from another, with whole projection matrices."""
-    if place.columns is not None:
-        result = value.clone()
-        for column in place.columns.tolist():
-            result[..., column] = other[..., column]
-        return result
-    if place.basis is None:
-        return other
-    projection = place.basis @ place.basis.T
-    if place.outside:
-        projection = torch.eye(len(projection)) - projection
-    return value @ (torch.eye(len(projection)) - projection) + other @ projection
 
 
 def test_restoring_weights_is_the_model_with_that_one_mask_undone(model, tokenizer):

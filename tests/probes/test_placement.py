@@ -38,7 +38,7 @@ from probes.patching import (
 )
 from probes.readers.firing import NeuronFiring
 from probes.readers.hidden_states import PooledStates
-from probes.readers.signal import SignalError, SignalPower
+from probes.readers.signal import SIGNAL_SITES, SignalError, SignalPower
 from pruning import CalibrationSet, Recipe, prune
 from pruning.models.checkpoint import Shards, checked_plan
 from pruning.models.streaming import open_streamed
@@ -74,7 +74,7 @@ def read(
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "opt", "mt5"])
 def test_reading_on_the_models_device_is_reading_on_the_cpu(kind, padding, tokenizer, segments):
     made = variants(kind, tokenizer)
     expected = read(tiny_model(kind), tokenizer, made, segments, padding=padding)
@@ -92,8 +92,8 @@ def test_readers_of_blocks_do_not_make_a_device_wait():
         "activation": [NeuronFiring(torch.zeros(8, 3, 48, dtype=torch.int32))],
         "residual": [
             PooledStates(torch.zeros(3, 2, 48)),
-            SignalPower([torch.zeros(2, 3, 8, dtype=torch.float64)]),
-            SignalError([torch.zeros(2, 3, 8, dtype=torch.float64)]),
+            SignalPower([torch.zeros(2, 3, len(SIGNAL_SITES), dtype=torch.float64)]),
+            SignalError([torch.zeros(2, 3, len(SIGNAL_SITES), dtype=torch.float64)]),
         ],
     }
     with StandIn() as device:
@@ -110,7 +110,7 @@ def test_readers_of_blocks_do_not_make_a_device_wait():
         assert device.syncs.total() == 5  # one for each, and one more for the counts of the second block
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "mt5"])
 def test_a_streamed_model_is_pruned_and_read_on_its_device_as_on_the_cpu(kind, tmp_path, tokenizer, segments):
     shards = Shards(checkpoint(tmp_path, kind))
 
@@ -142,7 +142,7 @@ def components(anatomy: Any) -> list[Any]:
 
 @pytest.mark.parametrize("direction", [RESTORE, DAMAGE])
 @pytest.mark.parametrize("measure", [patch, attribute])
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "mt5"])
 def test_patching_on_the_models_device_is_patching_on_the_cpu(kind, measure, direction, tokenizer):
     made = variants(kind, tokenizer)[1]
 

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from probes import NeuronFiring, PooledStates, Reader, Session, TokenLoss
 from probes.readers.firing import FOLDS, neuron_places
 from pruning import Segment
-from pruning.errors import ModelError, TextError
+from pruning.errors import TextError
 from pruning.models.anatomy import ROLES
 from pruning.models.arithmetic import fast_float32
 
@@ -143,11 +143,6 @@ def test_a_model_gets_only_the_inputs_that_it_takes(make_model, tokenizer, segme
     real = batch.real.bool()
     for key, value in whole.seen.items():
         torch.testing.assert_close(plain.seen[key][real], value[real])
-
-
-def test_an_encoder_decoder_is_refused(make_model, tokenizer):
-    with pytest.raises(ModelError, match='only decoder-only models can be read; "mt5" can only be pruned'):
-        Session(make_model("mt5"), tokenizer)
 
 
 def test_token_loss_is_the_cross_entropy_of_the_models_own_logits(make_model, decoder, tokenizer, segments):

@@ -41,7 +41,7 @@ def study(effect: float, seeds: int, spread: float = 0.02, seed: int = 0, qualit
         return Readings(
             pooled=torch.from_numpy((states[language] + noise).transpose(1, 0, 2).astype(np.float32)),
             fired=torch.zeros(8, 1, 4, dtype=torch.int32),
-            tokens=predicted,
+            tokens=predicted[None],
             nll=torch.from_numpy(loss * 30),
             predicted=predicted,
             utf8_bytes=predicted,

@@ -60,7 +60,7 @@ PLANTED = {
 def reading(states: np.ndarray) -> Readings:
     zero = torch.zeros(1)
     pooled = torch.from_numpy(np.atleast_3d(states)[None] if states.ndim == 2 else states).float()
-    return Readings(pooled, zero, zero, zero, zero, zero, zero, zero)
+    return Readings(pooled, *[zero] * 7)
 
 
 def analyzed(variant: np.ndarray, dense: np.ndarray = STATES, ids: dict | None = None, **settings) -> pd.DataFrame:

@@ -137,7 +137,7 @@ def test_no_frame_sees_the_state_of_the_first_token(study, tokenizer):
 def test_after_bos_numbers_are_those_of_all_tokens_but_special_ones(study, reference, monkeypatch):
     """So that nothing that was measured with Gemma's or Llama's tokenizer has changed."""
 
-    def counts(self, ids):
+    def counts(self, ids, *, encoder=False):
         return torch.tensor([token not in self.tokenizer.all_special_ids for token in ids])
 
     monkeypatch.setattr(Batcher, "counts", counts)

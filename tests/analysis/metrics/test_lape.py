@@ -89,7 +89,14 @@ def reading(rates: np.ndarray, seed: int, segments: int = 16, tokens: int = 200)
     each = torch.full((segments,), tokens)
     none = torch.zeros(segments, 1, 8, dtype=torch.float64)
     return Readings(
-        torch.zeros(segments, 1, 2), torch.from_numpy(fired).int(), each, each.double(), each, each, none, none
+        torch.zeros(segments, 1, 2),
+        torch.from_numpy(fired).int(),
+        each.expand(len(rates), -1),
+        each.double(),
+        each,
+        each,
+        none,
+        none,
     )
 
 
@@ -154,7 +161,7 @@ def test_folds_add_up_to_the_whole():
     halves = [counts.probabilities(range(i, FOLDS, 2)) for i in (0, 1)]
     np.testing.assert_allclose(whole, (halves[0] + halves[1]) / 2)
     np.testing.assert_allclose(
-        whole[..., 1], readings[DENSE, "b"].fired.sum(0).numpy() / readings[DENSE, "b"].tokens.sum().item()
+        whole[..., 1], readings[DENSE, "b"].fired.sum(0).numpy() / readings[DENSE, "b"].tokens[0].sum().item()
     )
 
 
@@ -198,7 +205,7 @@ def expert_reading(rates: np.ndarray, routed: np.ndarray, seed: int, segments: i
     return Readings(
         torch.zeros(segments, layers, 2),
         torch.from_numpy(fired).int(),
-        *(each, each.double(), each, each, none, none),
+        *(each.expand(layers, -1), each.double(), each, each, none, none),
         *(counts, torch.zeros(segments, layers), sizes),
     )
 

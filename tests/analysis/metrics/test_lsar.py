@@ -75,7 +75,7 @@ def reading(pooled: np.ndarray) -> Readings:
     one = torch.ones(segments)
     zero = torch.zeros(segments, 1, 8, dtype=torch.float64)
     states = torch.from_numpy(pooled[None].astype(np.float32))
-    return Readings(states, torch.zeros(8, 1, 4, dtype=torch.int32), one, one.double(), one, one, zero, zero)
+    return Readings(states, torch.zeros(8, 1, 4, dtype=torch.int32), one[None], one.double(), one, one, zero, zero)
 
 
 BASE = {"model": "m", "method": "wanda", "sparsity": 0.5, "pattern": "row", "allocation": "uniform", "scope": "all"}
