@@ -201,6 +201,27 @@ def common_text(share: float) -> str:
     return f"draws share up to {share:.0%} of their text, which lifts it" if share else "draws share no text"
 
 
+def encoder_blocks(frame: pd.DataFrame) -> int:
+    """Return how many of a model's blocks are an encoder's: those before the first with cross-attention.
+
+    Parameters
+    ----------
+    frame
+        One with layers and roles of the whole model, such as ``signal``.
+    """
+    crossing = frame.loc[frame["role"].astype(str).str.startswith("cross_"), "layer"]
+    return int(crossing.min()) if len(crossing) else 0
+
+
+def layer_label(name: str, encoder: int) -> str:
+    """Return the label of an axis of blocks, which are numbered through both stacks of an encoder-decoder.
+
+    >>> layer_label("layer", 0), layer_label("layer", 12)
+    ('layer', 'layer (encoder: 0-11, decoder: from 12)')
+    """
+    return f"{name} (encoder: 0-{encoder - 1}, decoder: from {encoder})" if encoder else name
+
+
 def categories_of(frame: pd.DataFrame) -> list[str]:
     """Return the categories of a frame, the bundled ones in their own order, others after them."""
     there = list(dict.fromkeys(frame["category"].dropna().astype(str)))

@@ -129,7 +129,10 @@ class FrameSpec:
 
 
 _OVER = "95 % bootstrap interval over held-out segments"
-_COUNTED = "tokens that count: all but the first (BOS, if the tokenizer adds one) and special ones, by default"
+_COUNTED = (
+    "tokens that count: by default all but special ones and, except in an encoder, the first (BOS, if the tokenizer "
+    "adds one)"
+)
 _OVER_SHARE = "95 % Wilson interval at the effective number of items, templates as clusters"
 _OVER_CHANGE = "95 % interval of Agresti and Min at the effective number of items, templates as clusters"
 _OVER_TEMPLATES = "95 % BCa bootstrap interval over templates (fewer than 20: jackknife, t quantiles)"
@@ -182,7 +185,9 @@ FRAMES: dict[str, FrameSpec] = {
         ("language",),
         {
             "perplexity": Metric(
-                "", f"exp of the mean negative log-likelihood per token, given the preceding tokens; {_OVER}"
+                "",
+                "exp of the mean negative log-likelihood per token, given the preceding tokens (encoder-decoders: of "
+                f"the second half of each segment, with the first encoded); {_OVER}",
             ),
             "bits_per_byte": Metric(
                 "bit/byte", f"negative log-likelihood in bits per byte of the UTF-8 text predicted; {_OVER}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import matplotlib as mpl
@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from ..frames.labels import in_order, set_label, sets_of
+from ..frames.labels import in_order, layer_label, set_label, sets_of
 from .style import GREY, PAGE_WIDTH, STYLE, set_style, wrapped
 
 #: Characters of a legend that fit into an inch.
@@ -139,6 +139,19 @@ def range_line(rows: pd.DataFrame, x: str, label: str, colour: str, style: str =
     return Line(label, spread.index.tolist(), spread["mean"].tolist(), colour, style, low, high)
 
 
+def broken(line: Line, encoder: int) -> Line:
+    """Return a line by block with a gap between the encoder's blocks and the decoder's."""
+    first = [i for i, x in enumerate(line.x) if x >= encoder]
+    if not first or first[0] == 0:
+        return line
+
+    def parted(values: Sequence[float | int], between: float) -> list[float | int]:
+        return [*values[: first[0]], between, *values[first[0] :]]
+
+    low, high = (None if band is None else parted(band, math.nan) for band in (line.low, line.high))
+    return replace(line, x=parted(line.x, encoder - 0.5), y=parted(line.y, math.nan), low=low, high=high)
+
+
 def set_lines(rows: pd.DataFrame) -> list[Line]:
     """Return a line by layer for each calibration set, with its interval where there is one."""
     lines = []
@@ -160,6 +173,7 @@ def line_panels(
     y_label: str,
     log_y: bool = False,
     share: bool = True,
+    encoder: int = 0,
     width: float = PAGE_WIDTH,
 ) -> Figure:
     """Draw small multiples of lines with one legend for all.
@@ -174,16 +188,23 @@ def line_panels(
         Whether values are on a logarithmic scale.
     share
         Whether all panels have the same axes.
+    encoder
+        If the x axis is the blocks of an encoder-decoder: how many are the encoder's. A vertical line separates the
+        stacks, and lines break there. Panels with an x axis of their own are drawn as usual.
     width
         Inches: :data:`PAGE_WIDTH` or :data:`COLUMN_WIDTH`.
     """
     columns = min(max(round(width / 1.6), 1), len(panels))
     rows = math.ceil(len(panels) / columns)
+    x_label = layer_label(x_label, encoder)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, 0.7 + 1.35 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
         handles: dict[str, Any] = {}
         for axes, panel in zip(grid.flat, panels, strict=False):
+            if encoder and panel.x_label is None:
+                panel = replace(panel, lines=[broken(line, encoder) for line in panel.lines])
+                axes.axvline(encoder - 0.5, color=GREY, linewidth=0.6)
             for line in panel.lines:
                 if not len(line.x):
                     continue

@@ -14,7 +14,9 @@ from ..frames import labels, of_recipe
 from . import charts, style
 
 
-def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
+def layers(
+    frame: pd.DataFrame, recipe: Mapping[str, Any], *, encoder: int = 0, width: float = style.PAGE_WIDTH
+) -> Figure:
     """Draw overlap of subspaces, what a probe finds in each part, and CKA, by layer.
 
     Means over languages and calibration sets; bands: lowest to highest over calibration sets.
@@ -59,6 +61,7 @@ def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
         [panel for panel in panels if any(len(line.x) for line in panel.lines)],
         title=f"Rotated or lost? ({labels.recipe_label(recipe)})",
         x_label="layer",
+        encoder=encoder,
         y_label="share",
         width=width,
         share=False,

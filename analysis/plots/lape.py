@@ -15,7 +15,9 @@ from ..frames import VARIANT_COLUMNS, labels, of_recipe
 from . import charts, style
 
 
-def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
+def layers(
+    frame: pd.DataFrame, recipe: Mapping[str, Any], *, encoder: int = 0, width: float = style.PAGE_WIDTH
+) -> Figure:
     """Draw where the dense model's language neurons are, and where each calibration set keeps, loses and gains them."""
     counts = frame.groupby([*VARIANT_COLUMNS, "metric", "layer"], observed=True)["value"].sum().reset_index()
     dense = counts[(counts["method"] == DENSE) & (counts["metric"] == "kept")]
@@ -31,6 +33,7 @@ def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
         panels,
         title=f"Language-specific neurons by layer, all languages ({labels.recipe_label(recipe)})",
         x_label="layer",
+        encoder=encoder,
         y_label="neurons",
         width=width,
     )

@@ -17,7 +17,9 @@ from . import charts, style
 _PARTS = {"specific": "language-specific", "agnostic": "language-agnostic"}
 
 
-def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
+def layers(
+    frame: pd.DataFrame, recipe: Mapping[str, Any], *, encoder: int = 0, width: float = style.PAGE_WIDTH
+) -> Figure:
     """Draw the error of both parts by layer, relative to their spread; a panel a language."""
     shown = of_recipe(frame, recipe)
     panels = []
@@ -31,6 +33,7 @@ def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
         panels,
         title=f"Error of the language-specific and language-agnostic parts ({labels.recipe_label(recipe)})",
         x_label="layer",
+        encoder=encoder,
         y_label="error relative to spread",
         log_y=True,
         width=width,
@@ -53,7 +56,9 @@ def matrix(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
     )
 
 
-def knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = style.PAGE_WIDTH) -> Figure:
+def knowledge(
+    frame: pd.DataFrame, recipe: Mapping[str, Any], *, encoder: int = 0, width: float = style.PAGE_WIDTH
+) -> Figure:
     """Draw how well translations are retrieved, dense and pruned, and the variance that each rank explains.
 
     Means over languages; bands: lowest to highest over calibration sets.
@@ -80,6 +85,7 @@ def knowledge(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = 
         panels,
         title=f"What the agnostic part encodes ({labels.recipe_label(recipe)})",
         x_label="layer",
+        encoder=encoder,
         y_label="share",
         width=width,
         share=False,

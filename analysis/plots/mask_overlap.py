@@ -66,7 +66,8 @@ def roles(
     label, title, _ = _NAMES[metric]
     by = "" if metric.endswith("cosine") else " by layer and role"
     title = f"{title}{by} ({labels.recipe_label(recipe)})"
-    return charts.line_panels(panels, title=title, x_label="layer", y_label=label, width=width)
+    encoder = labels.encoder_blocks(frame)
+    return charts.line_panels(panels, title=title, x_label="layer", y_label=label, encoder=encoder, width=width)
 
 
 def _clusters(

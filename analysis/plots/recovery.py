@@ -47,7 +47,7 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         digits="{:.0f}" if shares else "{:.2f}",
         diverging=True,
         x_label="role",
-        y_label="block",
+        y_label=labels.layer_label("block", labels.encoder_blocks(frame)),
         height=0.17,
         width=width,
     )
@@ -92,6 +92,7 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         panels,
         title=f"Recovery from restoring the residual stream ({_title(frame)})",
         x_label="after block",
+        encoder=labels.encoder_blocks(frame),
         y_label="share of the drop" if shares else "restored",
         share=shares,
         width=width,

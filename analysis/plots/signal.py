@@ -25,6 +25,7 @@ def layers(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = sty
         panels,
         title=f"SNR of the residual stream ({labels.recipe_label(recipe)})",
         x_label="layer",
+        encoder=labels.encoder_blocks(frame),
         y_label="SNR (dB)",
         width=width,
     )
@@ -57,6 +58,7 @@ def roles(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = styl
         panels,
         title=f"SNR of each projection's output, mean over languages ({labels.recipe_label(recipe)})",
         x_label="layer",
+        encoder=labels.encoder_blocks(frame),
         y_label="SNR (dB)",
         width=width,
     )

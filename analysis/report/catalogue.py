@@ -103,7 +103,7 @@ def section_of(recipe: Mapping[str, Any]) -> str:
 
 def study_figures(frames: Frames, facts: ReportFacts) -> Iterator[ReportFigure]:
     """Yield every figure that the frames have data for, in the order of the report."""
-    text = _text(facts)
+    text = _text(facts, labels.encoder_blocks(frames["signal"]))
     yield ReportFigure(
         ALL_MODELS,
         "perplexity",
@@ -131,6 +131,7 @@ def _of_recipe(
     def drawing(plot: Callable[..., Figure], frame: str, **more: Any) -> Callable[[], Figure]:
         return lambda: plot(frames[frame], recipe, **more)
 
+    encoder = labels.encoder_blocks(frames["signal"])
     calibrated = recipe["propagation"] != UNCALIBRATED
     several = len(of_recipe(frames["mask_overlap"], recipe)) > 0
     if calibrated:
@@ -230,7 +231,7 @@ def _of_recipe(
         f"{facts.fit_segments} parallel segments per language; errors on {text}. Lines: means over calibration sets; "
         "bands: minimum to maximum. The frame subspaces also holds errors relative to the whole signal and per "
         "dimension.",
-        drawing(plots.lsar.layers, "subspaces"),
+        drawing(plots.lsar.layers, "subspaces", encoder=encoder),
     )
     if several:
         yield (
@@ -245,7 +246,7 @@ def _of_recipe(
         "(held-out segments that all languages share). Right: share of the between-language variance that a subspace "
         "of each rank explains. Means over languages; bands: minimum to maximum over calibration sets (right: over "
         "layers).",
-        drawing(plots.lsar.knowledge, "subspaces"),
+        drawing(plots.lsar.knowledge, "subspaces", encoder=encoder),
     )
     if len(of_recipe(frames["geometry"], recipe)):
         yield (
@@ -258,7 +259,7 @@ def _of_recipe(
             "where they are not, and their means have come closer, lost. CKA (unbiased): within each language, mean "
             f"over languages. Subspaces, discriminants and accuracies are of different segments among {text}. Lines: "
             "means over calibration sets; bands: minimum to maximum. The frame geometry holds the intervals.",
-            drawing(plots.geometry.layers, "geometry"),
+            drawing(plots.geometry.layers, "geometry", encoder=encoder),
         )
     if several:
         yield from _overlap(frames["mask_overlap"], recipe, drawing)
@@ -293,7 +294,7 @@ def _of_recipe(
             "neurons-layers",
             "Language-specific neurons by layer: those of the dense model that are kept and lost, those gained, and "
             "those of the dense model that still fire above its threshold. Dashed: all of the dense model's.",
-            drawing(plots.lape.layers, "language_neurons"),
+            drawing(plots.lape.layers, "language_neurons", encoder=encoder),
         )
         yield (
             "neurons-entropy",
@@ -375,11 +376,12 @@ def _few_draws(rows: pd.DataFrame) -> str:
     )
 
 
-def _text(facts: ReportFacts) -> str:
+def _text(facts: ReportFacts, encoder: int) -> str:
     tokens = facts.heldout_tokens.values()
+    halved = ", each read whole by the encoder and, for the decoder, halved: the second is predicted from the first"
     return (
         f"{facts.segments} held-out segments per language ({min(tokens)} to {max(tokens)} tokens), disjoint from the "
-        "calibration and fitting text"
+        f"calibration and fitting text{halved if encoder else ''}"
     )
 
 

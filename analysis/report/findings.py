@@ -120,14 +120,21 @@ def _interval(low: float, high: float) -> str:
 def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     snr = of_recipe(frames["signal"], {**recipe, "metric": "snr_db"})
     by_layer = snr[snr["role"] == "residual"].groupby("layer", observed=True)["value"].mean()
-    finite = by_layer[np.isfinite(by_layer)]
-    if len(finite) > 1:
-        fall = finite.diff().dropna()
-        yield (
-            f"The SNR of the residual stream is {finite.iloc[0]:.1f} dB after the first block and "
-            f"{finite.iloc[-1]:.1f} dB after the last (minimum: {finite.min():.1f} dB after block {finite.idxmin()}); "
-            f"it falls most in block {fall.idxmin()} ({fall.min():+.1f} dB). Blocks are numbered from 0."
-        )
+    encoder = labels.encoder_blocks(snr)
+    stacks = {"": by_layer}
+    if encoder:
+        stacks = {" of the encoder": by_layer[by_layer.index < encoder]}
+        stacks |= {" of the decoder": by_layer[by_layer.index >= encoder]}
+    for stack, own in stacks.items():
+        finite = own[np.isfinite(own)]
+        if len(finite) > 1:
+            fall = finite.diff().dropna()
+            yield (
+                f"The SNR of the residual stream{stack} is {finite.iloc[0]:.1f} dB after the first block and "
+                f"{finite.iloc[-1]:.1f} dB after the last (minimum: {finite.min():.1f} dB after block "
+                f"{finite.idxmin()}); it falls most in block {fall.idxmin()} ({fall.min():+.1f} dB). Blocks are "
+                f"numbered from 0{f', through both stacks (the decoder: from {encoder})' if encoder else ''}."
+            )
     roles = snr[snr["role"] != "residual"].groupby(["role", "layer"], observed=True)["value"].mean()
     if len(roles):
         role, layer = roles.idxmin()

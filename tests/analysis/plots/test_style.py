@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from analysis.frames import labels
@@ -47,3 +49,24 @@ def test_further_seeds_are_dotted():
 def test_languages_of_the_bundled_corpus_differ_in_colour():
     known = [style.colour(tag) for tag in ("ar", "de", "en", "es", "fr", "ru", "sw", "zh", "all")]
     assert len(set(known)) == len(known)
+
+
+def test_the_stacks_of_an_encoder_decoder_are_drawn_apart():
+    line = charts.Line("a", [0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0], style.BLACK, low=[0.0] * 4, high=[5.0] * 4)
+    parted = charts.broken(line, 2)
+    assert list(parted.x) == [0, 1, 1.5, 2, 3]
+    for values in (parted.y, parted.low, parted.high):
+        assert [math.isnan(value) for value in values] == [False, False, True, False, False]
+    assert charts.broken(line, 0) == charts.broken(line, 4) == line
+    panels = [charts.Panel("by layer", [line]), charts.Panel("by rank", [line], x_label="rank")]
+    figure = charts.line_panels(panels, title="t", x_label="layer", y_label="y", encoder=2, share=False)
+    by_layer, by_rank = figure.axes
+    assert by_layer.get_xlabel() == "layer (encoder: 0-1, decoder: from 2)"
+    assert [drawn.get_xdata()[0] for drawn in by_layer.lines] == [1.5, 0]
+    assert [list(drawn.get_xdata()) for drawn in by_rank.lines] == [[0, 1, 2, 3]]
+
+
+def test_an_encoder_ends_where_cross_attention_begins():
+    frame = pd.DataFrame({"layer": [0, 1, 2, 2, 3], "role": ["q", "q", "q", "cross_k", "cross_q"]})
+    assert labels.encoder_blocks(frame) == 2
+    assert labels.encoder_blocks(frame[frame["role"] == "q"]) == 0
