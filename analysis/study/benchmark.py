@@ -37,7 +37,6 @@ class Benchmark:
             if not context.records.finished(name, key)
         ]
         if left:
-            context.model.check_readable()
             harness.check_known(list(dict.fromkeys(task for *_, task in left)), _folders(context))
         work = _TOKENS * (context.study.tasks.limit or 500) * context.model.facts.body
         return [

@@ -39,8 +39,8 @@ class ModelFacts(BaseModel):
         Fingerprint of its weights.
     dtype, device
         Dtype and device of its computations.
-    encoder_decoder
-        Whether it is an encoder-decoder, which cannot be read.
+    encoder_blocks
+        How many of its blocks are an encoder's, which come first; 0 in a decoder-only model.
     blocks
         Number of blocks.
     body, head
@@ -52,7 +52,7 @@ class ModelFacts(BaseModel):
     fingerprint: str
     dtype: str
     device: str
-    encoder_decoder: bool
+    encoder_blocks: int
     blocks: int
     body: float
     head: float
@@ -100,14 +100,7 @@ class StudyModel:
 
     @cached_property
     def session(self) -> Session:
-        """The session in which probes read the model.
-
-        Raises
-        ------
-        StudyError
-            If it is an encoder-decoder.
-        """
-        self.check_readable()
+        """The session in which probes read the model."""
         config = self._study.evaluation
         return Session(
             *self._loaded,
@@ -126,7 +119,7 @@ class StudyModel:
             fingerprint=anatomy.fingerprint(),
             dtype=str(model.dtype),
             device=str(anatomy.device),
-            encoder_decoder=anatomy.encoder_decoder,
+            encoder_blocks=anatomy.stacks[-1].first,
             blocks=len(anatomy.blocks),
             body=body,
             head=anatomy.vocabulary * anatomy.hidden_size,
@@ -147,14 +140,6 @@ class StudyModel:
             raise StudyError(
                 "--device-memory caps the memory of a GPU, and this study runs on the CPU; use --memory, "
                 'or choose another device (device = "cuda")'
-            )
-
-    def check_readable(self) -> None:
-        """Raise ``StudyError`` if the model can be pruned but not read."""
-        if self.facts.encoder_decoder:
-            raise StudyError(
-                f"{self._study.model_name} is an encoder-decoder, which can be pruned but not read: "
-                "make its variants with prunescope prune"
             )
 
     @cached_property

@@ -42,8 +42,6 @@ class Read:
     def units(self, context: Context) -> Sequence[Unit]:
         """Return what is left to read, in groups of languages."""
         left = [part for language in context.study.languages if (part := _left(context, language)).anything]
-        if left:
-            context.model.check_readable()
         groups = list(_grouped(context, left))
         return [self._unit(context, group, i, len(groups)) for i, group in enumerate(groups, start=1)]
 
@@ -239,7 +237,7 @@ def _plan(context: Context, streams: Sequence[_Streams], *, trial: bool = False)
 
 
 def _tokens(context: Context, segments: Sequence[Segment]) -> int:
-    return sum(int(batch.real.sum()) for batch in context.model.session.batches(segments))
+    return sum(batch.n_tokens for batch in context.model.session.batches(segments))
 
 
 def _question_tokens(context: Context, language: str) -> int:

@@ -5,7 +5,9 @@ one variant after another, and every model answers the same items with the same 
 
 A choice is scored as the harness scores it: the log-likelihood of its tokens after the prompt, where prompt and choice
 are tokenized together, with the special tokens that the tokenizer prepends (BOS). Trailing spaces of a prompt count as
-part of the choice; an empty prompt is replaced by a BOS token, or by an EOS token if there is none.
+part of the choice; an empty prompt is replaced by a BOS token, or by an EOS token if there is none. In an
+encoder-decoder the prompt is what the encoder reads, and the choice, tokenized on its own, what the decoder is scored
+on.
 """
 
 from __future__ import annotations
@@ -138,7 +140,8 @@ def _counted(model: Any, progress: Progress) -> Iterator[None]:
     """Report the tokens of every call of the model to `progress`."""
 
     def tell(module: Any, positional: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
-        progress((positional[0] if positional else inputs["input_ids"]).numel())
+        read = [*positional[:1], *(inputs.get(name) for name in ("input_ids", "decoder_input_ids", "labels"))]
+        progress(sum(ids.numel() for ids in read if ids is not None))
 
     handle = model.register_forward_pre_hook(tell, with_kwargs=True)
     try:

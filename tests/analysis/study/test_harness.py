@@ -9,6 +9,7 @@ from harness_tasks import jsonl, sums, write_task
 
 from analysis.frames import read_frame, write_frame
 from analysis.study.harness import STUDY_BENCHMARKS, bundled_task_folder, evaluate, known_tasks, preset
+from probes import Item, Session, item_questions, score
 from probes.items import ItemSource
 from pruning import Recipe, prune
 from pruning.errors import StudyError, TextError, VariantError
@@ -104,6 +105,25 @@ def test_items_of_a_source_score_as_by_hand(model, tokenizer, source, tmp_path):
     assert about.loc["2", ["kind", "grade"]].isna().all()
     path = write_frame(tmp_path, "items", frame)
     assert scores(read_frame(path)[lambda read: read["language"] == "en"]) == scores(english)
+
+
+@pytest.mark.usefixtures("harness")
+def test_an_encoder_decoder_reads_the_prompt_and_is_scored_on_the_choice(
+    make_model, tokenizer, source, folder, tmp_path
+):
+    """As the items are scored without the harness."""
+    model = make_model("mt5")
+    names = bundled_task_folder(tmp_path / "items_as_tasks", ["en"], source)
+    read: list[int] = []
+    frame = evaluate(model, tokenizer, names, folders=[tmp_path / "items_as_tasks"], progress=read.append)
+    session = Session(model, tokenizer)
+    expected = score(session, item_questions(session, [Item(**item) for item in ITEMS]))
+    for item, values in zip(ITEMS, expected.values, strict=True):
+        found = [scores(frame)[item["id"], i] for i in range(len(item["choices"]))]
+        assert found == pytest.approx(values[: len(found)].tolist(), abs=1e-4)
+    assert sum(read) > 0
+    generated = evaluate(model, tokenizer, ["parrot_fr"], folders=[folder])
+    assert set(generated["value"]) <= {0.0, 1.0}
 
 
 @pytest.mark.usefixtures("harness")

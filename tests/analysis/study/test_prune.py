@@ -131,11 +131,8 @@ def test_a_changed_study_makes_only_what_is_new(finished, place, tmp_path):
     assert before.items() <= times(tmp_path / "out").items()
 
 
-def test_an_encoder_decoder_is_pruned_and_not_read(tmp_path):
+def test_an_encoder_decoder_is_pruned_and_exported(tmp_path):
     checkpoint(tmp_path / "model", "mt5")
-    result = prunescope("run", study(tmp_path), "--out", tmp_path / "out")
-    expect_one_line(result, "encoder-decoder", "prunescope prune")
-    assert not (tmp_path / "out" / "variants").exists()
     result = prunescope("prune", study(tmp_path), "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "out" / "variants").iterdir())) == 5
