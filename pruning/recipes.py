@@ -57,7 +57,8 @@ class Recipe(BaseModel):
         ``blocks``.
     refinement
         ``swaps`` exchanges kept and pruned weights of a row for as long as that lowers the reconstruction error;
-        ``none`` by default. Methods that update weights refuse it.
+        ``dsnot`` does so until a row's expected output is that of the dense row; ``none`` by default. Methods that
+        update weights refuse it.
     correction
         ``admm`` or ``least-squares`` update the kept weights after the mask is settled, starting from the dense ones;
         ``none`` by default. With a refinement or a correction, a recipe needs calibration text whatever its method.
@@ -306,7 +307,9 @@ class Recipe(BaseModel):
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that the method, the refinement and the correction request."""
-        return self.scoring.needs | ({GRAM} if self.follows else frozenset())
+        refining = refiner_named(self.refinement).needs if self.refinement != NONE else frozenset()
+        correcting = frozenset({GRAM}) if self.correction != NONE else frozenset()
+        return self.scoring.needs | refining | correcting
 
     @property
     def of_inputs(self) -> frozenset[str]:

@@ -242,6 +242,47 @@ def sparsegpt(
     return keep, W
 
 
+# DSnoT
+
+
+def dsnot(W: Tensor, X: Tensor, keep: Tensor, group: int = 0, cycles: int = 50, tolerance: float = 0.1) -> Tensor:
+    """DSnoT (Zhang et al., ICLR 2024): exchange weights, row by row, until |E| <= tolerance; group is m of n:m, else 0.
+
+    E is the sum over pruned weights of w_j S_j, S_j the sum of input j over 2048 average tokens. No weight moves twice.
+    """
+    W, X, keep = W.detach().double(), X.detach().double(), keep.clone()
+    S = 2048 * X.mean(dim=0)
+    variance = ((X - X.mean(dim=0)) ** 2).mean(dim=0)
+    scores = wanda(W, X).tolist()
+    for i in range(W.shape[0]):
+        adds = [float(W[i, j] * S[j]) for j in range(W.shape[1])]
+        gone = [j for j in range(W.shape[1]) if not keep[i, j]]
+        left = [j for j in range(W.shape[1]) if keep[i, j]]
+        E = sum(adds[j] for j in gone)
+        first = math.copysign(1, E)
+        for _ in range(int(cycles)):
+            sign = math.copysign(1, E)
+            if abs(E) <= tolerance or (group and sign != first):
+                break
+            against = [k for k in left if adds[k] * sign < 0]
+            lowest = {}  # of each group, the kept weight with the lowest score
+            for k in against:
+                g = k // group if group else 0
+                if g not in lowest or scores[i][k] < scores[i][lowest[g]]:
+                    lowest[g] = k
+            pairs = {j: lowest.get(j // group if group else 0) for j in gone if adds[j] * sign > 0}
+            pairs = {j: k for j, k in pairs.items() if k is not None}
+            if not pairs:
+                break
+            j = max(pairs, key=lambda j: abs(adds[j]) / float(variance[j]))
+            k = pairs[j]
+            keep[i, j], keep[i, k] = True, False
+            gone.remove(j)
+            left.remove(k)
+            E += adds[k] - adds[j]
+    return keep
+
+
 def reconstruction_error(W: Tensor, W_new: Tensor, X: Tensor) -> float:
     """Return ||X (W - W_new)^T||^2."""
     return float(((X.double() @ (W.double() - W_new.double()).T) ** 2).sum())

@@ -69,6 +69,7 @@ _METHOD_NAMES = {
     "admm": "ADMM",
     "awq": "AWQ",
     "block-influence": "block influence",
+    "dsnot": "DSnoT",
     "flap": "FLAP",
     "gblm": "GBLM",
     "gptq": "GPTQ",

@@ -1,4 +1,4 @@
-"""What may follow the choice of a mask: refining it, and correcting the kept weights. Both use the Gram matrix only.
+"""What may follow the choice of a mask: refining it, and correcting the kept weights. Both look at the inputs only.
 
 A refiner exchanges kept and pruned weights whose values stay the dense ones; a corrector then updates the kept weights.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from ..errors import RecipeError, unknown
 from .admm import ADMM
+from .dsnot import DSNOT
 from .least_squares import LEAST_SQUARES
 from .registry import NONE, Corrected, Corrector, Refiner
 from .swaps import SWAPS
 
 _CORRECTORS = {c.name: c for c in (Corrector(NONE, "kept weights have their dense values"), ADMM, LEAST_SQUARES)}
-_REFINERS = {r.name: r for r in (Refiner(NONE, "the method's mask"), SWAPS)}
+_REFINERS = {r.name: r for r in (Refiner(NONE, "the method's mask"), SWAPS, DSNOT)}
 
 
 def corrector_named(name: str) -> Corrector:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..parameters import Parameter
-from ..statistics import InputStatistics
+from ..statistics import GRAM, InputStatistics
 
 #: Value of `correction` and `refinement` in a recipe without.
 NONE = "none"
@@ -70,12 +70,15 @@ class Refiner:
     refine
         ``refine(weight, mask, inputs, pattern, **parameters)`` returns a mask with as many weights in each row, and in
         each group of an n:m pattern. Raises ``ArithmeticError`` if it cannot.
+    needs
+        Statistics of the inputs that it requests.
     """
 
     name: str
     source: str
     refine: Callable[..., Tensor] | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset({GRAM})
 
 
 def row_errors(change: Float[Tensor, "rows inputs"], inputs: InputStatistics) -> Float[Tensor, " rows"]:

@@ -208,6 +208,24 @@ def test_gblm_has_inputs_of_the_pruned_model_and_gradients_of_the_dense_one(kind
             anatomy.set_weight(layer, role, anatomy.weight(layer, role) * masks[layer, role])
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_wanda_refined_by_dsnot_equals_a_naive_version(kind):
+    recipe = Recipe(method="wanda", sparsity=0.5, refinement="dsnot", propagation="dense")
+    masks = sweep(Anatomy(tiny_model(kind)), [job(recipe)], text(), batch_tokens=32)(job(recipe)).masks
+    anatomy, inputs = double(kind)
+    differing = moved = rows = 0
+    for key in anatomy:
+        x, weight = torch.cat(list(inputs[key].values())), anatomy.weight(*key)
+        before = naive.keep_row(naive.wanda(weight, x) if len(x) else naive.magnitude(weight), 0.5)
+        expected = naive.dsnot(weight, x, before) if len(x) else before
+        differing += int((masks[key] != expected).any(dim=1).sum())
+        moved += int((expected != before).any(dim=1).sum())
+        rows += len(weight)
+        assert torch.equal(masks[key].sum(dim=1), before.sum(dim=1))
+    assert differing <= 0.01 * rows  # one choice that rounding turns changes all that follow in its row
+    assert moved > 0.5 * rows
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "mixtral", "mt5"])
 def test_sparsegpt_passes_corrected_weights_on_to_the_next_block(kind):
     recipe = Recipe(method="sparsegpt", sparsity=0.5)
