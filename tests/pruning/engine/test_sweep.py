@@ -222,7 +222,7 @@ def test_a_diagnosis_shifts_what_every_method_removes_and_not_how_much(kind, pat
     wanted = [
         Job(Recipe(method=method, sparsity=0.5, pattern=pattern, **allocation), None if method in TEXTLESS else MIX)
         for method in known_methods()
-        if method_named(method).scores == "weights"
+        if method_named(method).scores == "weights" and not method_named(method).quantize
         for allocation in (
             {"allocation": "uniform"},
             {"allocation": "diagnosis", "importance": importance},
