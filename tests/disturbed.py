@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -11,7 +11,9 @@ from pruning.variants.owner import DenseModel
 
 
 class Disturbed(DamagedModel):
-    """A model whose weights have all changed by a small share, another one for each."""
+    """A model whose weights have all changed by a small share, another one for each; its biases have not."""
+
+    biases = ()
 
     def __init__(self, model, share):
         self._owner = DenseModel(model)
@@ -25,6 +27,9 @@ class Disturbed(DamagedModel):
     def _write(self, key, *, dense):
         before = self._owner.dense[key]
         self._owner.anatomy.set_weight(*key, before if dense else before - self.change(key))
+
+    def differentiable_biases(self):
+        return nullcontext()
 
     @contextmanager
     def damaged(self):

@@ -14,6 +14,8 @@ along the straight line between their weights.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 from benchmarks.harness import number
 from scipy.stats import norm, spearmanr
@@ -36,8 +38,13 @@ class Between:
     def __init__(self, session, damage, share):
         self._anatomy, self._owner, self._damage, self._share = session.anatomy, session.owner, damage, share
 
+    biases = ()
+
     def damaged(self):
         return _Mixed(self)
+
+    def differentiable_biases(self):
+        return nullcontext()
 
     def change(self, key):
         return self._damage.change(key)

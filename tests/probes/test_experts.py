@@ -62,8 +62,8 @@ def test_firing_and_routing_are_those_of_a_loop_over_tokens(make_model, kind, to
     assert torch.equal(read.routed, routed)
     sparse = [layer for layer in range(3) if anatomy.experts(layer) is not None]
     assert torch.equal(read.fired[:, sparse, : 4 * size], fired[:, sparse, : 4 * size])
-    assert (routed.sum(dim=2)[:, sparse] == 2 * read.tokens[:, None]).all()
-    assert torch.equal(read.agreed[:, sparse].long(), 2 * read.tokens[:, None].expand(-1, len(sparse)))
+    assert (routed.sum(dim=2)[:, sparse] == 2 * read.tokens[sparse].T).all()
+    assert torch.equal(read.agreed[:, sparse].long(), 2 * read.tokens[sparse].T)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,15 @@ from standin import StandIn, on_standin
 
 from pruning import Anatomy, Recipe, known_methods
 from pruning.engine import Workspace, planned_jobs, sweep, workspace
+from pruning.methods import method_named
 from pruning.text.calibration import CalibrationSet, CalibrationText
 
 MIX = CalibrationSet(name="en+sw", languages=("en", "sw"), samples=SHORT.samples, length=SHORT.length)
 RECIPES = [
-    *(Recipe(method=method, sparsity=0.5) for method in known_methods()),
+    *(
+        Recipe(method=method, **({"bits": 4} if method_named(method).quantize else {"sparsity": 0.5}))
+        for method in known_methods()
+    ),
     *(Recipe(method="wanda", sparsity=0.5, pattern=pattern) for pattern in ("matrix", "model", "2:4")),
     Recipe(method="sparsegpt", pattern="2:4"),
     Recipe(method="sparsegpt", sparsity=0.5, pattern="model"),
