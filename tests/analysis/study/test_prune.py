@@ -317,7 +317,7 @@ def test_models_pruned_elsewhere_join_the_variants(finished, elsewhere, tmp_path
         (['a = "clash"'], ('"a" has the same recipe as "wanda-0.4-row-pruned-en-s0"', "leave one of them out")),
         (['a = "ours"', 'b = "ours"'], ("have the same recipe",)),
         (['a = "model"'], ("is not pruned",)),
-        (['a = "other"'], ("not a pruned version of this model",)),
+        (['a = "other"'], ("was not made from this model",)),
         (['a = "nowhere"'], ('cannot load model "nowhere"',)),
         (['dense = "theirs"'], ('"dense" is already the name of a method or another model',)),
         (['wanda = "theirs"'], ('"wanda" is already the name of a method',)),

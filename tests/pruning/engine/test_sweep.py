@@ -13,7 +13,7 @@ from pruning.correction import admm, swaps
 from pruning.engine import Job, Schedule, Workspace, sweep
 from pruning.engine.sweep import sweep_work
 from pruning.errors import ModelError, RecipeError
-from pruning.methods import Method, method_named, registry, sparsegpt
+from pruning.methods import Method, columns, method_named, registry
 from pruning.parameters import Parameter
 from pruning.spectrum import squared_singular_values
 from pruning.statistics import SQUARES, InputStatistics
@@ -341,7 +341,7 @@ def test_shared_text_goes_through_the_model_once(model):
 def test_a_grid_shares_one_gram_matrix_and_one_inverse_a_set_and_input(model, monkeypatch):
     """Masks of three methods, refined, corrected, and SparseGPT: as many as for one recipe, on each of two sets."""
     made: list[str] = []
-    for place, name in ((sparsegpt, "_Factor"), (admm, "_inverted"), (swaps, "_Inputs")):
+    for place, name in ((columns, "Factor"), (admm, "_inverted"), (swaps, "_Inputs")):
         original = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *args, o=original, n=name: made.append(n) or o(*args))
     add = InputStatistics.add
@@ -360,7 +360,7 @@ def test_a_grid_shares_one_gram_matrix_and_one_inverse_a_set_and_input(model, mo
     sweep(anatomy, jobs(*grid), text())
     groups = sum(len(anatomy.groups(layer)) for layer in range(3))
     assert made.count("add") == alone
-    assert [made.count(name) for name in ("_Factor", "_inverted", "_Inputs")] == 3 * [2 * groups]
+    assert [made.count(name) for name in ("Factor", "_inverted", "_Inputs")] == 3 * [2 * groups]
 
 
 def test_a_workspace_in_a_folder_gives_the_same(model, tmp_path):
