@@ -252,7 +252,7 @@ def _expanded(units: Tensor, each: int) -> Tensor:
 @contextmanager
 def _seed_kept() -> Iterator[None]:
     """Context manager that leaves the state of torch's random numbers as it was: new models draw their weights."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pandas as pd
@@ -174,7 +174,10 @@ def test_a_removed_projection_is_found_by_attribution_alone(model, tokenizer):
 class Noisy(DamagedModel):
     """A Llama with all its weights, and one direction of the residual stream after a block shifted."""
 
-    projections = ()
+    projections, biases = (), ()
+
+    def differentiable_biases(self):
+        return nullcontext()
 
     def __init__(self, model, layer, direction):
         # What the whole MLP adds to the stream: no site that is read or put over lies between here and the block's end.

@@ -145,7 +145,7 @@ def test_attribution_counts_the_bias_as_a_small_step_shows(direction):
     shape = session.anatomy.shape(*key)
     step = torch.randn(shape[0], generator=torch.Generator().manual_seed(1)) * 1e-2
     record = VariantRecord(id="step", model="tiny", model_fingerprint=session.owner.fingerprint)
-    variant = Variant(record, MaskSet.pack({key: torch.ones(shape, dtype=torch.bool)}), {}, {key: step})
+    variant = Variant(record, MaskSet.pack({key: torch.ones(shape, dtype=torch.bool)}), {}, biases={key: step})
     questions = item_questions(session, ITEMS)
     damage = DamagedModel(session.owner, variant)
     component = role_weights(*key)
