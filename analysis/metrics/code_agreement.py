@@ -19,7 +19,7 @@ from pruning.text.calibration import Drawn
 from pruning.variants.codes import CodeSet
 
 from ..frames import alike, tidy
-from .mask_overlap import shared
+from .mask_overlap import of_pairs
 
 #: Codes of each variant that are compared at a time.
 _AT_A_TIME = 1 << 20
@@ -42,28 +42,11 @@ def analyze(
         Variant to the calibration text that it was made with, as far as it is known.
     """
     text = text or {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group in alike({name: columns[name] for name in codes}):
-        if len(group) < 2:
-            continue
         members = [codes[name] for name in group]
-        equal, chance = {}, {}
-        for key in members[0]:
-            equal[key], chance[key] = _agreement(members, key)
-        for i, j in combinations(range(len(group)), 2):
-            other = columns[group[j]]
-            rows.append(
-                {
-                    **columns[group[i]],
-                    "layer": [layer for layer, _ in equal] * 2,
-                    "role": [role for _, role in equal] * 2,
-                    "other_calibration": other["calibration"],
-                    "other_seed": other["seed"],
-                    "shared_text": shared(text.get(group[i]), text.get(group[j])),
-                    "metric": ["code_agreement"] * len(equal) + ["code_agreement_chance"] * len(equal),
-                    "value": [float(matrix[i, j]) for of in (equal, chance) for matrix in of.values()],
-                }
-            )
+        found = {key: _agreement(members, key) for key in members[0]} if len(group) > 1 else {}
+        rows += of_pairs(group, columns, text, ("code_agreement", "code_agreement_chance"), found)
     return tidy("mask_overlap", rows)
 
 

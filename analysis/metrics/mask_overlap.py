@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, groupby
 from typing import Any, NamedTuple
 
@@ -48,29 +48,49 @@ def analyze(
         Variant to the calibration text that it was made with, as far as it is known.
     """
     text = text or {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group in alike({name: columns[name] for name in masks}):
         members = [masks[name] for name in group]
-        both = overlaps(members)
-        iou = {key: intersection_over_union(shared) for key, shared in both.items()}
-        density = {key: np.diagonal(shared) / np.prod(members[0].shape(key)) for key, shared in both.items()}
-        for i, j in combinations(range(len(group)), 2):
-            a, b = columns[group[i]], columns[group[j]]
-            of_pair = [float(matrix[i, j]) for matrix in iou.values()]
-            chance = [_chance(float(shares[i]), float(shares[j])) for shares in density.values()]
-            rows.append(
-                {
-                    **a,
-                    "layer": [layer for layer, _ in both] * 2,
-                    "role": [role for _, role in both] * 2,
-                    "other_calibration": b["calibration"],
-                    "other_seed": b["seed"],
-                    "shared_text": shared(text.get(group[i]), text.get(group[j])),
-                    "metric": ["iou"] * len(both) + ["iou_chance"] * len(both),
-                    "value": [*of_pair, *chance],
-                }
-            )
+        found = {
+            key: (intersection_over_union(both), _chance(np.diagonal(both) / np.prod(members[0].shape(key))))
+            for key, both in (overlaps(members).items() if len(group) > 1 else ())
+        }
+        rows += of_pairs(group, columns, text, ("iou", "iou_chance"), found)
     return tidy("mask_overlap", rows)
+
+
+def of_pairs(
+    group: Sequence[str],
+    columns: Mapping[str, Mapping[str, Any]],
+    text: Mapping[str, Sequence[Drawn]],
+    metrics: Sequence[str],
+    found: Mapping[Key, Sequence[Float[np.ndarray, "variants variants"]]],
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of ``mask_overlap`` of every two variants of a recipe.
+
+    Parameters
+    ----------
+    group
+        The variants.
+    columns, text
+        As for :func:`analyze`.
+    metrics
+        Names of the metrics.
+    found
+        Of each projection, one matrix for each metric; only what is above the diagonal is read.
+    """
+    for i, j in combinations(range(len(group)), 2):
+        one, other = group[i], group[j]
+        yield {
+            **columns[one],
+            "layer": [layer for layer, _ in found] * len(metrics),
+            "role": [role for _, role in found] * len(metrics),
+            "other_calibration": columns[other]["calibration"],
+            "other_seed": columns[other]["seed"],
+            "shared_text": shared(text.get(one), text.get(other)),
+            "metric": [metric for metric in metrics for _ in found],
+            "value": [float(matrices[which][i, j]) for which in range(len(metrics)) for matrices in found.values()],
+        }
 
 
 def shared(one: Sequence[Drawn] | None, other: Sequence[Drawn] | None) -> float:
@@ -105,9 +125,11 @@ def sparsity(masks: Mapping[str, MaskSet], columns: Mapping[str, Mapping[str, An
     return tidy("sparsity", rows)
 
 
-def _chance(one: float, other: float) -> float:
-    """Return the IoU expected of independent random masks that keep these shares."""
-    return one * other / (one + other - one * other) if one or other else 1.0
+def _chance(kept: Float[np.ndarray, " masks"]) -> Float[np.ndarray, "masks masks"]:
+    """Return the IoU expected of every two of independent random masks that keep these shares."""
+    both = np.outer(kept, kept)
+    either = kept[:, None] + kept - both
+    return np.divide(both, either, out=np.ones_like(both), where=either > 0)
 
 
 def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
@@ -123,29 +145,20 @@ def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
     dense
         The dense model: a correction is the difference from it.
     """
-    rows = []
-    for group in alike({variant.id: variant.columns() for variant in variants if variant.values and variant.masks}):
-        members = [variant for variant in variants if variant.id in group]
+    corrected = {variant.id: variant for variant in variants if variant.values and variant.masks}
+    columns = {name: variant.columns() for name, variant in corrected.items()}
+    text = {name: variant.record.text for name, variant in corrected.items()}
+    rows: list[dict[str, Any]] = []
+    for group in alike(columns):
+        if len(group) < 2:
+            continue
+        members = [corrected[name] for name in group]
         cosines: dict[Key, tuple[np.ndarray, np.ndarray]] = {}
         for layer, keys in groupby(members[0].masks, key=lambda key: key[0]):
             with dense.loaded(layer, to_read=True):
                 for key in keys:
                     cosines[key] = _cosines(members, key, dense.weight(*key))
-        for i, j in combinations(range(len(members)), 2):
-            other = members[j].columns()
-            for which, metric in enumerate(("value_cosine", "correction_cosine")):
-                rows.append(
-                    {
-                        **members[i].columns(),
-                        "layer": [layer for layer, _ in cosines],
-                        "role": [role for _, role in cosines],
-                        "other_calibration": other["calibration"],
-                        "other_seed": other["seed"],
-                        "shared_text": shared(members[i].record.text, members[j].record.text),
-                        "metric": [metric] * len(cosines),
-                        "value": [float(pair[which][i, j]) for pair in cosines.values()],
-                    }
-                )
+        rows += of_pairs(group, columns, text, ("value_cosine", "correction_cosine"), cosines)
     return tidy("mask_overlap", rows)
 
 

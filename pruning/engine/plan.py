@@ -166,9 +166,13 @@ def make_plan(
 
 
 def _kept(jobs: Sequence[Job]) -> int:
-    """Return how many matrices as large as their Gram matrix solvers keep for the next recipe on the same set."""
+    """Return how many matrices as large as a Gram matrix are kept with it for the next recipe on the same set."""
     recipes = [job.recipe for job in jobs]
-    factors = {recipe.method for recipe in recipes if recipe.scoring.solve is not None}
+    factors = {
+        (recipe.method_parameters.get("damping", recipe.method), recipe.method_parameters.get("order", 0))
+        for recipe in recipes
+        if recipe.scoring.solve is not None or "damping" in recipe.scoring.parameters
+    }
     inverses = {tuple(recipe.correction_parameters.items()) for recipe in recipes if recipe.correction != NONE}
     return len(factors) + len(inverses)
 
@@ -333,10 +337,12 @@ class _Needs:
             grams = [self.anatomy.shape(layer, group.leader)[1] ** 2 * _FLOAT for group in self.anatomy.groups(layer)]
             sharing = schedule.on_pieces(layer)
             pieces = len(schedule.pieces(layer))
-            sets = len({job.calibration for job in sharing if len(schedule.pieces_of(job)) > 1})
-            factors = 1 + _kept(sharing)  # kept for the next recipe with the same set
+            summed = {
+                job.calibration: len(schedule.pieces_of(job)) > 1 for job in sharing
+            }  # those of one piece are its
+            kept = sum(summed.values()) + len(summed) * _kept(sharing)
             working = 4 if any(job.recipe.correction != NONE for job in with_gram) else 2
-            worst = max(worst, sum(grams) * max(pieces + sets * factors, 1) + max(grams) * working)
+            worst = max(worst, sum(grams) * max(pieces + kept, 1) + max(grams) * working)
         stacked = max(
             sum(self.anatomy.shape(layer, role)[0] * self.anatomy.shape(layer, role)[1] for role in group.roles)
             for layer in range(len(self.anatomy.blocks))

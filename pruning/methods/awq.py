@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float16
 from torch import Tensor
 
 from ..parameters import Parameter
@@ -61,43 +61,50 @@ def quantize(
         If an input is NaN or infinite.
     """
     inputs = statistics.known_inputs
-    gram, magnitude = inputs.gram, inputs.mean_magnitude.clamp(min=_LEAST)
+    gram, magnitude = inputs.gram_itself(), inputs.mean_magnitude.clamp(min=_LEAST)
     if not bool(torch.isfinite(magnitude).all()):
         raise ArithmeticError("an input is NaN or infinite")
     dense = [weight.float() for weight in weights]
     errors = []
     for step in range(_POWERS):
         scale = _scale(magnitude, step)
-        errors.append(sum(_error(w - grid.quantized(w * scale.float(), scale).weight(), gram) for w in dense))
-    scale = _scale(magnitude, int(torch.stack([torch.as_tensor(error) for error in errors]).argmin()))
-    scaled = gram / scale.float() / scale.float()[:, None]
+        each = [_error(w - grid.quantized(w * scale.float(), scale).weight(), gram) for w in dense]
+        errors.append(torch.stack(each).sum())
+    scale = _scale(magnitude, int(torch.stack(errors).argmin()))
     found = []
     for weight, role in zip(dense, roles, strict=True):
         large = weight * scale.float()
         if clip and role not in _NEVER_CLIPPED:
-            large = _clipped(large, scaled, grid)
+            large = _clipped(large, gram, scale, grid)
         found.append(grid.quantized(large, scale))
     return Coded(found)
 
 
-def _scale(magnitude: Float[Tensor, " inputs"], step: int) -> Tensor:
+def _scale(magnitude: Float[Tensor, " inputs"], step: int) -> Float16[Tensor, " inputs"]:
     """Return the scales for a power of the inputs' mean magnitude, in the 16 bits that they are stored in."""
     scale = magnitude.pow(step / _POWERS).clamp(min=_LEAST)
     return (scale / (scale.max() * scale.min()).sqrt()).half()
 
 
 def _error(difference: Float[Tensor, "outputs inputs"], gram: Float[Tensor, "inputs inputs"]) -> Tensor:
-    """Return ``tr D G Dᵀ``, what a difference of weights does to the output, summed over tokens and outputs."""
+    """Return ``tr D G Dᵀ``, float64: what a difference of weights does to the output, over tokens and outputs."""
     rows = max(_AT_A_TIME // difference.shape[1], 1)
     parts = [((some @ gram) * some).sum(dtype=torch.float64) for some in difference.split(rows)]
     return torch.stack(parts).sum()
 
 
-def _clipped(weight: Tensor, gram: Tensor, grid: Grid) -> Tensor:
+def _clipped(
+    weight: Float[Tensor, "outputs inputs"],
+    gram: Float[Tensor, "inputs inputs"],
+    scale: Float16[Tensor, " inputs"],
+    grid: Grid,
+) -> Float[Tensor, "outputs inputs"]:
     """Return a scaled weight, each group clipped to the limit with the least error of its part of the output."""
     inputs = weight.shape[1]
     width = grid.width(inputs)
-    within = torch.stack([gram[a : a + width, a : a + width] for a in range(0, inputs, width)])  # [groups, w, w]
+    blocks = gram.unflatten(1, (-1, width)).unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    own = scale.float().unflatten(0, (-1, width))
+    within = blocks / own[:, None] / own[:, :, None]  # of the scaled inputs, [groups, w, w]
     rows = max(_AT_A_TIME // inputs, 1)
     parts = []
     for some in weight.split(rows):

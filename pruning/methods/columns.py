@@ -148,9 +148,11 @@ class Factor:
     Attributes
     ----------
     upper
-        R.
+        R, float32 ``[inputs, inputs]``.
+    order
+        Order of the inputs, ``[inputs]``; ``None`` if it is their own.
     dead
-        Inputs that are always zero.
+        Inputs that are always zero, bool ``[inputs]``, in that order.
     remarks
         Says so if damping was raised.
 
@@ -162,8 +164,9 @@ class Factor:
 
     def __init__(self, inputs: InputStatistics, damping: float, order: Tensor | None = None) -> None:
         self.remarks: tuple[str, ...] = ()
+        self.order = order
         for times in _RAISED:
-            self.upper = inputs.gram_above_diagonal() if order is None else inputs.gram[order][:, order]
+            self.upper = inputs.gram_above_diagonal() if order is None else inputs.gram_itself()[order[:, None], order]
             diagonal = self.upper.diagonal()
             self.dead = diagonal == 0
             diagonal.masked_fill_(self.dead, 1)
@@ -175,11 +178,20 @@ class Factor:
         raise ArithmeticError(f"the Gram matrix of the inputs has no Cholesky factor even with {times} x the damping")
 
 
-def factor(inputs: InputStatistics, damping: float) -> Factor:
-    """Return the factor of the inputs' Gram matrix; it is computed once for all recipes that use it."""
-    key = ("factor", damping)
+def factor(inputs: InputStatistics, damping: float, *, by_size: bool = False) -> Factor:
+    """Return the factor of the inputs' Gram matrix; it is computed once for all recipes that use it.
+
+    Parameters
+    ----------
+    inputs, damping
+        As for :class:`Factor`.
+    by_size
+        Whether inputs are ordered by falling mean square.
+    """
+    key = ("factor", damping, by_size)
     if key not in inputs.memo:
-        inputs.memo[key] = Factor(inputs, damping)
+        order = torch.argsort(inputs.squares, descending=True, stable=True) if by_size else None
+        inputs.memo[key] = Factor(inputs, damping, order)
     found: Factor = inputs.memo[key]
     return found
 

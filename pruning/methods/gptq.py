@@ -15,7 +15,7 @@ from torch import Tensor
 from ..parameters import Parameter
 from ..quantization import Grid, Quantized
 from ..statistics import GRAM, Statistics
-from .columns import NARROW, Factor, factor, stacked, sweep
+from .columns import NARROW, factor, stacked, sweep
 from .registry import Coded, Method, register
 from .rtn import SYMMETRIC
 
@@ -58,17 +58,11 @@ def quantize(
     ArithmeticError
         If the Gram matrix cannot be factorized even with 1000 times the damping.
     """
-    inputs = statistics.known_inputs
-    columns = torch.argsort(inputs.squares, descending=True, stable=True) if order else None
-    found = factor(inputs, damping) if columns is None else Factor(inputs, damping, columns)
-    group = grid.width(inputs.inputs)
-    if columns is None:
-        stored = stacked(weights, found.dead)
-        rounding = _Rounding(stored, grid, group)
-    else:
-        stored = stacked([weight[:, columns] for weight in weights], found.dead)
-        rounding = _Rounding(stored, grid, group, columns)
-    width = _WIDTH // group * group if group <= _WIDTH else _WIDTH if not grid.group else group
+    found = factor(statistics.known_inputs, damping, by_size=bool(order))
+    ordered = weights if found.order is None else [weight[:, found.order] for weight in weights]
+    stored = stacked(ordered, found.dead)
+    rounding = _Rounding(stored, grid, found.order)
+    width = max(_WIDTH // grid.group, 1) * grid.group if grid.group else _WIDTH
     sweep(stored, found.upper, rounding, width=width, narrow=gcd(NARROW, grid.group))
     return Coded(rounding.quantized([len(weight) for weight in weights]), found.remarks)
 
@@ -79,15 +73,16 @@ class _Rounding:
     Parameters
     ----------
     stored
-        The weight, transposed, its columns in the order of the sweep.
-    grid, group
-        The grid, and how many columns share a scale.
+        The weight, transposed, its columns in the order of the sweep; float32 ``[inputs, outputs]``.
+    grid
+        The grid.
     columns
         The columns in the order of the sweep, if it is not their own; all grids are then fitted in advance.
     """
 
-    def __init__(self, stored: Tensor, grid: Grid, group: int, columns: Tensor | None = None) -> None:
+    def __init__(self, stored: Tensor, grid: Grid, columns: Tensor | None = None) -> None:
         inputs, outputs = stored.shape
+        group = grid.width(inputs)
         self._grid, self._group, self._columns = grid, group, columns
         self._codes = torch.empty(inputs, outputs, dtype=torch.uint8, device=stored.device)
         self._scale = torch.empty(inputs // group, outputs, device=stored.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, first_line
+from ..quantization import SCALE_BITS
 from .checkpoint import CONFIG
 
 #: Kinds that transformers decodes while loading, if their settings ask for it.
@@ -20,8 +21,6 @@ _NEEDS = {
     "gptq": "gptqmodel",
     "awq": "gptqmodel",
 }
-#: Bits of the scale of a group.
-_SCALE = 16
 
 
 @dataclass(frozen=True)
@@ -38,19 +37,22 @@ class Quantization:
         Number of inputs that share a scale; 0 for a row, or if it does not say so.
     zeros
         Whether groups have zero points.
+    scale
+        Bits of a scale.
     """
 
     method: str
     bits: int = 0
     group: int = 0
     zeros: bool = False
+    scale: int = SCALE_BITS
 
     def size(self, outputs: int, inputs: int) -> float | None:
         """Return the bits that a matrix takes, or ``None`` if the checkpoint does not say enough."""
         if not self.bits:
             return None
         groups = outputs * -(-inputs // (self.group or inputs))
-        return outputs * inputs * self.bits + groups * (_SCALE + (self.bits if self.zeros else 0))
+        return outputs * inputs * self.bits + groups * (self.scale + (self.bits if self.zeros else 0))
 
     def __str__(self) -> str:
         """Describe it in words."""
@@ -59,7 +61,10 @@ class Quantization:
 
 
 def stated_quantization(folder: Path) -> Quantization | None:
-    """Return what the configuration of a checkpoint says about its quantization; ``None`` if it is not quantized."""
+    """Return what the configuration of a checkpoint says about its quantization.
+
+    ``None`` if it is not quantized, or only sparse (which compressed-tensors can be too).
+    """
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["quantization_config"]
         return _quantization(settings) if isinstance(settings, dict) else None
@@ -67,18 +72,31 @@ def stated_quantization(folder: Path) -> Quantization | None:
         return None
 
 
-def _quantization(settings: Mapping[str, Any]) -> Quantization:
+def _quantization(settings: Mapping[str, Any]) -> Quantization | None:
     method = _method(settings)
     if method == "compressed-tensors":
-        weights = next(iter(settings["config_groups"].values()))["weights"]
-        group = weights.get("group_size") or 0
-        return Quantization(method, int(weights["num_bits"]), max(int(group), 0), not weights.get("symmetric", True))
-    if method == "bitsandbytes":  # blocks of 64 weights have a scale of 32 bits, which counts like 32 weights and 16
-        return Quantization(method, 4, 32) if settings.get("load_in_4bit") else Quantization(method, 8)
+        grids = [scheme["weights"] for scheme in dict(settings["config_groups"]).values()]
+        stated = {_compressed_tensors(grid) for grid in grids if grid}
+        if len(stated) > 1:  # which modules have which grid is stated by patterns of names
+            return Quantization(method)
+        return stated.pop() if stated else None
+    if method == "fp8":  # blocks of 128 x 128 weights share a scale, which counts next to nothing
+        return Quantization(method, 8, scale=0)
+    if method == "mxfp4":
+        return Quantization(method, 4, 32, scale=8)
+    if method == "bitsandbytes":
+        twice = bool(settings.get("bnb_4bit_use_double_quant"))  # then the scales are quantized to 8 bits
+        four = Quantization(method, 4, 64, scale=8 if twice else 32)
+        return four if settings.get("load_in_4bit") else Quantization(method, 8)
     bits = int(settings.get("bits") or settings.get("w_bit") or 0)
     group = int(settings.get("group_size") or settings.get("q_group_size") or 0)
     zeros = not settings.get("sym", True) or bool(settings.get("zero_point"))
     return Quantization(method, bits, max(group, 0), zeros)
+
+
+def _compressed_tensors(grid: Mapping[str, Any]) -> Quantization:
+    group = max(int(grid.get("group_size") or 0), 0)
+    return Quantization("compressed-tensors", int(grid["num_bits"]), group, not grid.get("symmetric", True))
 
 
 def _method(settings: Mapping[str, Any]) -> str:

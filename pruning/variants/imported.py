@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import VariantError
@@ -16,7 +17,6 @@ from ..models.quantized import Quantization, stated_quantization
 from ..models.streaming import residence_of
 from ..projections import Key
 from .masks import MaskSet, pack_bits
-from .size import DENSE_BITS
 from .store import CHANGED, QUANTIZED, RECIPE_FILE, VariantRecord
 
 #: Relative difference that rounding to bfloat16 can cause.
@@ -25,6 +25,7 @@ _ROUNDING = 2**-7
 _FEWEST = 1e-3
 #: To recognise weights that lie on a grid: values of a group, inputs of a group, and how many rows are looked at.
 _LEVELS, _GROUPS, _ROWS = 16, (128, 64, 32), 8
+_UNSTATED = "how large they were stored is not stated, so they count as 16 bits"
 
 
 @dataclass
@@ -156,11 +157,13 @@ def _found(count: _Count, quantization: Quantization | None, values: dict[Key, T
         sizes = [quantization.size(*weight.shape) for weight in values.values()]
         weights = sum(weight.numel() for weight in values.values())
         stated = [size for size in sizes if size is not None]
-        bits = sum(stated) / weights if len(stated) == len(sizes) else DENSE_BITS
-        return {"pattern": QUANTIZED, "bits": bits, "found": f"quantized ({quantization}); its weights were decoded"}
+        said = f"quantized ({quantization}); its weights were decoded"
+        if len(stated) < len(sizes):
+            return {"pattern": QUANTIZED, "found": f"{said}; {_UNSTATED}"}
+        return {"pattern": QUANTIZED, "bits": sum(stated) / weights, "found": said}
     if count.on_grid > count.pruned and 2 * count.on_grid >= count.others:
-        words = f"quantized: the weights of {count.on_grid} matrices lie on grids of at most 16 values; how large they "
-        return {"pattern": QUANTIZED, "found": f"{words}were stored is not stated, so they count as 16 bits"}
+        words = f"quantized: the weights of {count.on_grid} matrices lie on grids of at most 16 values"
+        return {"pattern": QUANTIZED, "found": f"{words}; {_UNSTATED}"}
     removed, changed = count.removed / count.weights, count.changed / count.weights
     if count.pruned:
         words = f"pruned: {removed:.1%} of the weights of {count.pruned + count.others} matrices are newly zero, "
@@ -170,17 +173,20 @@ def _found(count: _Count, quantization: Quantization | None, values: dict[Key, T
     return {"pattern": CHANGED, "found": words + regrown}
 
 
-def _on_grid(weight: Tensor) -> bool:
+def _on_grid(weight: Float[Tensor, "outputs inputs"]) -> bool:
     """Whether groups of neighbouring weights take so few values that they must have been quantized to 4 bits or fewer.
 
     Zeros do not count: a pruned weight has many of them.
     """
     rows = weight[:: max(len(weight) // _ROWS, 1)][:_ROWS]
     for group in _GROUPS:
-        width = math.gcd(group, rows.shape[1])
-        groups = [some[some != 0] for some in rows.reshape(-1, width)]
-        told = [some for some in groups if 2 * len(some) >= 3 * _LEVELS]
-        if 2 * len(told) >= len(groups) and all(len(some.unique()) <= _LEVELS for some in told):
+        ordered = rows.reshape(-1, math.gcd(group, rows.shape[1])).sort(dim=1).values
+        present = ordered != 0
+        differs = torch.ones_like(present)
+        differs[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        told = 2 * present.sum(dim=1) >= 3 * _LEVELS
+        coarse = (present & differs).sum(dim=1) <= _LEVELS
+        if 2 * int(told.sum()) >= len(told) and bool(coarse[told].all()):
             return True
     return False
 

@@ -162,8 +162,8 @@ def write_weight(anatomy: Anatomy, key: Key, variant: Variant, dense: Tensor) ->
     """Write a variant's weight of one projection into the model, given the dense weight, without a copy if possible."""
     present = anatomy.weight(*key)
     if anatomy.is_view(*key):
-        variant.write(key, dense.to(present.device), present)
+        variant.write(key, dense, present)
         return
     made = torch.empty_like(present)  # rows of several roles are interleaved: `present` is a copy
-    variant.write(key, dense.to(present.device), made)
+    variant.write(key, dense, made)
     anatomy.set_weight(*key, made)

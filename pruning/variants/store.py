@@ -58,7 +58,8 @@ class VariantRecord(BaseModel):
     pattern
         Of a model made elsewhere: ``unknown`` if it was pruned, ``changed`` or ``quantized``.
     bits
-        Size in bits a weight of a model quantized elsewhere, as its checkpoint states it.
+        Size in bits a weight of quantized weights that are stored decoded: in an exported checkpoint, and of a model
+        quantized elsewhere, as its checkpoint states it.
     key
         Hash of everything that the variant depends on, including the code.
     """

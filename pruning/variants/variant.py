@@ -119,12 +119,13 @@ class Variant:
         dense
             Its weight in the dense model, ``[outputs, inputs]``.
         out
-            Destination of the same shape, dtype and device, with any strides; may be a live view, or `dense` itself.
+            Destination of the same shape and dtype, on any device, with any strides; may be a live view, or `dense`
+            itself. The dense weight is moved to its device only if it is needed.
         """
         if key in self.codes:
             self.codes[key].write(out)
         elif key in self.masks:
-            write_pruned(dense, self.masks.packed(key), out, self.values.get(key))
+            write_pruned(dense.to(out.device), self.masks.packed(key), out, self.values.get(key))
         elif key in self.values:
             out.copy_(self.values[key])
         elif out is not dense:

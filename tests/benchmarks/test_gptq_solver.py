@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.harness import headline, in_turn, in_words, number, pairs, ratios, report, seconds
+from benchmarks.harness import headline, in_words, number, pairs, seconds
 from benchmarks.published import gptq_sweep, inverse_factor
-from benchmarks.test_sparsegpt_solver import LONG, inputs_like_a_models, reconstruction_error
+from benchmarks.test_sparsegpt_solver import LONG, inputs_like_a_models, reconstruction_error, report_in_turn
 from torch import Tensor
 
 from pruning.methods import columns, gptq, rtn
@@ -52,16 +52,7 @@ def test_published_over_ours(layer, bits, group, capsys):
         headline(
             f"GPTQ, one matrix of {weight.shape[0]} outputs x {weight.shape[1]} inputs, {bits} bits, group {group}"
         )
-        rounds = 1 if weight.shape[1] >= LONG else number("ROUNDS", 3)
-        times = in_turn(rounds, {"plain": plain, "ours": ours})
-        # Theirs without the copies that are made here, since it works in place.
-        times["plain"] = [sum(both) for both in zip(parts["factorization"], parts["column sweep"], strict=True)]
-        sweeps = [whole - factor for whole, factor in zip(times["ours"], parts["our factorization"], strict=True)]
-        report("published / ours", ratios(times["plain"], times["ours"]))
-        report("published / ours, factorization", ratios(parts["factorization"], parts["our factorization"]))
-        report("published / ours, column sweep", ratios(parts["column sweep"], sweeps))
-        report("seconds, published", times["plain"])
-        report("seconds, ours", times["ours"])
+        report_in_turn(plain, ours, parts, rounds=1 if weight.shape[1] >= LONG else number("ROUNDS", 3))
         errors = {name: reconstruction_error(weight - made, gram) for name, made in found.items()}
         rounded = rtn.quantize([weight], Statistics(), grid, ["q"]).weights[0].weight()
         nearest = reconstruction_error(weight - rounded, gram)

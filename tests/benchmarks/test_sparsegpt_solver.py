@@ -7,6 +7,8 @@ Factorization and column sweep are timed; gathering the Gram matrix is not, nor 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import pytest
 import torch
 from benchmarks.harness import headline, in_turn, in_words, number, pairs, ratios, report, seconds
@@ -71,16 +73,7 @@ def test_published_over_ours(layer, pattern, capsys):
 
     with capsys.disabled():
         headline(f"SparseGPT, one matrix of {weight.shape[0]} outputs x {weight.shape[1]} inputs, pattern {pattern}")
-        rounds = 1 if weight.shape[1] >= LONG else number("ROUNDS", 3)
-        times = in_turn(rounds, {"plain": plain, "ours": ours})
-        # Theirs without the copies that are made here, since it works in place.
-        times["plain"] = [sum(both) for both in zip(parts["factorization"], parts["column sweep"], strict=True)]
-        sweeps = [whole - factor for whole, factor in zip(times["ours"], parts["our factorization"], strict=True)]
-        report("published / ours", ratios(times["plain"], times["ours"]))
-        report("published / ours, factorization", ratios(parts["factorization"], parts["our factorization"]))
-        report("published / ours, column sweep", ratios(parts["column sweep"], sweeps))
-        report("seconds, published", times["plain"])
-        report("seconds, ours", times["ours"])
+        report_in_turn(plain, ours, parts, rounds=1 if weight.shape[1] >= LONG else number("ROUNDS", 3))
         errors = {name: reconstruction_error(weight - pruned, gram) for name, pruned in found.items()}
         print(f"  reconstruction error, ours / published: {errors['ours'] / errors['plain']:.6f}")
         mean = gram.diagonal().mean() * weight.square().sum()
@@ -91,6 +84,31 @@ def test_published_over_ours(layer, pattern, capsys):
     assert shares["ours"] == pytest.approx(0.5, abs=1e-6)
     assert shares["plain"] == pytest.approx(0.5, abs=1e-3)
     assert errors["ours"] == pytest.approx(errors["plain"], rel=0.02)
+
+
+def report_in_turn(
+    plain: Callable[[], None], ours: Callable[[], None], parts: Mapping[str, list[float]], *, rounds: int
+) -> None:
+    """Run both solvers in turn, and print the ratios of their times.
+
+    Parameters
+    ----------
+    plain, ours
+        The published solver and ours.
+    parts
+        Seconds to which they add those of ``factorization`` and ``column sweep``, and of ``our factorization``.
+    rounds
+        How often both run.
+    """
+    times = in_turn(rounds, {"plain": plain, "ours": ours})
+    # Theirs without the copies that are made here, since it works in place.
+    times["plain"] = [sum(both) for both in zip(parts["factorization"], parts["column sweep"], strict=True)]
+    sweeps = [whole - factor for whole, factor in zip(times["ours"], parts["our factorization"], strict=True)]
+    report("published / ours", ratios(times["plain"], times["ours"]))
+    report("published / ours, factorization", ratios(parts["factorization"], parts["our factorization"]))
+    report("published / ours, column sweep", ratios(parts["column sweep"], sweeps))
+    report("seconds, published", times["plain"])
+    report("seconds, ours", times["ours"])
 
 
 def reconstruction_error(difference: Tensor, gram: Tensor) -> float:

@@ -58,6 +58,26 @@ def test_a_cap_keeps_states_on_disk_and_cuts_into_waves(anatomy, tokenizer):
     assert waves[-1] == 2  # the recipes of a set share its statistics: fewer at a time would need no less
 
 
+def test_factors_of_gram_matrices_count_for_every_set_and_once_for_recipes_that_share_them(anatomy, tokenizer):
+    dense = {"propagation": "dense"}
+    sparsegpt = Recipe(method="sparsegpt", sparsity=0.5, **dense)
+    awq, gptq, damped, ordered = (
+        Recipe(method=method, bits=4, group=8, parameters=parameters, **dense)
+        for method, parameters in (("awq", {}), ("gptq", {}), ("gptq", {"damping": 0.1}), ("gptq", {"order": 1}))
+    )
+    grams = sum(4 * anatomy.shape(0, group.leader)[1] ** 2 for group in anatomy.groups(0))
+    none = planned(anatomy, tokenizer, [awq], LONG[:2]).memory
+    for recipes, factors in (
+        ([sparsegpt], 1),
+        ([gptq], 1),
+        ([sparsegpt, gptq, awq], 1),
+        ([sparsegpt, damped], 2),
+        ([gptq, damped, ordered], 3),
+    ):
+        memory = planned(anatomy, tokenizer, recipes, LONG[:2]).memory
+        assert memory - none == pytest.approx(1.4 * 2 * factors * grams, abs=2)  # of two sets
+
+
 def test_spectra_take_memory_and_time_once(anatomy, monkeypatch):
     monkeypatch.setattr(_Needs, "seconds_to_load_and_choose", lambda self: (0.0, 0.0))
     alpha = [Recipe(method="magnitude", sparsity=s, allocation="alpha") for s in (0.4, 0.5)]

@@ -170,7 +170,7 @@ def test_wide_matrices_are_quantized_as_published(inputs, group, order):
         assert ours < 0.95 * naive.reconstruction_error(weight, plain.weight(), x)
 
 
-def test_gptq_and_sparsegpt_share_one_factorization(monkeypatch):
+def test_gptq_and_sparsegpt_share_one_factorization_for_each_order_of_the_inputs(monkeypatch):
     inputs = statistics_of(wide_inputs(64, 200))
     factorized = []
     monkeypatch.setattr(
@@ -181,6 +181,9 @@ def test_gptq_and_sparsegpt_share_one_factorization(monkeypatch):
     for bits in (2, 4):
         gptq.quantize([weight], Statistics(inputs), Grid(bits, 32), ["q"])
     assert len(factorized) == 1
+    for bits in (2, 4):
+        gptq.quantize([weight], Statistics(inputs), Grid(bits, 32), ["q"], order=1)
+    assert len(factorized) == 2
 
 
 @pytest.mark.parametrize("method", [gptq, awq])

@@ -22,6 +22,7 @@ from pruning.errors import ModelError
 from pruning.models.quantized import Quantization, stated_quantization
 
 GROUP = 16
+INT4 = {"weights": {"num_bits": 4, "group_size": 128, "symmetric": True}}
 
 
 def compressed(folder: Path, *, symmetric: bool) -> Path:
@@ -108,7 +109,28 @@ def test_a_quantized_checkpoint_is_not_streamed(tmp_path):
             Quantization("awq", 4, 64, True),
             4 + 20 / 64,
         ),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, Quantization("bitsandbytes", 4, 32), 4.5),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            Quantization("bitsandbytes", 4, 64, scale=32),
+            4.5,
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+            Quantization("bitsandbytes", 4, 64, scale=8),
+            4.125,
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, Quantization("fp8", 8, scale=0), 8),
+        ({"quant_method": "mxfp4"}, Quantization("mxfp4", 4, 32, scale=8), 4.25),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": INT4, "b": INT4 | {"targets": ["o_proj"]}}},
+            Quantization("compressed-tensors", 4, 128),
+            4.125,
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": INT4, "b": {"weights": {"num_bits": 8}}}},
+            Quantization("compressed-tensors"),
+            None,
+        ),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, Quantization("bitsandbytes", 8), 8 + 16 / 256),
         ({"quant_method": "mystery"}, Quantization("mystery"), None),
     ],
@@ -123,5 +145,7 @@ def test_what_a_checkpoint_states(tmp_path, settings, stated, bits):
 
 def test_an_ordinary_checkpoint_states_nothing(tmp_path):
     assert stated_quantization(tmp_path) is None
-    (tmp_path / "config.json").write_text("[]")
-    assert stated_quantization(tmp_path) is None
+    sparse = {"quant_method": "compressed-tensors", "config_groups": {}, "sparsity_config": {"format": "dense"}}
+    for config in ([], {"quantization_config": None}, {"quantization_config": sparse}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert stated_quantization(tmp_path) is None
