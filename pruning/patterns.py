@@ -24,12 +24,14 @@ _AT_A_TIME = 1 << 18
 
 
 def removed(n: int, sparsity: float) -> int:
-    """Return ``floor(n · sparsity)``, robust to the rounding of decimal sparsities in binary.
+    """Return ``floor(n · sparsity)``, robust to the rounding of decimal sparsities in binary, however large n is.
 
     >>> removed(100, 0.29), int(100 * 0.29)
     (29, 28)
+    >>> removed(10_905_600_000, 0.7), int(10_905_600_000 * 0.7)
+    (7633920000, 7633919999)
     """
-    return math.floor(n * sparsity + 1e-9)
+    return math.floor(n * sparsity * (1 + 1e-15) + 1e-9)
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class Recipe(BaseModel):
             )
         if numbers:
             object.__setattr__(self, "sparsity", numbers[0] / numbers[1])
-        if self.allocation != UNIFORM and (numbers or self.pattern == MODEL):
+        if self.allocation not in (UNIFORM, STANDARDIZED) and (numbers or self.pattern == MODEL):
             raise RecipeError(
                 f'pattern "{self.pattern}" fixes the sparsity of every matrix; '
                 f'allocation "{self.allocation}" needs pattern "row" or "matrix"'

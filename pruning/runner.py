@@ -222,8 +222,8 @@ class PruningRun:
         self._batch_tokens = batch_tokens
         self._held: dict[str, Variant] = {}
         self._exponents: dict[Key, float] = {}
-        for job in self.jobs.values():
-            check_fits(self.anatomy, job.recipe)
+        for recipe in dict.fromkeys(job.recipe for job in jobs):
+            check_fits(self.anatomy, recipe)
         self._texts = {
             job.id: calibration_fingerprint(corpus, job.calibration)
             for job in self.jobs.values()

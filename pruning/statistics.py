@@ -316,7 +316,7 @@ class Statistics:
     def known_inputs(self) -> InputStatistics:
         """The input statistics; raises ``MethodError`` if they were not requested."""
         if self.inputs is None:
-            raise _not_asked_for(" or ".join((SQUARES, POSITIVE, GRAM)))
+            raise _not_asked_for("one of " + ", ".join(need for need in OF_INPUTS if need != SIMILARITY))
         return self.inputs
 
     @property

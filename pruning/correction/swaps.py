@@ -261,7 +261,7 @@ def _best_in_groups(rows: _Rows, blocks: Tensor) -> _Best:
 
 def _blocks(gram: Tensor, m: int) -> Tensor:
     """Return the blocks of a matrix on its diagonal, ``[groups, m, m]``."""
-    return torch.stack([gram[start : start + m, start : start + m] for start in range(0, len(gram), m)])
+    return gram.unflatten(1, (-1, m)).unflatten(0, (-1, m)).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 SWAPS = Refiner(

@@ -40,15 +40,18 @@ from .units import block_score, unit_scores
 def needs_survey(recipe: Recipe) -> bool:
     """Whether the whole dense model must be looked at before any weight is removed."""
     allocation = allocation_named(recipe.allocation)
-    compares = recipe.pattern in (MODEL, BLOCKS) or recipe.allocation == STANDARDIZED
-    return allocation.surveys or allocation.weighs or compares
+    return allocation.surveys or allocation.weighs or _compares(recipe)
 
 
 def survey_needs(recipe: Recipe) -> frozenset[str]:
     """Return the input statistics that a recipe's survey requires."""
-    compares = recipe.pattern in (MODEL, BLOCKS) or recipe.allocation == STANDARDIZED
-    needs = recipe.scoring.of_inputs if compares else frozenset()
+    needs = recipe.scoring.of_inputs if _compares(recipe) else frozenset()
     return needs | ({SQUARES} if allocation_named(recipe.allocation).surveys else set())
+
+
+def _compares(recipe: Recipe) -> bool:
+    """Whether what is removed is chosen by comparing scores over the whole model."""
+    return recipe.pattern in (MODEL, BLOCKS) or recipe.allocation == STANDARDIZED
 
 
 @dataclass

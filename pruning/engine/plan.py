@@ -26,7 +26,7 @@ from .gradients import GRADIENT_TOKENS
 from .jobs import Job, Schedule, covered_shapes
 from .shelves import Place
 from .streams import StackStarter, Stream, run_block
-from .sweep import differentiated_tokens
+from .sweep import differentiated_tokens, streaming, surveyed
 
 #: Bytes that Python, torch, transformers and a tokenizer take before a model is loaded.
 _BASE = 700 << 20
@@ -149,7 +149,7 @@ def make_plan(
     if in_folder and jobs:
         loading, a_weight = needed.seconds_to_load_and_choose()
         seconds = loading * len(waves) + a_weight * sum(map(needed.removable, jobs)) / len(anatomy.blocks)
-        if text is not None and any(job.recipe.needs for job in jobs):
+        if text is not None and any(job.recipe.calibrated for job in jobs):
             seconds += needed.seconds_a_token() * sum(map(needed.tokens_a_block, waves))
         seconds += needed.seconds_for_spectra(jobs) / len(anatomy.blocks)
     scratch = max(needed.states(wave) + sum(map(needed.kept, wave)) for wave in waves) if in_folder else 0
@@ -351,8 +351,10 @@ class _Needs:
         return worst + stacked * _FLOAT * 4
 
     def states(self, jobs: Sequence[Job]) -> int:
-        """Return the memory for the hidden states of a wave, before and after a block."""
-        reading = [job for job in jobs if job.recipe.of_inputs]
+        """Return the memory for the hidden states of a wave, before and after a block: surveys come first."""
+        return max(self._states(streaming(jobs)), self._states(list(surveyed(jobs))))
+
+    def _states(self, reading: Sequence[Job]) -> int:
         if not reading or self.text is None:
             return 0
         schedule = Schedule(self.anatomy, reading, self.text)
@@ -374,11 +376,11 @@ class _Needs:
 
     def tokens_a_block(self, jobs: Sequence[Job]) -> float:
         """Return the tokens that pass through a block, with the jobs' other work counted as additional tokens."""
-        total = float(differentiated_tokens(jobs))
+        total, blocks = float(differentiated_tokens(jobs)), len(self.anatomy.blocks)
+        total += Schedule(self.anatomy, list(surveyed(jobs)), self.text).work / blocks
         for solves in (False, True):
-            some = [job for job in jobs if job.recipe.of_inputs and job.recipe.updates == solves]
-            if some:
-                total += Schedule(self.anatomy, some, self.text).work / len(self.anatomy.blocks) * _OVERHEAD[solves]
+            some = [job for job in streaming(jobs) if job.recipe.updates == solves]
+            total += Schedule(self.anatomy, some, self.text).work / blocks * _OVERHEAD[solves]
         return total
 
     def seconds_for_spectra(self, jobs: Sequence[Job]) -> float:

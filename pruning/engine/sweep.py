@@ -129,8 +129,9 @@ def sweep(
         If a recipe does not fit the model, or calibration text is missing.
     """
     jobs = list(dict.fromkeys(jobs))
+    for recipe in dict.fromkeys(job.recipe for job in jobs):
+        check_fits(anatomy, recipe)
     for job in jobs:
-        check_fits(anatomy, job.recipe)
         if job.recipe.calibrated and (job.calibration is None or text is None):
             raise RecipeError(f"{job.recipe.method_label} needs calibration text; give a corpus and a calibration set")
     run = _Sweep(anatomy, jobs, text, batch_tokens, workspace or Workspace(), progress, exponents)
@@ -142,7 +143,7 @@ def sweep(
 
 def sweep_work(anatomy: Anatomy, jobs: Sequence[Job], text: CalibrationText | None) -> int:
     """Return how many tokens a sweep will pass through blocks in total, as its `progress` counts them."""
-    work = Schedule(anatomy, _streaming(jobs), text).work + Schedule(anatomy, list(_surveyed(jobs)), text).work
+    work = Schedule(anatomy, streaming(jobs), text).work + Schedule(anatomy, list(surveyed(jobs)), text).work
     return work + differentiated_tokens(jobs) * len(anatomy.blocks)
 
 
@@ -155,8 +156,8 @@ def differentiated_tokens(jobs: Sequence[Job]) -> int:
     return tokens * _BACKWARD
 
 
-def _streaming(jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs that read text block by block."""
+def streaming(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs that read text block by block while they choose what to remove."""
     return [job for job in jobs if job.recipe.of_inputs and not _at_once(job)]
 
 
@@ -174,7 +175,7 @@ def _at_once(job: Job) -> bool:
     return not job.recipe.needs or (job.recipe.pattern == BLOCKS and bool(job.recipe.of_inputs))
 
 
-def _surveyed(jobs: Sequence[Job]) -> dict[Job, list[Job]]:
+def surveyed(jobs: Sequence[Job]) -> dict[Job, list[Job]]:
     """Return the surveys that pass text through the dense model, and the jobs that need each."""
     surveys: dict[Job, list[Job]] = {}
     for job in jobs:
@@ -224,7 +225,7 @@ class _Sweep:
         self._keep_derivatives(with_inputs)
         self._survey()
         self._differentiate(alone)
-        self._stream(_streaming(self.jobs), [job for job in self.jobs if _at_once(job)])
+        self._stream(streaming(self.jobs), [job for job in self.jobs if _at_once(job)])
         self.workspace.complete()
 
     def _left(self, jobs: Iterable[Job]) -> list[Job]:
@@ -261,7 +262,7 @@ class _Sweep:
             if allocation_named(job.recipe.allocation).weighs:
                 with self._or_set_aside(job):
                     self.budgets[job] = weighed(self.anatomy, job.recipe, self.exponents)
-        reading = _surveyed(self.jobs)
+        reading = surveyed(self.jobs)
         surveys = {dense: Survey(dense) for dense in reading}
         for layer, statistics in self._dense_pass(list(reading)):
             for dense, survey in surveys.items():

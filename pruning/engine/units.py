@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,9 +46,9 @@ def choose(
         kept = recipe.choosing.keep(scores[None], count)[0]
         choice.masks |= {role: family.mask(role, kept, anatomy.shape(layer, role)) for role in family.roles}
         choice.biases |= _without(anatomy, layer, family, kept) if count else {}
-        kind = role_kind(family.reader)
-        where = "" if recipe.allocation == UNIFORM else f"block {layer}: "
-        said = f"{where}{count} of {family.units} {family.called} removed (inputs of {kind})"
+        alike = recipe.allocation == UNIFORM  # in all blocks, and all experts
+        where, role = ("", role_kind(family.reader)) if alike else (f"block {layer}: ", family.reader)
+        said = f"{where}{count} of {family.units} {family.called} removed (inputs of {role})"
         choice.remarks += remarks if said in choice.remarks else [*remarks, said]
         if recipe.scoring.compensate is not None and count:
             _compensate(anatomy, layer, family, recipe, inputs, kept, choice)
@@ -166,10 +166,7 @@ def unit_scores(
     seen = {role: inputs.get(group.leader) for group in anatomy.groups(layer) for role in group.roles}
     if any(unseen(recipe, seen[role]) for role in family.roles):
         remark = f"block {layer}, {' and '.join(family.roles)}: no calibration token reached them; pruned by magnitude"
-        return _mean(anatomy, layer, family, {r: magnitude.score(anatomy.weight(layer, r)) for r in family.roles}), [
-            remark
-        ]
-    assert recipe.scoring.score is not None
+        return _mean(anatomy, layer, family, lambda role: magnitude.score(anatomy.weight(layer, role))), [remark]
     if recipe.scoring.scores == "channels":
         role = family.reader
         weight = anatomy.weight(layer, role)
@@ -179,8 +176,7 @@ def unit_scores(
             raise not_finite(layer, role)
         channels = _z_scores(channels) if standardized else channels
         return channels.unflatten(0, (family.units, family.width)).mean(dim=1), []
-    scores = {role: scored(anatomy, layer, role, recipe, seen[role], derivatives) for role in family.roles}
-    means = _mean(anatomy, layer, family, scores)
+    means = _mean(anatomy, layer, family, lambda role: scored(anatomy, layer, role, recipe, seen[role], derivatives))
     return _z_scores(means) if standardized else means, []
 
 
@@ -190,6 +186,7 @@ def _z_scores(scores: Tensor) -> Tensor:
     return deviations / scores.std() if len(scores) > 1 and bool(deviations.any()) else torch.zeros_like(scores)
 
 
-def _mean(anatomy: Anatomy, layer: int, family: Family, scores: Mapping[str, Tensor]) -> Tensor:
-    weights = sum(family.weights(role, anatomy.shape(layer, role)) for role in scores)
-    return torch.stack([family.total(role, own) for role, own in scores.items()]).sum(dim=0) / weights
+def _mean(anatomy: Anatomy, layer: int, family: Family, score: Callable[[str], Tensor]) -> Tensor:
+    """Return the mean score of every unit's weights, ``[units]``; the scores of one matrix at a time are held."""
+    weights = sum(family.weights(role, anatomy.shape(layer, role)) for role in family.roles)
+    return torch.stack([family.total(role, score(role)) for role in family.roles]).sum(dim=0) / weights

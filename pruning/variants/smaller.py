@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +15,6 @@ from ..models.families import families
 from ..models.layouts import role_kind
 from ..patterns import BLOCKS, HEADS, NEURONS
 from ..projections import Key
-from .biases import biased
 from .masks import MaskSet
 
 #: Names of a configuration's number of neurons: of an MLP, of every expert, of a shared expert.
@@ -46,6 +44,9 @@ class Shrinkable(Protocol):
 
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context manager that turns a model into the variant."""
 
 
 class _Unfit(Exception):
@@ -93,7 +94,7 @@ def rebuilt(variant: Shrinkable, anatomy: Anatomy, structure: tuple[str, ...]) -
     try:
         cut = _Cut(variant, anatomy, structure)
         config = cut.configured(copy.deepcopy(dense.config))
-        with _seed_kept():
+        with torch.random.fork_rng(devices=[]):  # the weights that it begins with are drawn on the CPU
             try:
                 model = type(dense)._from_config(config, dtype=dense.dtype).to(anatomy.device).eval()
             except (ValueError, RuntimeError, AttributeError) as error:
@@ -171,7 +172,7 @@ class _Cut:
                 text.num_key_value_heads = keys
             if not hasattr(text, "d_kv"):
                 text.head_dim = size
-        for role in {role for _, role in self.biased}:
+        for role in sorted({role for _, role in self.biased}):
             if _SWITCHES.get(role) is None or not hasattr(text, _SWITCHES[role]):
                 raise _Unfit(f"a {self.anatomy.kind} checkpoint has no bias of {role}")
             setattr(text, _SWITCHES[role], True)
@@ -195,7 +196,7 @@ class _Cut:
             text.num_hidden_layers = counts[0]
 
     def fill(self, model: nn.Module) -> None:
-        """Write the variant's parameters and buffers, without what is cut out, into the smaller model."""
+        """Write the variant's parameters and stored buffers, without what is cut out, into the smaller model."""
         try:
             target = Anatomy(model)
         except ModelError as error:
@@ -205,13 +206,13 @@ class _Cut:
             raise _Unfit(f"the configuration of {source.kind} does not determine the number of blocks")
         projections = set(target.block_parameters())
         projections |= {f"{target.path(*key)}.bias" for key in target if key[1] in target.sites(key[0])}
-        old = dict(source.model.named_parameters(remove_duplicate=False))
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        old = source.model.state_dict()
+        for name, tensor in model.state_dict().items():  # they share the model's memory
             if name not in projections:
                 before = old.get(self._before(name, target))
-                if before is None or before.shape != parameter.shape:
+                if before is None or before.shape != tensor.shape:
                     raise _Unfit(f"{name} of {source.kind} depends on what would be cut out")
-                parameter.copy_(before)
+                tensor.copy_(before)
         for layer, role in target:
             key = self.layers[layer], role
             weight = self.variant.weight(key, source.weight(*key))
@@ -249,27 +250,13 @@ def _expanded(units: Tensor, each: int) -> Tensor:
     return (units[:, None] * each + torch.arange(each, device=units.device)).flatten()
 
 
-@contextmanager
-def _seed_kept() -> Iterator[None]:
-    """Context manager that leaves the state of torch's random numbers as it was: new models draw their weights."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
 def _compare(variant: Shrinkable, anatomy: Anatomy, model: Any) -> None:
     """Raise unless the logits of a model on a few tokens are those of the dense model with the variant's weights."""
     whole: Any = anatomy.model
     ids = (torch.arange(16, device=anatomy.device)[None] * 7 + 5) % anatomy.vocabulary
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if anatomy.encoder_decoder else {})
-    dense = {key: anatomy.weight(*key).clone() for key in variant.masks}
-    try:
-        for key, weight in dense.items():
-            anatomy.set_weight(*key, variant.weight(key, weight))
-        with biased(anatomy, variant.biases):
-            expected = whole(**inputs, use_cache=False).logits.float()
-    finally:
-        for key, weight in dense.items():
-            anatomy.set_weight(*key, weight)
+    with variant.applied(whole):
+        expected = whole(**inputs, use_cache=False).logits.float()
     found = model(**inputs, use_cache=False).logits.float()
     worst = float((found - expected).abs().max() / expected.abs().max())
     if not worst <= _TOLERANCE.get(whole.dtype, 1e-4):

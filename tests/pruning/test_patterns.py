@@ -76,6 +76,14 @@ def test_a_decimal_sparsity_means_what_it_says(sparsity):
     assert removed(100, sparsity) == round(100 * sparsity)
 
 
+@pytest.mark.parametrize("blocks", [30, 50, 60])
+def test_a_decimal_share_of_the_blocks_of_a_large_model_means_what_it_says(blocks):
+    """At this size rounding takes away more than a billionth of a weight."""
+    weights = blocks * 218_112_000
+    for percent in range(1, 100):
+        assert removed(weights, percent / 100) == weights * percent // 100
+
+
 def test_unknown_patterns_are_refused():
     with pytest.raises(RecipeError, match="did you mean"):
         pattern_named("rows")

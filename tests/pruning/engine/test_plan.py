@@ -89,6 +89,23 @@ def test_spectra_take_memory_and_time_once(anatomy, monkeypatch):
     assert one.memory - none.memory == pytest.approx(1.4 * 2 * 8 * 32**2, abs=2)  # two float64 matrices of 32 inputs
 
 
+@pytest.mark.parametrize(
+    "survey", [{"allocation": "owl"}, {"method": "block-influence"}, {"method": "wanda", "pattern": "blocks"}]
+)
+def test_a_survey_passes_text_through_the_dense_model_and_that_is_counted(anatomy, tokenizer, monkeypatch, survey):
+    monkeypatch.setattr(_Needs, "seconds_to_load_and_choose", lambda self: (0.0, 0.0))
+    monkeypatch.setattr(_Needs, "seconds_a_token", lambda self: 1.0)
+    none, plan = (
+        planned(anatomy, tokenizer, [Recipe(**{"method": "magnitude", "sparsity": 0.5} | more)])
+        for more in ({}, survey)
+    )
+    tokens = SHORT.samples * SHORT.length
+    assert none.seconds_a_block == 0
+    assert plan.seconds_a_block == pytest.approx(tokens)
+    states = 2 * tokens * anatomy.hidden_size * 4  # before and after a block
+    assert plan.memory - none.memory == pytest.approx(1.4 * states, abs=2)
+
+
 def test_gradients_beside_inputs_are_kept_for_one_set_at_a_time(anatomy, tokenizer):
     gblm = Recipe(method="gblm", sparsity=0.5)
     plan = planned(anatomy, tokenizer, [WANDA, gblm, SNIP], LONG[:2])

@@ -15,7 +15,7 @@ from pruning.engine import Job, Pruned, Workspace, planned_jobs, sweep, workspac
 from pruning.engine.shelves import Place
 from pruning.errors import DiskError
 from pruning.text.calibration import CalibrationText
-from pruning.variants.store import VariantRecord
+from pruning.variants.store import VariantRecord, VariantWriter
 from pruning.variants.variant import Variant
 
 RECIPES = [
@@ -51,6 +51,9 @@ def assert_same(found: dict[Job, Pruned], wanted: dict[Job, Pruned]) -> None:
         values, expected_values = found[job].values, expected.values
         assert set(values) == set(expected_values)
         assert all(torch.equal(values[key], expected_values[key]) for key in values), job.id
+        biases, expected_biases = found[job].biases, expected.biases
+        assert set(biases) == set(expected_biases)
+        assert all(torch.equal(biases[key], expected_biases[key]) for key in biases), job.id
         assert found[job].remarks == expected.remarks
 
 
@@ -104,6 +107,34 @@ def test_a_sweep_that_is_killed_anywhere_goes_on_and_ends_the_same(make_model, t
         again.close()
     assert resumed >= 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_that_is_killed_between_a_blocks_masks_and_its_biases_ends_the_same(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    anatomy = Anatomy(model)
+    flap = Recipe(method="flap", sparsity=0.5, allocation="uniform", propagation="pruned")
+    jobs = planned_jobs([flap, Recipe(method="wanda", sparsity=0.5)], [SHORT])
+    wanted = run(anatomy, tokenizer, jobs=jobs)
+    written = len(wanted[jobs[0]].biases)
+    assert written == 2 * len(anatomy.blocks)  # of o and down
+    add, resumed = VariantWriter.add_bias, 0
+    for at in range(written):
+        kill = Kill(at, KeyboardInterrupt)
+
+        def add_or_die(writer: VariantWriter, key: Any, bias: torch.Tensor, kill: Kill = kill) -> None:
+            kill(0)
+            add(writer, key, bias)
+
+        folder = tmp_path / str(at)
+        with monkeypatch.context() as patched:
+            patched.setattr(VariantWriter, "add_bias", add_or_die)
+            with pytest.raises(KeyboardInterrupt):
+                run(anatomy, tokenizer, Workspace(folder, "key"), jobs)
+        again = Workspace(folder, "key")
+        resumed += again.resumed() is not None
+        assert_same(run(anatomy, tokenizer, again, jobs), wanted)
+    assert resumed == written - 2  # in the first block there is nothing to resume yet
 
 
 @pytest.mark.parametrize("then", [False, True])

@@ -5,26 +5,13 @@ from __future__ import annotations
 import naive
 import pytest
 import torch
+from activations import inputs_like_a_models, statistics_of
 from pairwise import pairwise
 
 from pruning.methods import sparsegpt
 from pruning.methods.columns import factorize
 from pruning.patterns import pattern_named
-from pruning.statistics import GRAM, InputStatistics, Statistics
-
-
-def inputs_like_a_models(inputs: int, tokens: int) -> torch.Tensor:
-    random = torch.Generator().manual_seed(1)
-    scales = torch.randn(inputs, generator=random).exp()
-    causes = torch.randn(tokens, 8, generator=random) @ torch.randn(8, inputs, generator=random) / 3
-    return (torch.randn(tokens, inputs, generator=random) + causes) * scales
-
-
-def statistics_of(x: torch.Tensor) -> InputStatistics:
-    statistics = InputStatistics(x.shape[1], frozenset({GRAM}))
-    for rows in x.split(100):
-        statistics.add(rows)
-    return statistics
+from pruning.statistics import Statistics
 
 
 @pairwise(

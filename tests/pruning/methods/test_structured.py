@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from itertools import product
 from typing import Any
@@ -177,6 +178,7 @@ def test_heads_that_all_share_one_key_go_one_by_one_and_the_key_stays():
     ("given", "message"),
     [
         ({"method": "wanda-sp", "pattern": "row"}, r'use pattern "neurons\+heads" \(its native one\), not "row"'),
+        ({"method": "flap", "pattern": "2:4"}, r'use pattern "neurons\+heads" \(its native one\), not "2:4"'),
         ({"method": "sparsegpt", "pattern": "heads"}, "sparsegpt chooses single weights"),
         ({"method": "wanda-sp", "roles": ("o",)}, "leave out roles"),
         (
@@ -184,6 +186,7 @@ def test_heads_that_all_share_one_key_go_one_by_one_and_the_key_stays():
             'allocation "uniform" or "standardized", not "owl"',
         ),
         ({"method": "wanda", "allocation": "standardized"}, r'use pattern "neurons\+heads"'),
+        ({"method": "wanda", "allocation": "standardized", "pattern": "model"}, r'use pattern "neurons\+heads"'),
         ({"method": "flap", "pattern": "blocks"}, r'flap has no scores for pattern "blocks"; use "neurons\+heads"'),
         ({"method": "block-influence", "pattern": "heads"}, 'no scores for pattern "heads"; use "blocks"'),
         ({"method": "magnitude", "pattern": "neuron"}, 'did you mean "neurons"'),
@@ -356,8 +359,8 @@ def test_the_blocks_that_turn_the_states_least_go(kind):
     assert gone
     for layer, role in anatomy:
         assert result.masks.kept((layer, role)) == (0 if layer in gone else sizes_of(anatomy, layer, role))
-    scores = ", ".join(f"{layer} ({found[layer]:.3g}" for layer in sorted(gone))
-    assert scores.split("(")[0] in result.remarks[0]
+    said = {int(layer): float(score) for layer, score in re.findall(r"(\d+) \(([^)]+)\)", result.remarks[0])}
+    assert said == pytest.approx({layer: found[layer] for layer in gone}, rel=1e-2)
 
 
 def sizes_of(anatomy: Anatomy, layer: int, role: str) -> int:
