@@ -10,7 +10,8 @@ first one unless the session was told to count it; weights act on every token. T
 patched: the first token is predicted from it.
 
 Exact patching needs one run per component. Attribution patching (Nanda, 2023; Syed et al., 2024, 2310.10348) estimates
-all effects at once from gradients of the patched run. It is a first-order approximation; the exact runs tell how good.
+all effects at once from gradients of the patched run. It is a first-order approximation, and of a component in several
+blocks a rougher one (:func:`attribute`); the exact runs tell how good.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def neurons(kind: str, anatomy: Anatomy, chosen: Mapping[int, Tensor], *, draw: 
     """Return a set of MLP neurons over all blocks as one component.
 
     The activation is patched and, in a gated MLP, the other factor of the product too, so that the neurons' whole
-    output is patched.
+    output is patched. Of neurons in several blocks, attribution is a rough estimate (:func:`attribute`).
     """
     places = [
         Place(layer, site, columns=columns)
@@ -373,6 +374,12 @@ def attribute(
 
     The estimate is the gradient of the objective in the patched model times the change that patching would make.
     The parameters are those of :func:`patch`.
+
+    Activations in several blocks (:func:`neurons`) are estimated block by block and summed. What patching the earlier
+    blocks changes in the later ones is then counted twice, since the change there contains it already; exact patching
+    overwrites it. To leave it out, the paths between the blocks would have to be cut in a backward pass for each such
+    component alone, which costs more than to patch it exactly. Weights do not depend on each other, and have no such
+    error.
     """
     components = [component.on(session.anatomy.device) for component in components]
     inside = {place.layer for component in components for place in component.places if _of_expert(place.site)}
@@ -548,6 +555,7 @@ def _by_expert(run: _Gradients, others: KeepAdded, own: KeepAdded, masks: Mappin
         if (layer, EXPERTS) not in run.gradients:
             continue
         gradient = run.gradients[layer, EXPERTS] * masks[layer, EXPERTS][..., None]
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # two sums are subtracted
         change = _towards(gradient, theirs) - _towards(gradient, own.added[layer])
         found |= {(layer, expert_site(expert)): effect for expert, effect in enumerate(change.T)}
     return found

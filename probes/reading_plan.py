@@ -16,6 +16,7 @@ from pruning.memory import free_memory
 from pruning.models.anatomy import Anatomy, Stack, role_kind
 
 from .batches import Batch
+from .readers.firing import FOLDS
 from .readers.loss import log_likelihood, tile_rows
 from .readers.signal import SIGNAL_SITES
 from .session import Session
@@ -199,8 +200,9 @@ class _Needs:
         files = stream.files
         layers = len(self.anatomy.blocks)
         rows = sum(len(batch.segments) for batch in stream.batches if batch.decoder is None)
-        a_model = layers * (rows * (self.anatomy.hidden_size * 4 + 128) + readable_neurons(self.anatomy) * 32)
-        a_model += layers * rows * most_experts(self.anatomy) * 4
+        pooled_and_routed = (self.anatomy.hidden_size + most_experts(self.anatomy)) * 4
+        power_and_error = 2 * len(SIGNAL_SITES) * 8
+        a_model = layers * (rows * (pooled_and_routed + power_and_error) + readable_neurons(self.anatomy) * FOLDS * 4)
         if stream.compares:
             return a_model * sum(model not in files for model in stream.models)
         return a_model if stream.models == (DENSE,) else 0

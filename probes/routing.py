@@ -54,9 +54,13 @@ class Routed:
         counts.scatter_add_(0, experts, torch.ones_like(experts))
         return experts.argsort(stable=True).split(counts.tolist())
 
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, ...]:
+        return (torch.cat(self.slots) // self.chosen.shape[1]).split([len(own) for own in self.slots])
+
     def tokens(self, expert: int) -> Int64[Tensor, " routed"]:
         """Return which tokens were routed to an expert."""
-        return self.slots[expert] // self.chosen.shape[1]
+        return self._tokens[expert]
 
     def activation(self, expert: int) -> Float[Tensor, "routed neurons"]:
         """Return the activations of an expert's neurons on the tokens that were routed to it."""

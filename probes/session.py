@@ -11,6 +11,7 @@ many readers there are. Blocks that lack a site (experts, the gate of an MLP wit
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,11 +172,11 @@ class Session:
             for block, goes_on_from in skipped:
                 block.skip(goes_on_from)
             for module, visits in wanted:
-                given = module.inputs if visits[0].inside_experts else None
+                routed = visits[0].routed(module)
                 before = module.output
                 output = before
                 for visit in visits:
-                    output = visit(output, batch, given)
+                    output = visit(output, batch, routed)
                     if keep is not None and visit.site == "residual":
                         keep[visit.layer] = output
                 if output is not before:
@@ -290,20 +291,21 @@ class Session:
             block.trace(hidden, *arguments.positional, **arguments.named),
         ):
             for module, visits in wanted:
-                given = module.inputs if visits[0].inside_experts else None
+                routed = visits[0].routed(module)
                 output = module.output
                 for visit in visits:
-                    visit(output, batch, given)
+                    visit(output, batch, routed)
         return after.values[layer, "residual"]
 
     def read_final(self, hidden: Tensor, batch: Batch, readers: Sequence[Reader]) -> None:
         """Apply the final norm to states after the last block, for readers of ``final``, which are not flushed."""
         norm = self._envoy(self.anatomy.final_norm_path)
-        interested = [reader for reader in readers if "final" in reader.sites]
+        layers = len(self.anatomy.blocks)
+        interested = [reader for reader in readers if reader.wants(layers, "final")]
         with torch.no_grad(), fast_float32(self.anatomy.device), norm.trace(hidden):
             value = norm.output
             for reader in interested:
-                reader.read(len(self.anatomy.blocks), "final", value, batch.last)
+                reader.read(layers, "final", value, batch.last)
 
     # -- where things are ------------------------------------------------------------------------------------
 
@@ -315,7 +317,7 @@ class Session:
         if self._only_encoder(batch):
             return self._visits(range(self.anatomy.stacks[0].stop), readers, edits, {}, every_block=every_block)
         wanted = self._visits(range(layers), readers, edits, {}, every_block=every_block)
-        interested = [reader for reader in readers if "final" in reader.sites]
+        interested = [reader for reader in readers if reader.wants(layers, "final")]
         if interested:
             final = self._envoy(self.anatomy.final_norm_path)
             wanted.append((final, [_Visit(self.anatomy, layers, "final", interested, [], {})]))
@@ -332,10 +334,13 @@ class Session:
     ) -> list[tuple[Any, list[_Visit]]]:
         """List the visits at every module in order of execution, which nnsight requires."""
         wanted: dict[str, list[_Visit]] = {}
+        edits_at = defaultdict(list)
+        for edit in edits:
+            edits_at[edit.layer, edit.site].append(edit)
         for layer in layers:
             for site in self.anatomy.sites(layer):
-                interested = [reader for reader in readers if site in reader.sites]
-                editing = [edit for edit in edits if (edit.layer, edit.site) == (layer, site)]
+                interested = [reader for reader in readers if reader.wants(layer, site)]
+                editing = edits_at.get((layer, site), [])
                 if interested or editing or (every_block and site == "residual"):
                     visit = _Visit(self.anatomy, layer, site, interested, editing, dense)
                     wanted.setdefault(self.anatomy.path(layer, site), []).append(visit)
@@ -377,14 +382,19 @@ class _Visit:
         """Whether the value is in the arguments of the module of all experts, or made from them."""
         return self.site == ROUTING or self.site.startswith("expert.")
 
-    def __call__(self, output: Any, batch: Batch, given: Any = None) -> Any:
-        """Apply the edits, call the readers, and return the module's output.
+    def routed(self, module: Any) -> Routed | None:
+        """Return what the module of all experts is given, if the value is made from that.
 
-        `given` are the module's positional and named arguments.
+        All sites of the module share it, so that a device waits for the experts' tokens once.
         """
+        return Routed.of(self.anatomy, self.layer, module.inputs) if self.inside_experts else None
+
+    def __call__(self, output: Any, batch: Batch, routed: Routed | None = None) -> Any:
+        """Apply the edits, call the readers, and return the module's output."""
         batch = part_at(self.anatomy, self.layer, self.site, batch)
         if self.inside_experts:
-            return self._inside(output, batch, Routed.of(self.anatomy, self.layer, given))
+            assert routed is not None
+            return self._inside(output, batch, routed)
         value = output if self.site == "final" else self.anatomy.site(self.layer, self.site, output, batch.ids.shape)
         for edit in self.edits:
             value = edit.change(value, batch)

@@ -125,7 +125,7 @@ class HeldoutStream:
             stack.callback(self._choices.clear)
             for model in self.models:
                 self._readers[model] = self._readers_of(model)
-                self._fill(self.readings[model])
+            self._fill_in()
             self._mark_sites()
             return stack.pop_all()
 
@@ -144,17 +144,21 @@ class HeldoutStream:
             return [*readers, SignalPower([one.power for one in self.readings.values()])]
         return [*readers, SignalError([read.error])]
 
-    def _fill(self, read: Readings) -> None:
-        """Fill in what does not depend on the model."""
-        read.utf8_bytes[:] = self._utf8
-        for (layer, site), place in self._places.items() if read.experts else ():
+    def _fill_in(self) -> None:
+        """Fill in what is the same for all models."""
+        first, *others = self.readings.values()
+        first.utf8_bytes[:] = self._utf8
+        for (layer, site), place in self._places.items() if first.experts else ():
             kind, _, expert = site.partition(".")
-            read.neurons[layer, int(expert) if kind == "expert" else -1] = place.stop - place.start
+            first.neurons[layer, int(expert) if kind == "expert" else -1] = place.stop - place.start
         for batch in self.batches:
             stack = read_stack(self._anatomy, batch)
-            read.tokens[stack.first : stack.stop, list(batch.segments)] = batch.last.counted.sum(dim=1).long().cpu()
+            first.tokens[stack.first : stack.stop, list(batch.segments)] = batch.last.counted.sum(dim=1).long().cpu()
             if batch.decoder is not None:
-                read.context[list(batch.segments)] = batch.counted.sum(dim=1).long().cpu()
+                first.context[list(batch.segments)] = batch.counted.sum(dim=1).long().cpu()
+        for name in ("utf8_bytes", "neurons", "tokens", "context"):
+            for other in others:
+                getattr(other, name).copy_(getattr(first, name))
 
     def _mark_sites(self) -> None:
         """Set the dense model's own error to zero at the sites that exist."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from operator import attrgetter
+
 import torch
 
 from pruning import Recipe, prune
@@ -10,6 +13,26 @@ from pruning import Recipe, prune
 def half_pruned(model, tokenizer, sparsity=0.5):
     (variant,) = prune(model, tokenizer, Recipe(method="magnitude", sparsity=sparsity))
     return variant
+
+
+def hooked(model, anatomy, edits, **run):
+    """The model's own logits with values changed, or only seen, by plain PyTorch hooks.
+
+    An edit is a block, a site, and a function that returns the new value, or None to leave it.
+    """
+
+    def hook(layer, site, change):
+        def replace(module, inputs, output):
+            value = anatomy.site(layer, site, output, run["input_ids"].shape)
+            changed = change(value.clone())
+            return None if changed is None else anatomy.with_site(layer, site, output, changed)
+
+        return attrgetter(anatomy.path(layer, site))(model).register_forward_hook(replace)
+
+    with ExitStack() as hooks, torch.no_grad():
+        for edit in edits:
+            hooks.callback(hook(*edit).remove)
+        return model(**run).logits
 
 
 def mixed(place, value, other):

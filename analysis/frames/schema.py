@@ -497,7 +497,9 @@ FRAMES: dict[str, FrameSpec] = {
             "accuracy_recovery": Metric("", f"accuracy_restored as a share of accuracy_lost; {_SHARES}"),
             "loss_recovery": Metric("", f"loss_restored as a share of loss_added; {_SHARES}"),
             "attributed_restored": Metric(
-                "nat", "margin_restored (for text: loss_restored) as it is estimated from gradients; controls: as above"
+                "nat",
+                "margin_restored (for text: loss_restored) as it is estimated from gradients; of neurons, summed over "
+                "blocks, so that what reaches those of later blocks counts twice; controls: as above",
             ),
             "attributed_recovery": Metric("", "the same as a share of the drop, where that is significant"),
             "error_ratio": Metric(

@@ -239,12 +239,12 @@ def _selected_by_chance(counts: FiringCounts, highest: float) -> dict[str, float
     is, stays the same; only the language no longer goes with it.
     """
     owner, fold = np.nonzero(counts.tokens.any(axis=-1))
-    fired = np.stack([counts.fired[i][f].ravel() for i, f in zip(owner, fold, strict=True)]).astype(np.float32)
+    fired = np.stack([counts.fired[i][f].ravel() for i, f in zip(owner, fold, strict=True)], dtype=np.float32)
     routed = counts.tokens[owner, fold].astype(np.float32)  # of each block
     group = np.repeat(np.arange(routed.shape[1]), fired.shape[1] // routed.shape[1])
     if counts.owner is not None:  # tokens that reached each expert of each block, and the one that a neuron belongs to
         known = estimated(counts.probabilities()).ravel()
-        routed = np.stack([counts.routed[i][f].ravel() for i, f in zip(owner, fold, strict=True)]).astype(np.float32)
+        routed = np.stack([counts.routed[i][f].ravel() for i, f in zip(owner, fold, strict=True)], dtype=np.float32)
         places = counts.owner + counts.routed[0].shape[2] * np.arange(len(counts.owner))[:, None]
         fired, group = fired[:, known], places.ravel()[known]
     samples = [np.flatnonzero(owner == i).astype(np.float64) for i in range(len(counts.languages))]

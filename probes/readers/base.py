@@ -18,13 +18,17 @@ class Reader(ABC):
     Attributes
     ----------
     sites
-        The sites that it wants, where the model has them: roles, ``activation``, ``residual``, ``final``.
+        The sites that it wants, where blocks have them (:meth:`pruning.Anatomy.sites`), or ``final``.
     compares
         Whether it also wants the dense model's value of the same batch and site.
     """
 
     sites: frozenset[str]
     compares = False
+
+    def wants(self, layer: int, site: str) -> bool:
+        """Whether it wants a site of this block; by default those in :attr:`sites`, whatever the block."""
+        return site in self.sites
 
     @abstractmethod
     def read(self, layer: int, site: str, value: Tensor, batch: Batch, dense: Tensor | None = None) -> None:
@@ -37,7 +41,7 @@ class Reader(ABC):
         site
             Which of :attr:`sites`.
         value
-            Its output, ``[batch, tokens, width]``.
+            Its output, ``[batch, tokens, width]``; at ``routing`` a :class:`probes.routing.Routed`.
         batch
             What was read.
         dense

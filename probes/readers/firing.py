@@ -64,25 +64,27 @@ class NeuronFiring(Reader):
     def read(self, layer: int, site: str, value: Tensor | Routed, batch: Batch, dense: Tensor | None = None) -> None:
         """Count one block's firing neurons."""
         folds = fold_of(torch.tensor(batch.segments, device=batch.counted.device))
-        weights = (folds == torch.arange(FOLDS, device=folds.device)[:, None])[..., None] * batch.counted
+        weights = ((folds == torch.arange(FOLDS, device=folds.device)[:, None])[..., None] * batch.counted).flatten(1)
+        counts = weights.new_zeros(FOLDS, self.fired.shape[2])
         if isinstance(value, Routed):
             for expert in range(len(value.slots)):
                 tokens = value.tokens(expert)
                 if len(tokens):
-                    self._add(layer, expert_site(expert), weights.flatten(1)[:, tokens], value.activation(expert))
+                    place = self._places.get((layer, expert_site(expert)), slice(None))
+                    counts[:, place] = _fired(weights[:, tokens], value.activation(expert))
         else:
-            self._add(layer, site, weights.flatten(1), value.flatten(0, 1))
-
-    def _add(self, layer: int, site: str, weights: Tensor, activation: Tensor) -> None:
-        positive = (activation > 0).float()  # a float32 sum of ones is exact below 2^24 tokens
-        counts = (weights @ positive).round().int()
-        place = self._places.get((layer, site), slice(None))
-        if layer not in self._counts:
-            self._counts[layer] = counts.new_zeros(FOLDS, self.fired.shape[2])
-        self._counts[layer][:, place] += counts
+            place = self._places.get((layer, site), slice(None))
+            counts[:, place] = _fired(weights, value.flatten(0, 1))
+        found = counts.round().int()
+        self._counts[layer] = self._counts[layer].add_(found) if layer in self._counts else found
 
     def flush(self) -> None:
         """Add the counts of the batches that were read."""
         for layer, counts in self._counts.items():
             self.fired[:, layer] += counts.cpu()
         self._counts.clear()
+
+
+def _fired(weights: Tensor, activation: Tensor) -> Tensor:
+    """Return on how many tokens each neuron fires, float32 ``[folds, neurons]``: exact below 2^24 tokens."""
+    return weights @ (activation > 0).float()

@@ -29,7 +29,10 @@ class Keep(Reader):
         self.sites = frozenset(one if isinstance(one, str) else one[1] for one in self._wanted)
         self.values: dict[tuple[int, str], Tensor] = {}
 
+    def wants(self, layer: int, site: str) -> bool:
+        """Whether it keeps a site of a block."""
+        return site in self._wanted or (layer, site) in self._wanted
+
     def read(self, layer: int, site: str, value: Tensor, batch: Batch, dense: Tensor | None = None) -> None:
         """Keep one site's value."""
-        if site in self._wanted or (layer, site) in self._wanted:
-            self.values[layer, site] = value
+        self.values[layer, site] = value

@@ -39,7 +39,7 @@ class RouterChoices(Reader):
         self.agreed = agreed
         self._dense = dense
         self._reference = reference
-        self._waiting: list[tuple[int, tuple[int, ...], Tensor, Tensor]] = []
+        self._waiting: list[tuple[int, tuple[int, ...], Tensor]] = []
 
     def read(self, layer: int, site: str, value: Tensor | Routed, batch: Batch, dense: Tensor | None = None) -> None:
         """Count one block's choices."""
@@ -53,14 +53,18 @@ class RouterChoices(Reader):
         counts = torch.zeros(rows, value.anatomy.n_experts(layer), device=chosen.device)
         counted = batch.counted[..., None].expand(chosen.shape)
         counts.scatter_add_(1, chosen.flatten(1), counted.flatten(1))
-        self._waiting.append((layer, batch.segments, counts, (same * batch.counted).sum(dim=1)))
+        agreed = (same * batch.counted).sum(dim=1, keepdim=True)
+        self._waiting.append((layer, batch.segments, torch.cat([counts, agreed], dim=1).round().int()))
 
     def flush(self) -> None:
         """Write the counts of the batches that were read."""
-        for layer, segments, counts, same in self._waiting:
-            found = torch.cat([counts, same[:, None]], dim=1).round().int().cpu()
-            self.routed[list(segments), layer, : counts.shape[1]] = found[:, :-1]
-            self.agreed[list(segments), layer] = found[:, -1]
+        if self._waiting:
+            flat = [found.flatten() for *_, found in self._waiting]  # blocks may differ in their number of experts
+            parts = torch.cat(flat).cpu().split([len(found) for found in flat])  # one wait for the device, not many
+            for (layer, segments, found), part in zip(self._waiting, parts, strict=True):
+                counts, agreed = part.view(found.shape).split([found.shape[1] - 1, 1], dim=1)
+                self.routed[list(segments), layer, : counts.shape[1]] = counts
+                self.agreed[list(segments), layer] = agreed[:, 0]
         self._waiting.clear()
 
 
@@ -103,9 +107,12 @@ class KeepAdded(Reader):
         self._layers = layers
         self.added: dict[int, Added] = {}
 
+    def wants(self, layer: int, site: str) -> bool:
+        """Whether it is one of the blocks that are wanted."""
+        return site in self.sites and layer in self._layers
+
     def read(self, layer: int, site: str, value: Tensor | Routed, batch: Batch, dense: Tensor | None = None) -> None:
         """Keep one block's."""
         assert isinstance(value, Routed)
-        if layer in self._layers:
-            with torch.no_grad():
-                self.added[layer] = Added(value.anatomy.n_experts(layer), value.chosen, value.contributions())
+        with torch.no_grad():
+            self.added[layer] = Added(value.anatomy.n_experts(layer), value.chosen, value.contributions())

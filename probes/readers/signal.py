@@ -11,7 +11,7 @@ from ..batches import Batch
 from .base import Reader
 
 #: What is compared: the output of every projection that a block has (outside of experts; ``cross_*``: of a decoder's
-#: attention to the encoder's output), and the residual stream after every block. Sums of sites that a block has not are
+#: attention to the encoder's output), and the residual stream after every block. Sums of sites that a block lacks are
 #: NaN.
 SIGNAL_SITES = (
     *("q", "k", "v", "o"),

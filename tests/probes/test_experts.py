@@ -13,6 +13,8 @@ from disturbed import Disturbed
 from probes import DENSE, Item, Reader, Session, item_questions, read_against_dense, text_questions
 from probes.patching import DAMAGE, RESTORE, DamagedModel, attribute, expert_output, experts_output, patch
 from probes.readers.firing import FOLDS
+from probes.readers.keep import Keep
+from probes.routing import Routed
 from pruning import Anatomy, Recipe, prune
 from pruning.variants.owner import DenseModel
 
@@ -143,6 +145,26 @@ def test_what_single_experts_add_sums_to_what_all_add(make_model, kind, implemen
         for expert, part in enumerate(parts):
             there = (routed.chosen == expert).any(dim=1)
             assert torch.equal(part.flatten(0, 1).any(dim=1), there)
+
+
+def test_only_the_experts_that_are_wanted_are_run_again(make_model, tokenizer, segments, monkeypatch):
+    model = make_model("mixtral")
+    session = Session(model, tokenizer)
+    (batch,) = session.batches(segments)
+    every = Experts()
+    session.read(batch, [every])
+    run, looked = [], []
+    contribution, slots = Routed.contribution, Routed.slots.func
+    monkeypatch.setattr(
+        Routed, "contribution", lambda self, expert: run.append((self.layer, expert)) or contribution(self, expert)
+    )
+    monkeypatch.setattr(Routed.slots, "func", lambda self: looked.append(self.layer) or slots(self))
+    keep = Keep({(0, "expert.1"), (0, "expert.2"), (2, "expert.3")})
+    session.read(batch, [keep])
+    assert run == [(0, 1), (0, 2), (2, 3)]
+    assert looked == [0, 2]  # which tokens go to which expert, once a block
+    for key, value in keep.values.items():
+        assert torch.equal(value, every.seen[key])
 
 
 # -- patching ------------------------------------------------------------------------------------------------------------

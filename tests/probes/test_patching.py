@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from conftest import DECODERS
 from disturbed import Disturbed
 from pairwise import pairwise
-from patched import half_pruned, mixed
+from patched import half_pruned, hooked, mixed
 
 from probes import Session
 from probes.items import Item
@@ -67,27 +66,6 @@ def test_choices_of_one_token_share_one_row(model, tokenizer):
     assert len(question.rows) == 1  # of "ot" without its last token: the others' rows are its beginning
 
 
-def hooked(model, anatomy, edits, run):
-    """The model's own logits with values changed by plain PyTorch hooks."""
-    handles = []
-
-    def hook(layer, site, change):
-        def replace(module, inputs, output):
-            shape = run["input_ids"].shape
-            value = anatomy.site(layer, site, output, shape)
-            changed = change(value.clone())
-            return None if changed is None else anatomy.with_site(layer, site, output, changed)
-
-        return attrgetter(anatomy.path(layer, site))(model).register_forward_hook(replace)
-
-    handles = [hook(*edit) for edit in edits]
-    with torch.no_grad():
-        logits = model(**run).logits
-    for handle in handles:
-        handle.remove()
-    return logits
-
-
 @pytest.mark.parametrize(
     ("kind", "first"),
     [("llama", 1), ("gemma3_text", 1), ("gpt_neox", 1), ("phi3", 1), ("opt", 1), ("llama", 0), ("gemma3_text", 0)],
@@ -121,14 +99,13 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
             for choice, text in enumerate(item.choices):
                 ids = torch.tensor([tokenizer(item.prompt + text)["input_ids"]])
                 start = len(tokenizer(item.prompt)["input_ids"])
-                run = {"input_ids": ids}
                 seen = {}
                 keep = [(p.layer, p.site, partial(seen.__setitem__, p)) for p in component.places]
                 with nullcontext() if direction == RESTORE else variant.applied(model):
-                    hooked(model, anatomy, keep, run)
+                    hooked(model, anatomy, keep, input_ids=ids)
                 change = [(p.layer, p.site, partial(by_hand, p, other=seen[p], first=first)) for p in component.places]
                 with variant.applied(model) if direction == RESTORE else nullcontext():
-                    logits = hooked(model, anatomy, change, run)
+                    logits = hooked(model, anatomy, change, input_ids=ids)
                 logs = logits[0].log_softmax(dim=-1)
                 expected = sum(float(logs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
                 assert patched.exact[number].values[0, choice] == pytest.approx(expected, abs=2e-4), component.label

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
 from disturbed import Disturbed
-from patched import half_pruned, mixed
+from patched import half_pruned, hooked, mixed
 from tokenizers.processors import TemplateProcessing
 
 from probes import Session
@@ -49,22 +48,6 @@ def basis():
     return torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(1)))[0]
 
 
-def run_with(model, anatomy, edits, source, labels):
-    """The model's own logits with values changed, or only seen, by plain PyTorch hooks."""
-
-    def hook(layer, site, change):
-        def replace(module, inputs, output):
-            changed = change(anatomy.site(layer, site, output).clone())
-            return None if changed is None else anatomy.with_site(layer, site, output, changed)
-
-        return attrgetter(anatomy.path(layer, site))(model).register_forward_hook(replace)
-
-    with ExitStack() as hooks, torch.no_grad():
-        for edit in edits:
-            hooks.callback(hook(*edit).remove)
-        return model(input_ids=torch.tensor([source]), labels=torch.tensor([labels])).logits[0]
-
-
 def patched_by_hand(place, value, other):
     """All tokens but EOS, which is no text; the decoder's start token is patched, too."""
     if place.layer <= LAST_ENCODED or place.site in ("cross_k", "cross_v"):
@@ -87,7 +70,7 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
     ]
     assert {"cross_q", "cross_k", "cross_v", "cross_o"} <= {component.role for component in components}
     item = ITEMS[1]
-    source = tokenizer(item.prompt)["input_ids"]
+    source = torch.tensor([tokenizer(item.prompt)["input_ids"]])
     for direction in (RESTORE, DAMAGE):
         patched = patch(
             session,
@@ -98,15 +81,15 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
         )
         for number, component in enumerate(components):
             for choice, text in enumerate(item.choices):
-                labels = tokenizer(text, add_special_tokens=False)["input_ids"]
+                labels = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
                 seen = {}
                 keep = [(p.layer, p.site, partial(seen.__setitem__, p)) for p in component.places]
                 with nullcontext() if direction == RESTORE else variant.applied(model):
-                    run_with(model, anatomy, keep, source, labels)
+                    hooked(model, anatomy, keep, input_ids=source, labels=labels)
                 change = [(p.layer, p.site, partial(patched_by_hand, p, other=seen[p])) for p in component.places]
                 with variant.applied(model) if direction == RESTORE else nullcontext():
-                    logs = run_with(model, anatomy, change, source, labels).log_softmax(dim=-1)
-                expected = sum(float(logs[i, token]) for i, token in enumerate(labels))
+                    logits = hooked(model, anatomy, change, input_ids=source, labels=labels)[0]
+                expected = float(logits.log_softmax(dim=-1).gather(1, labels.T).sum())
                 found = patched.exact[number].values[0, choice]
                 assert found == pytest.approx(expected, abs=2e-4), component.label
 

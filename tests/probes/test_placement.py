@@ -36,10 +36,12 @@ from probes.patching import (
     role_weights,
     stream_part,
 )
-from probes.readers.firing import NeuronFiring
+from probes.readers.firing import NeuronFiring, neuron_places
 from probes.readers.hidden_states import PooledStates
+from probes.readers.routing import KeepAdded, RouterChoices
 from probes.readers.signal import SIGNAL_SITES, SignalError, SignalPower
-from pruning import CalibrationSet, Recipe, prune
+from probes.routing import Routed
+from pruning import Anatomy, CalibrationSet, Recipe, prune
 from pruning.models.checkpoint import Shards, checked_plan
 from pruning.models.streaming import open_streamed
 
@@ -108,6 +110,31 @@ def test_readers_of_blocks_do_not_make_a_device_wait():
             for reader in some:
                 reader.flush()
         assert device.syncs.total() == 5  # one for each, and one more for the counts of the second block
+
+
+def test_readers_of_experts_make_a_device_wait_once():
+    batch = Batch((0, 1), *(torch.ones(2, 5, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float32)))
+    with StandIn() as device:
+        there = replace(batch, **{name: getattr(batch, name).to(DEVICE) for name in ("ids", "real", "counted")})
+        anatomy = Anatomy(on_standin(tiny_model("mixtral")))
+        chosen = (torch.arange(20) % 4).view(10, 2).to(DEVICE)
+        routed = Routed(anatomy, 0, torch.randn(10, 32, device=DEVICE), chosen, torch.ones(10, 2, device=DEVICE))
+        places = neuron_places(anatomy)
+        counts, agreed = torch.zeros(2, 3, 4, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
+        readers = [
+            NeuronFiring(torch.zeros(8, 3, 4 * 48, dtype=torch.int32), places),
+            RouterChoices(counts, agreed, {}, reference=True),
+            KeepAdded({0}),
+        ]
+        device.syncs.clear()
+        for reader in readers:
+            reader.read(0, "routing", routed, there)
+        assert device.syncs.total() == 1  # how many tokens each expert has
+        for reader in readers:
+            reader.flush()
+        assert device.syncs.total() == 3
+    assert counts[:, 0].tolist() == [[3, 3, 2, 2], [2, 2, 3, 3]]  # of five tokens each, that take turns
+    assert agreed[:, 0].tolist() == [10, 10]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "mt5"])
