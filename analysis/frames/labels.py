@@ -86,7 +86,7 @@ _STEP = re.compile(r"(^|\+)([\w-]+)(?![^(]*\))")
 
 
 def method_name(label: object) -> str:
-    """Return how figures call a method; `label` is that of a frame, with what follows and unusual parameters.
+    """Return how figures call a method; `label` is that of a frame, with what follows and non-default parameters.
 
     >>> method_name("ria(power=1)+swaps+admm(rounds=5)"), method_name("mine")
     ('RIA(power=1)+swaps+ADMM(rounds=5)', 'mine')
@@ -159,7 +159,7 @@ def maskless(recipe: Mapping[str, Any]) -> bool:
 
 
 def _grouped(grid: re.Match[str]) -> str:
-    return f"groups of {grid[2]}" if grid[2] else "one scale a row"
+    return f"groups of {grid[2]}" if grid[2] else "one scale per row"
 
 
 def _pattern_words(pattern: object) -> str:

@@ -79,8 +79,8 @@ RECIPE_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "scope
 VARIANT_COLUMNS = (*RECIPE_COLUMNS, "bits", "calibration", "seed")
 #: Category of a diagnosis of text, which has no items, and of one of all items together.
 TEXT, ALL = "text", "all"
-#: Tokens of a language that an expert must get for how often its neurons fire to be estimated: then the standard error
-#: is 0.05 at the most. Fewer make rare firing look specific to the languages in which it happened to be seen.
+#: Tokens of a language that an expert needs for its neurons' firing probabilities to be estimated: their standard error
+#: is then at most 0.05. With fewer, rare firing looks specific to the languages in which it happened to be seen.
 FEWEST_ROUTED = 100
 _ESTIMATE = ("low", "high", "n")
 _TEST = ("draws", "df", "p_value", "p_adjusted")
@@ -137,11 +137,12 @@ _OVER_SHARE = "95 % Wilson interval at the effective number of items, templates 
 _OVER_CHANGE = "95 % interval of Agresti and Min at the effective number of items, templates as clusters"
 _OVER_TEMPLATES = "95 % BCa bootstrap interval over templates (fewer than 20: jackknife, t quantiles)"
 _JACKKNIFE = "95 % jackknife interval over held-out segments, translations left out together"
-_VARIATION = (
-    "total variation distance, ½ Σ|p − q|, between (estimated without the noise that would add to it: one half of the "
-    "segments says which experts have more, the other how much more; on average 0 where nothing differs)"
+_VARIATION = "total variation distance, ½ Σ|p − q|, between"
+_SPLIT = (
+    "estimated without the bias of sampling noise: one half of the segments says which experts have more, the other "
+    "how much more, so that it is 0 on average where nothing differs, and can be negative"
 )
-_MEAN_AND_JACKKNIFE = f"no layer: mean over layers; {_JACKKNIFE}"
+_MEAN_AND_JACKKNIFE = f"{_SPLIT}; no layer: mean over layers; {_JACKKNIFE}"
 _DIAGNOSED = (
     "estimated_on: all questions, or one half of them, split by template; 95 % interval over templates (for text: over "
     "segments; empty where nothing varies)"
@@ -315,9 +316,7 @@ FRAMES: dict[str, FrameSpec] = {
                 "", "cosine similarity of the updates to the weights that both keep; 0: unrelated updates"
             ),
             "code_agreement": Metric("", "share of equal codes (quantized variants, which have no masks)"),
-            "code_agreement_chance": Metric(
-                "", "the same expected of independent codes of which each is as frequent as here"
-            ),
+            "code_agreement_chance": Metric("", "the same, expected of independent codes with the same frequencies"),
         },
         estimates=False,
     ),
@@ -418,7 +417,7 @@ FRAMES: dict[str, FrameSpec] = {
             "agnostic_error_db": Metric("dB", f"the same for the language-agnostic part; {_PAIRED}"),
             "specific_minus_agnostic_db": Metric(
                 "dB",
-                f"specific_error_db minus agnostic_error_db: for which part the choice of text matters more; {_PAIRED}",
+                f"specific_error_db minus agnostic_error_db: which part the choice of text affects more; {_PAIRED}",
             ),
         },
         tests=True,

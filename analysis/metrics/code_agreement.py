@@ -1,7 +1,7 @@
 """Agreement of codes: do different calibration texts round weights to the same values?
 
-What overlap of masks is for pruned models. The grids of two variants differ too, where they follow the text; codes say
-which of its values a weight was rounded to.
+It is to quantized models what mask overlap is to pruned ones. A code says to which value of its grid a weight was
+rounded; where grids follow the text, those of two variants differ too, and equal codes need not be equal weights.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def analyze(
 def _agreement(
     members: Sequence[CodeSet], key: Key
 ) -> tuple[Float[np.ndarray, "variants variants"], Float[np.ndarray, "variants variants"]]:
-    """Return the share of equal codes of every pair for one projection, and that of independent codes as frequent."""
+    """Return the share of equal codes of every pair in one projection, and that expected of independent codes."""
     outputs, inputs = members[0].shape(key)
     step = max(_AT_A_TIME // inputs, 1)
     equal = np.zeros((len(members), len(members)))

@@ -104,7 +104,10 @@ def analyze(
                 *_corrected(_pairs(values, languages, ordered, sets)),
                 *_own_against_others(values, languages, sets, ids),
             ]
-            rows += [{**shared, **row, "shared_text": _of_sets(row, alike_draws), "metric": metric} for row in compared]
+            rows += [
+                {**shared, **row, "shared_text": _of_sets(row, alike_draws, languages), "metric": metric}
+                for row in compared
+            ]
     return tidy("contrasts", rows)
 
 
@@ -218,9 +221,10 @@ def _share_of_draws(drawn: Sequence[Sequence[Drawn] | None]) -> float:
     return float(np.max(shares, initial=0))
 
 
-def _of_sets(row: Mapping[str, Any], shares: Mapping[str, float]) -> float:
+def _of_sets(row: Mapping[str, Any], shares: Mapping[str, float], languages: Sequence[str]) -> float:
     """Return the largest share of the sets that a row compares, nan if it is unknown of one."""
-    compared = shares if row["other_calibration"] == OTHERS else (row["calibration"], row["other_calibration"])
+    pair = row["calibration"], row["other_calibration"]
+    compared = pair if OTHERS not in pair else [name for name in languages if name in shares]
     return float(np.max([shares[name] for name in compared]))
 
 

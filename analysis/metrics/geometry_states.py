@@ -184,6 +184,7 @@ class Found:
 
 
 def compared(dense: States, model: States) -> Found:
+    """Compare one layer of a model with that of the dense one, or the dense one with itself."""
     segments = model.segments
     cka = None
     if model is not dense and segments.counts.min() >= _ENOUGH_FOR_CKA:
@@ -224,6 +225,11 @@ def between_languages(model: States) -> Float[np.ndarray, " draws"]:
 
 
 def predicted_right(dense: States, model: States) -> Float[np.ndarray, "parts rows"]:
+    """Return whether each segment's language is predicted from each of :data:`PARTS`: 1 or 0.
+
+    Subspaces are of one half of the segments; in the other, the discriminant is fitted on one quarter and tested on the
+    other, and both are swapped.
+    """
     segments, hidden, rank = model.segments, model.states.shape[1], model.rank
     right = np.zeros((len(PARTS), len(segments.language)))
     for half in (0, 1):

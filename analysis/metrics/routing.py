@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -27,7 +27,11 @@ _Counts = Float[np.ndarray, "segments layers experts"]
 _Estimate = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+def analyze(
+    readings: Mapping[tuple[str, str], Readings],
+    columns: Mapping[str, Mapping[str, Any]],
+    ids: Mapping[str, Sequence[str]] | None = None,
+) -> pd.DataFrame:
     """Return the frame ``routing``; it is empty for a model without experts.
 
     The router's own choices are counted, the top-k experts of every token that counts. Two readings are open at a time:
@@ -39,6 +43,9 @@ def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, 
         ``(variant, language)`` to what was read; ``"dense"`` is among the variants.
     columns
         Variant to the columns that describe it.
+    ids
+        Language to the ids of the segments that were read: those with one id are translations, which go into the same
+        half and are left out together. Without ids, segments correspond by position.
     """
     if not next(iter(readings.values())).experts:
         return tidy("routing", [])
@@ -53,7 +60,9 @@ def analyze(readings: Mapping[tuple[str, str], Readings], columns: Mapping[str, 
                 rows += ({**place, **own} for own in _changes(readings[DENSE, language], read))
         for language, other in combinations(sorted(languages), 2):
             place = {**columns[variant], "language": language, "other_language": other}
-            rows.append({**place, **_distances(readings[variant, language], readings[variant, other])})
+            both = {name: readings[variant, name] for name in (language, other)}
+            names = [ids[name] if ids else range(len(own.routed)) for name, own in both.items()]
+            rows.append({**place, **_distances(list(both.values()), names)})
     return tidy("routing", rows)
 
 
@@ -95,11 +104,16 @@ def _changes(dense: Readings, read: Readings) -> Iterator[dict[str, Any]]:
     yield _by_layer("moved", segment_interval(moved, len(after)), layers)
 
 
-def _distances(one: Readings, other: Readings) -> dict[str, Any]:
-    """Return how far the shares of two languages are apart; segments correspond by position."""
-    layers, segments = _layers(one), min(len(one.routed), len(other.routed))
-    counts = [read.routed[:segments, layers].numpy().astype(np.float64) for read in (one, other)]
-    return {**_by_layer("language_distance", _distance(*counts), layers), "n": segments}
+def _distances(both: Sequence[Readings], names: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return how far the shares of two languages are apart, whose segments of one name correspond."""
+    layers = _layers(both[0])
+    number = {name: i for i, name in enumerate(dict.fromkeys([*names[0], *names[1]]))}
+    counts = []
+    for read, own in zip(both, names, strict=True):
+        placed = np.zeros((len(number), len(layers), read.routed.shape[2]))
+        np.add.at(placed, [number[name] for name in own], read.routed[:, layers].numpy())
+        counts.append(placed)
+    return {**_by_layer("language_distance", _distance(*counts), layers), "n": len(number)}
 
 
 def _distance(one: _Counts, other: _Counts) -> _Estimate:

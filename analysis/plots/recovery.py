@@ -24,7 +24,7 @@ def shares_known(frame: pd.DataFrame) -> bool:
 
 
 def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw what undoing each mask and restoring each output recovers, as gradients estimate it, by role and block.
+    """Draw what restoring the weights and the output of each role and block recovers, as gradients estimate it.
 
     In per cent of the drop, or in nats if the drop is not significant.
     """
@@ -32,7 +32,7 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
     shown = frame[(frame["metric"] == _attributed(shares)) & frame["role"].notna()].copy()
     shown = shown[shown["estimated_on"].astype(str) == EVERY]
     shown["role"] = shown["role"].astype(str).map(role_kind)
-    names = {"weights": "mask undone", "output": "output restored"}
+    names = {"weights": "weights restored", "output": "output restored"}
     tables = {}
     for kind, name in names.items():
         rows = shown[shown["component"] == kind]
@@ -129,7 +129,7 @@ def causes(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         panels,
         title=f"Single components ({_title(frame)})",
         x_label="share of the drop" if shares else "nats",
-        legend=("interval excludes zero (blue: masks; orange: activations)", "interval includes zero"),
+        legend=("interval excludes zero (blue: weights; orange: activations)", "interval includes zero"),
         x_range=(min(-0.25, lowest - 0.1), max(1.0, highest + 0.1)),
         width=width,
     )

@@ -115,9 +115,9 @@ def study_figures(frames: Frames, facts: ReportFacts) -> Iterator[ReportFigure]:
         yield ReportFigure(
             ALL_MODELS,
             "routing-languages",
-            "How far two languages are apart by the experts that they use in the dense model: total variation distance "
-            "between their shares of the tokens' top-k slots, mean over layers; 0: the same experts equally often, 1: "
-            f"no expert in common. Noise adds nothing to it on average. On {text}.",
+            "Distance between languages by the experts they use in the dense model: total variation distance between "
+            "the experts' shares of the top-k slots, mean over layers; 0: every expert equally often, 1: no expert in "
+            f"common. Estimated without the bias of sampling noise. On {text}.",
             lambda: plots.routing.languages(frames["routing"]),
         )
     for recipe in recipes_of(frames["signal"]):
@@ -153,8 +153,8 @@ def _of_recipe(
             "Difference in log perplexity between each calibration set and the evaluated language's own; right of zero "
             "is worse. Intervals (95 %) hold over segments and draws of the calibration text together; with a single "
             f"draw there are none, and nothing is tested. {_few_draws(compared)}Filled markers: p < 0.05 (t-test, "
-            "Benjamini-Hochberg correction). The frame contrasts holds the same for SNR and for the errors of both "
-            "LSAR parts.",
+            "Benjamini-Hochberg correction). The frame contrasts holds the same for SNR, for the errors of both "
+            "LSAR parts, and for the difference between these.",
             drawing(plots.contrasts.effects, "contrasts"),
         )
     asked = of_recipe(frames["accuracy"], recipe)
@@ -256,9 +256,10 @@ def _of_recipe(
             "itself, the ceiling. Language found: accuracy of a linear discriminant in the part of a state inside or "
             "outside a subspace; outside, it is above chance even in the dense model, since subspaces are estimated. "
             "Where overlap falls but languages are found in the model's own subspace as before, they were rotated; "
-            "where they are not, and their means have come closer, lost. CKA (unbiased): within each language, mean "
-            f"over languages. Subspaces, discriminants and accuracies are of different segments among {text}. Lines: "
-            "means over calibration sets; bands: minimum to maximum. The frame geometry holds the intervals.",
+            "where they are found less well and their means have come closer, lost. CKA (unbiased): within each "
+            "language, mean over languages. Subspaces, discriminants and accuracies are of different segments among "
+            f"{text}. Lines: means over calibration sets; bands: minimum to maximum. The frame geometry holds the "
+            "intervals.",
             drawing(plots.geometry.layers, "geometry", encoder=encoder),
         )
     if several:
@@ -266,9 +267,9 @@ def _of_recipe(
     if len(of_recipe(frames["routing"], recipe)):
         yield (
             "routing",
-            "Router's choices in the pruned model, mean over layers. Left: share of the top-k slots whose expert the "
+            "The router's choices, mean over layers. Left: share of the top-k slots whose expert the "
             "dense model does not choose for the same token. Right: total variation distance between the shares of "
-            "the experts before and after; 0 if every expert is used as often as before, by whichever tokens. On "
+            "the experts before and after; 0 if every expert is used as often as before, whichever tokens use it. On "
             f"{text}.",
             drawing(plots.routing.matrix, "routing"),
         )
@@ -313,12 +314,12 @@ def _of_recipe(
 
 
 def _experts(frames: Frames) -> str:
-    """Say which neurons of experts are left out."""
+    """Say how firing is counted in experts, and which of them are left out."""
     if not len(frames["routing"]):
         return ""
     return (
-        f"Neurons of experts fire on a share of the tokens routed to them; those of experts that get fewer than "
-        f"{FEWEST_ROUTED} tokens of some language are left out. "
+        "The firing of an expert's neurons is counted among the tokens routed to it; experts that get fewer than "
+        f"{FEWEST_ROUTED} tokens in some language are left out. "
     )
 
 
@@ -341,7 +342,7 @@ def _overlap(
         yield (
             "code-agreement-roles",
             f"The same by layer for each role: different calibration sets (mean, minimum to maximum), and {ceiling}. "
-            "Dashed: chance (independent codes of which each is as frequent).",
+            "Dashed: chance (independent codes with the same frequencies).",
             drawing(plots.mask_overlap.roles, "mask_overlap", metric="code_agreement"),
         )
         return
@@ -378,7 +379,7 @@ def _few_draws(rows: pd.DataFrame) -> str:
 
 def _text(facts: ReportFacts, encoder: int) -> str:
     tokens = facts.heldout_tokens.values()
-    halved = ", each read whole by the encoder and, for the decoder, halved: the second is predicted from the first"
+    halved = ", each read whole by the encoder; the decoder predicts its second half from the encoded first half"
     return (
         f"{facts.segments} held-out segments per language ({min(tokens)} to {max(tokens)} tokens), disjoint from the "
         f"calibration and fitting text{halved if encoder else ''}"
@@ -418,16 +419,17 @@ def diagnosis_figures(
         f"Recovery when the dense model's residual stream is patched into {variant} after one block ({what}): the "
         "whole stream, its language-specific part (LSAR, fitted on the dense model) and the language-agnostic rest, on "
         f"all questions. {whole} Bands: 95 % intervals over templates. Controls: 20 random "
-        "subspaces with the specific part's rank and pruning error, their mean and range; exactly at the block or "
-        "blocks where the specific part has most effect by gradients, and estimated from gradients after all.",
+        "subspaces with the specific part's rank and pruning error, their mean and range; patched exactly after the "
+        "blocks where gradients give most effect to the specific part, or to what the block does to the agnostic part, "
+        "and estimated from gradients after all.",
         lambda: plots.recovery.curves(frame),
     )
     yield ReportFigure(
         section,
         f"diagnosis-map-{name}",
         f"What each role of each block recovers ({what}), {in_units}, estimated from gradients "
-        "(attribution). Left: undoing the mask of that projection only. Right: restoring its output, which also undoes "
-        "the damage in its input. Values need not add up to the whole drop.",
+        "(attribution). Left: restoring the weights of that projection only. Right: restoring its output, which also "
+        "undoes the damage in its input. Values need not add up to the whole drop.",
         lambda: plots.recovery.heatmap(frame),
     )
     if not len(named_causes(frame)):

@@ -80,15 +80,10 @@ def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         )
     against = tests[tests["other_calibration"] == OTHERS]
     for row in against[against["calibration"] == OWN].to_dict("records"):
-        tested = (
-            f"p = {row['p_value']:.2g}, permuting which set belongs to which language"
-            if np.isfinite(row["p_value"])
-            else "one draw of each set: not tested"
-        )
         yield (
             f"Calibrating on the evaluated language multiplies its perplexity by {np.exp(row['value']):.2f} "
             f"{_interval(np.exp(row['low']), np.exp(row['high']))}relative to the other single languages (geometric "
-            f"mean over languages; {tested})."
+            f"mean over languages; {_permuted(row)})."
         )
     pairs = tests[tests["other_calibration"] != OTHERS]
     if len(pairs):
@@ -111,6 +106,12 @@ def _text_matters(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
                 "seed, so it is unknown what another draw of the same text would change. Give calibration.seeds two "
                 "values to find out."
             )
+
+
+def _permuted(row: Mapping[Any, Any]) -> str:
+    if np.isfinite(row["p_value"]):
+        return f"p = {row['p_value']:.2g}, permuting which set belongs to which language"
+    return "one draw of each set: not tested"
 
 
 def _interval(low: float, high: float) -> str:
@@ -160,6 +161,21 @@ def _where_the_damage_is(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[
         )
 
 
+def _errors_by_own_language(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Say which part of the states gains more by calibrating on the evaluated language."""
+    rows = of_recipe(frames["contrasts"], {**recipe, "calibration": OWN, "other_calibration": OTHERS})
+    of = rows.astype({"metric": str}).set_index("metric").to_dict("index")
+    if "specific_minus_agnostic_db" in of:
+        apart = of["specific_minus_agnostic_db"]
+        yield (
+            "Calibrating on the evaluated language changes the error of the language-specific part by "
+            f"{of['specific_error_db']['value']:+.2f} dB and that of the language-agnostic part by "
+            f"{of['agnostic_error_db']['value']:+.2f} dB relative to the other single languages (means over languages "
+            f"and layers); the difference between the two is {apart['value']:+.2f} dB "
+            f"{_interval(apart['low'], apart['high'])}({_permuted(apart)})."
+        )
+
+
 def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     coded = labels.quantized(recipe)
     unmasked = "Quantized models" if coded else "Models whose weights were all changed"
@@ -170,7 +186,8 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     if not len(overlap):
         return
     metric, masks = ("code_agreement", "Codes") if coded else ("iou", "Masks")
-    alike = "agree in a mean share of" if coded else "overlap with a mean IoU of"
+    verb, by = ("agree", "at a mean rate of") if coded else ("overlap", "with a mean IoU of")
+    alike = f"{verb} {by}"
     iou, chance = _metric(overlap, metric), _metric(overlap, f"{metric}_chance")["value"].mean()
     same = (iou["calibration"].astype(str) == iou["other_calibration"].astype(str)).to_numpy()
     within, between, apart = mask_overlap.mean_overlaps(iou, metric)
@@ -192,9 +209,9 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
             f"({pairs[most]:.3f}), the least similar {least[0]} and {least[1]} ({pairs[least]:.3f})."
         )
     if np.isfinite(apart[1]):
-        clearly = "more" if apart[1] > 0 else "less" if apart[2] < 0 else "not clearly more or less"
+        clearly = "more" if apart[1] > 0 else "less" if apart[2] < 0 else "neither clearly more nor clearly less"
         yield (
-            f"Draws of one set overlap {clearly} than draws of different sets: the difference is {_over_draws(apart)} "
+            f"Draws of one set {verb} {clearly} than draws of different sets: the difference is {_over_draws(apart)} "
             "(95 % jackknife interval over draws)."
         )
 
@@ -260,8 +277,8 @@ def _between_categories(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[s
             here = category[category["category"] == row["category"]]
             left = labels.in_order(here[here["at_chance"] & here["language"].notna()]["language"].unique())
             yield (
-                f"Pruning costs {row['category']} {_points(row)} more than {row['other_category']} (accuracy on "
-                f"{task}, mean over languages and calibration sets; {_significance(row)})."
+                f"{_compression([recipe])} costs {row['category']} {_points(row)} more than {row['other_category']} "
+                f"(accuracy on {task}, mean over languages and calibration sets; {_significance(row)})."
                 + (f" Left out, since the dense model is at chance: {', '.join(left)}." if left else "")
             )
         apart = own[(own["contrast"] == "own_by_category") & (own["calibration"] == OWN)]
@@ -290,6 +307,7 @@ _PARTS = (
     _questions,
     _between_categories,
     _where_the_damage_is,
+    _errors_by_own_language,
     geometry_of_recipe,
     _masks,
     routing_of_recipe,

@@ -16,10 +16,10 @@ from .catalogue import Frames
 _WORDS = {
     ROTATED: "rotated (its own subspace has turned away from the dense one, and languages are found in it as before)",
     ROTATED_INSIDE: "rotated within the dense subspace",
-    LOST: "lost (languages are found less well in its own subspace and in the whole state, and their means are closer)",
+    LOST: "lost (languages are found less well in its own subspace and whole state, and their means have come closer)",
     SCATTERED: "scattered (languages are found less well in its own subspace, but as before in the whole state)",
     UNCHANGED: "unchanged",
-    UNDECIDED: "undecided (an interval is too wide, or languages are found less well only because noise has grown)",
+    UNDECIDED: "undecided (an interval is too wide, or languages are found less well, but their means are no closer)",
 }
 
 

@@ -20,7 +20,7 @@ from ..metrics.recovery_frame import EVERYTHING, main_metric, named_causes
 
 _OTHER = {FIRST: SECOND, SECOND: FIRST}
 _KINDS = {
-    "weights": "masks",
+    "weights": "weights",
     "output": "outputs",
     "residual": "the whole residual stream",
     "specific": "the language-specific part",
@@ -247,7 +247,7 @@ def describe(row: Mapping[Any, Any]) -> str:
     elif role_kind(role) == "expert":
         role = role.replace(".", " ")
     return {
-        "weights": f"undoing the mask of {role}{layer}",
+        "weights": f"the weights of {role}{layer}",
         "output": f"the output of {role}{layer}",
         "specific": f"the language-specific part{layer.replace('in', 'after')}",
         "neurons": "the language-specific neurons",

@@ -21,15 +21,17 @@ def routing_of_dense(frame: pd.DataFrame) -> Iterator[str]:
         return
     apart = rows.sort_values("value", kind="stable")
     nearest, farthest = apart.iloc[0], apart.iloc[-1]
-    which, most = "two languages", ""
     if len(apart) == 1:
-        which = _pair(farthest)
+        which, over, most = _pair(farthest), "layers", ""
     else:
-        least = f"{_pair(nearest)} ({nearest['value']:.2f})"
-        most = f": least those of {least}, most those of {_pair(farthest)} ({farthest['value']:.2f})"
+        which, over = "two languages", "pairs and layers"
+        most = (
+            f": least for {_pair(nearest)} ({nearest['value']:.2f}), most for {_pair(farthest)} "
+            f"({farthest['value']:.2f})"
+        )
     yield (
-        f"In the dense model, the experts that {which} use differ by {apart['value'].mean():.2f} in total "
-        f"variation, mean over layers{most}."
+        f"In the dense model, the shares of the experts in {which} are {apart['value'].mean():.2f} apart in total "
+        f"variation (mean over {over}){most}."
     )
 
 
@@ -45,9 +47,8 @@ def routing_of_recipe(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str
     most = f", most in {language_name(str(by_language.idxmax()))} ({by_language.max():.2f})" * (len(by_language) > 1)
     where = f" and in block {int(by_layer.idxmax())} ({by_layer.max():.2f})" * (len(by_layer) > 1)
     yield (
-        f"After pruning, {means['moved']:.0%} of the experts that tokens are routed to are not those that the dense "
-        f"model chooses for the same token; the shares of the experts shift by {means['shift']:.2f} in total variation"
-        f"{most}{where}."
+        f"The router sends {means['moved']:.0%} of its top-k slots to experts that the dense model does not choose for "
+        f"the same token; the shares of the experts shift by {means['shift']:.2f} in total variation{most}{where}."
     )
 
 

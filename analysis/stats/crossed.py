@@ -134,9 +134,10 @@ def _translated(
     """
     if ids is None:
         return [[(k, None)] for k in languages]
+    own = {k: set(ids[k]) for k in languages}
     groups: list[list[int]] = []
     for k in languages:
-        shares = [group for group in groups if any(set(ids[k]) & set(ids[other]) for other in group)]
+        shares = [group for group in groups if any(not own[k].isdisjoint(own[other]) for other in group)]
         groups = [group for group in groups if group not in shares] + [[*(j for group in shares for j in group), k]]
     found: list[list[tuple[int, np.ndarray | None]]] = []
     for group in groups:
@@ -150,8 +151,9 @@ def _translated(
 def _summed(weighted: Sequence[tuple[float, np.ndarray, np.ndarray | None]]) -> np.ndarray:
     """Return what each segment adds to a weighted sum of means over some languages, ``[..., draws, segments]``.
 
-    The mean over segments is that sum, but for what is the same in all draws. A segment that a language lacks counts
-    as its mean there.
+    Its mean over segments is the weighted sum of means. A segment that a language lacks counts as the language's mean,
+    and the deviations of the others are scaled so that the variance of this mean is what the language's own segments
+    say: s² / n for a language with n of them, however many the others have.
     """
     weight, of, number = weighted[0]
     if number is None:
@@ -159,9 +161,11 @@ def _summed(weighted: Sequence[tuple[float, np.ndarray, np.ndarray | None]]) -> 
     size = 1 + max(int(places.max()) for _, _, places in weighted if places is not None)
     total = np.zeros((*of.shape[:-1], size))
     for weight, of, places in weighted:
+        n = of.shape[-1]
+        scale = np.sqrt(size * (size - 1) / (n * max(n - 1, 1)))  # 1 if no segment is lacking
         means = of.mean(axis=-1, keepdims=True)
         total += weight * means
-        total[..., places] += weight * (size / of.shape[-1]) * (of - means)
+        np.add.at(total, (..., places), weight * scale * (of - means))  # an id may occur twice
     return total
 
 

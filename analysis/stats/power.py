@@ -115,7 +115,9 @@ def power(
     Parameters
     ----------
     components
-        Of a finished study: by set and language; for ``category`` by set and the two categories.
+        Of a finished study: by set and language; for ``category`` by set and the two categories. The units of languages
+        are taken to be independent. Where they are translations, what suits a set at a unit in all languages alike
+        cancels in ``own``, so that its power is greater than this; the other comparisons are of one language.
     comparison
         ``sets``: one set is worse than another in one language. ``category``: one category loses more, in one set.
         ``own``: every language's own set suits it, by the permutation test over all languages.

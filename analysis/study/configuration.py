@@ -146,7 +146,7 @@ class Study(Section):
         chosen = some_twins(items, wanted)
         if not chosen:
             raise StudyError(
-                f'tasks.per_category leaves no item in {named(language)}; raise a number, or set items = "none"'
+                f'tasks.per_category leaves no items in {named(language)}; raise a number, or set items = "none"'
             )
         return chosen
 

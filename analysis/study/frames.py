@@ -172,7 +172,7 @@ def _mask_overlap(context: Context) -> Analyzed:
 
 
 def _routing(context: Context) -> Analyzed:
-    return {"routing": routing.analyze(_readings(context), context.variants.columns())}
+    return {"routing": routing.analyze(_readings(context), context.variants.columns(), _ids(context))}
 
 
 def _neurons(context: Context) -> Analyzed:

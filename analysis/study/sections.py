@@ -176,8 +176,8 @@ class TasksConfig(Section):
         ``"bundled"``, ``"file:FOLDER/{lang}.jsonl"`` or ``"none"``; by default the bundled ones, if they cover all
         languages of the study.
     per_category
-        Maximum number of items of every category, or of each, such as ``{"reasoning": 100, "fluency": 40}``: of a
-        category that is not named all are asked, and of one with 0 none. All by default.
+        Maximum number of items per category: one number for all, or a table such as ``{"reasoning": 100, "fluency":
+        0}``, where 0 leaves a category out and categories that are not named keep all their items. All by default.
     harness
         Names of tasks of EleutherAI's lm-evaluation-harness; ``"preset"`` stands for those of
         :data:`analysis.study.harness.STUDY_BENCHMARKS` in the study's languages. Needs the extra ``tasks``.

@@ -89,6 +89,6 @@ def test_grids_are_no_pruning_patterns():
     assert not labels.quantized(BASE | {"pattern": "row"})
     assert not labels.quantized(BASE | {"pattern": "2:4"})
     assert labels.recipe_label(BASE | {"pattern": "4bit-row", "propagation": "dense"}) == (
-        "GPTQ, 4 bits, one scale a row, dense propagation"
+        "GPTQ, 4 bits, one scale per row, dense propagation"
     )
     assert Grid(3, 8).width(80) == 8

@@ -9,6 +9,7 @@ import torch
 from analysis.metrics import contrasts
 from analysis.metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from analysis.metrics.lsar import LSAR
+from analysis.report.findings import _errors_by_own_language
 from probes import DENSE, Readings
 from probes.readers.signal import SIGNAL_SITES
 from pruning.text.calibration import Drawn
@@ -131,6 +132,20 @@ def test_all_metrics_are_compared_and_errors_alike_do_not_differ():
     errors = frame[frame["metric"].isin(["specific_error_db", "agnostic_error_db"])]
     pairs = errors[errors["other_calibration"] != OTHERS]
     assert (pairs["p_adjusted"] > SIGNIFICANT).mean() > 0.9
+
+
+def test_the_report_says_which_part_gains_more_by_the_evaluated_language():
+    for seeds, ending in ((2, "which set belongs to which language)."), (1, "(one draw of each set: not tested).")):
+        frame = study(effect=0.3, seeds=seeds)
+        (said,) = _errors_by_own_language({"contrasts": frame}, {"method": "wanda"})
+        rows = frame[(frame["calibration"] == OWN) & (frame["other_calibration"] == OTHERS)].set_index("metric")
+        specific, agnostic = (rows.loc[f"{part}_error_db", "value"] for part in ("specific", "agnostic"))
+        assert f"language-specific part by {specific:+.2f} dB" in said
+        assert f"language-agnostic part by {agnostic:+.2f} dB" in said
+        assert rows.loc["specific_minus_agnostic_db", "value"] == pytest.approx(specific - agnostic)
+        assert f"the difference between the two is {specific - agnostic:+.2f} dB" in said
+        assert said.endswith(ending)
+        assert not list(_errors_by_own_language({"contrasts": frame.iloc[:0]}, {"method": "wanda"}))
 
 
 def test_rows_say_what_text_the_draws_of_their_sets_share():

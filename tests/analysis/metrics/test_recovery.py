@@ -682,11 +682,11 @@ def test_sentences_say_what_the_frame_says():
         "other half, or else the one that brings back most. Blocks are numbered from 0.",
         "After block 1, restoring the language-agnostic part alone recovers 50 % [40, 60], the language-specific part "
         "7 % [-3, 17], 20 random subspaces of the same rank, with 0.97 times its pruning error, between -3 and 4 %.",
-        "Chosen on the first half of the questions, estimated on the second: undoing the mask of down in block 1, 30 % "
+        "Chosen on the first half of the questions, estimated on the second: the weights of down in block 1, 30 % "
         "[20, 40].",
-        "Chosen on the second half of the questions, estimated on the first: undoing the mask of down in block 1, 40 % "
+        "Chosen on the second half of the questions, estimated on the first: the weights of down in block 1, 40 % "
         "[30, 50]; the output of o in block 0, 20 % [10, 30].",
-        "Chosen by both halves, average of both estimates: undoing the mask of down in block 1, 35 % [28, 42].",
+        "Chosen by both halves, average of both estimates: the weights of down in block 1, 35 % [28, 42].",
         "The language-specific neurons recover 4 % [-6, 14], as many random neurons of the same blocks that fire as "
         "often between -5 and 1 % (20 draws).",
     ]
@@ -723,7 +723,7 @@ def test_agreement_is_within_kinds_and_apart_for_what_was_drawn_at_random():
     assert drawn.low <= drawn.rho < drawn.high < 0.5
     assert found["weights", "chosen by attribution"].low < 0.99  # six that agree do not prove that all do
     said = diagnosis_findings(planted_frame(*rows))[-1]
-    assert "masks drawn at random ρ = -1.00 [-1.00, " in said
+    assert "weights drawn at random ρ = -1.00 [-1.00, " in said
     assert "(n = 6, 0 of the first 3 shared)" in said
 
 

@@ -116,6 +116,26 @@ def test_languages_are_compared_with_each_other(frame):
     assert len(frame[frame["metric"] == "language_distance"]) == 2 * 3
 
 
+def test_translations_are_found_by_their_ids():
+    """In whatever order they were read, and if each language lacks one of the other's."""
+    order = np.random.default_rng(0).permutation(12)
+    names = [str(k) for k in range(12)]
+    straight = {(DENSE, lang): CHOICES[DENSE, lang] for lang in ("en", "sw")}
+    shuffled = straight | {(DENSE, "sw"): CHOICES[DENSE, "sw"][order]}
+    frames = [
+        routing.analyze({place: reading(own, own) for place, own in chosen.items()}, COLUMNS, {"en": names, "sw": ids})
+        for chosen, ids in ((straight, names), (shuffled, [names[k] for k in order]))
+    ]
+    first, second = (of[of["metric"] == "language_distance"].reset_index(drop=True) for of in frames)
+    pd.testing.assert_frame_equal(first, second)
+    lacking = {(DENSE, lang): CHOICES[DENSE, lang][part] for lang, part in (("en", np.s_[:-1]), ("sw", np.s_[1:]))}
+    readings = {place: reading(own, own) for place, own in lacking.items()}
+    found = routing.analyze(readings, COLUMNS, {"en": names[:-1], "sw": names[1:]})
+    found = found[found["metric"] == "language_distance"]
+    assert (found["n"] == 12).all()
+    assert ((found["low"] < found["value"]) & (found["value"] < found["high"])).all()
+
+
 def test_a_model_that_routes_alike_has_not_shifted():
     readings = {(model, lang): reading(own, own) for model in COLUMNS for lang, own in (("en", CHOICES[DENSE, "en"]),)}
     frame = routing.analyze(readings, COLUMNS)
@@ -135,11 +155,11 @@ def test_the_frame_in_words_and_figures(frame):
     (pruned,) = routing_of_recipe({"routing": frame}, recipe)
     means = frame[frame["layer"].isna()].astype({"metric": str}).groupby("metric")["value"].mean()
     between = value(frame, DENSE, "language_distance", language="en", other_language="sw", layer=None)
-    assert f"the experts that English and Swahili use differ by {between:.2f} in total variation, mean" in dense
+    assert f"shares of the experts in English and Swahili are {between:.2f} apart in total variation (mean" in dense
     third = frame.assign(language=frame["language"].astype(object).replace("en", "de"))
     (dense,) = routing_of_dense(pd.concat([frame, third.assign(value=third["value"] / 2)]))
-    assert f"least those of German and Swahili ({between / 2:.2f}), most those of English and Swahili" in dense
-    assert f"{means['moved']:.0%} of the experts that tokens are routed to" in pruned
+    assert f"least for German and Swahili ({between / 2:.2f}), most for English and Swahili" in dense
+    assert f"sends {means['moved']:.0%} of its top-k slots to experts that the dense model does not choose" in pruned
     assert f"shift by {means['shift']:.2f} in total variation, most in English" in pruned
     assert plots.routing.languages(frame)
     table = plots.routing.matrix(frame, recipe).axes[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind, ttest_rel
 
-from analysis.stats.crossed import crossed_contrast, crossed_contrasts
+from analysis.stats.crossed import _summed, crossed_contrast, crossed_contrasts
 
 SEGMENTS = 60
 
@@ -152,6 +152,16 @@ def test_some_languages_lack_some_segments():
         for scores in studies
     ]
     assert 0.92 < np.mean([one.low <= 0 <= one.high for one in found]) < 0.98
+
+
+@pytest.mark.parametrize("few", [2, 5, SEGMENTS])
+def test_a_language_with_few_segments_is_as_uncertain_as_they_say(few):
+    """However many more the other languages have: s² / n, not less."""
+    rng = np.random.default_rng(0)
+    own, constant = rng.normal(size=(1, few)), np.zeros((1, SEGMENTS))
+    total = _summed([(1.0, own, rng.permutation(SEGMENTS)[:few]), (1.0, constant, np.arange(SEGMENTS))])
+    assert total.mean() == pytest.approx(own.mean())
+    assert total.var(ddof=1) / SEGMENTS == pytest.approx(own.var(ddof=1) / few)
 
 
 def test_segments_of_other_names_are_independent_and_order_does_not_matter():

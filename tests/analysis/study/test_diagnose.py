@@ -363,7 +363,7 @@ def test_a_folder_without_a_study_is_refused(place, tmp_path):
         (
             "[tasks]",
             "[tasks]\nper_category = { reasoning = 0, fluency = 0, few = 0 }",
-            ("tasks.per_category leaves no item in English",),
+            ("tasks.per_category leaves no items in English",),
         ),
         ("[tasks]", '[tasks]\nharness = ["belebele_xyz"]', ("belebele_xyz",)),
         ("riddles/{lang}", "nowhere/{lang}", ("no items for English", "nowhere/en.jsonl")),

@@ -99,7 +99,7 @@ def test_quantized_models_are_measured_beside_pruned_ones_without_masks(place, t
     assert (
         "Quantized models have no masks: there is no sparsity and no overlap of masks; the agreement of their" in page
     )
-    assert "Codes from different calibration sets agree in a mean share of" in page
+    assert "Codes from different calibration sets agree at a mean rate of" in page
 
 
 def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_path):
