@@ -161,6 +161,7 @@ def _summed(weighted: Sequence[tuple[float, np.ndarray, np.ndarray | None]]) -> 
     size = 1 + max(int(places.max()) for _, _, places in weighted if places is not None)
     total = np.zeros((*of.shape[:-1], size))
     for weight, of, places in weighted:
+        assert places is not None  # several languages
         n = of.shape[-1]
         scale = np.sqrt(size * (size - 1) / (n * max(n - 1, 1)))  # 1 if no segment is lacking
         means = of.mean(axis=-1, keepdims=True)

@@ -52,7 +52,7 @@ class Quantization:
         if not self.bits:
             return None
         groups = outputs * -(-inputs // (self.group or inputs))
-        return outputs * inputs * self.bits + groups * (self.scale + (self.bits if self.zeros else 0))
+        return float(outputs * inputs * self.bits + groups * (self.scale + (self.bits if self.zeros else 0)))
 
     def __str__(self) -> str:
         """Describe it in words."""

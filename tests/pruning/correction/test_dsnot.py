@@ -80,7 +80,7 @@ def test_a_row_within_the_tolerance_stays_as_it_is():
     x = inputs_like_a_models(32, 100)
     weight, mask = layer(32, "row")
     errors = expected_errors(weight, mask, x)
-    limit = float(errors.median())
+    limit = float(errors.quantile(0.5))  # halfway between two rows: rounding does not decide
     refined = dsnot.refine(weight, mask, statistics_of(x), pattern_named("row"), tolerance=limit)
     same = (refined == mask).all(dim=1)
     assert torch.equal(same, errors <= limit)
