@@ -166,7 +166,8 @@ def _summed(weighted: Sequence[tuple[float, np.ndarray, np.ndarray | None]]) -> 
         scale = np.sqrt(size * (size - 1) / (n * max(n - 1, 1)))  # 1 if no segment is lacking
         means = of.mean(axis=-1, keepdims=True)
         total += weight * means
-        np.add.at(total, (..., places), weight * scale * (of - means))  # an id may occur twice
+        deviations = np.moveaxis(weight * scale * (of - means), -1, 0)
+        np.add.at(np.moveaxis(total, -1, 0), places, deviations)  # an id may occur twice
     return total
 
 

@@ -18,6 +18,7 @@ from ..models.head import head_of
 from ..patterns import MODEL, Shape, pattern_named
 from ..projections import Key
 from ..quantization import SCALE_BITS
+from ..recipes import Recipe
 from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
@@ -169,12 +170,18 @@ def _kept(jobs: Sequence[Job]) -> int:
     """Return how many matrices as large as a Gram matrix are kept with it for the next recipe on the same set."""
     recipes = [job.recipe for job in jobs]
     factors = {
-        (recipe.method_parameters.get("damping", recipe.method), recipe.method_parameters.get("order", 0))
+        tuple(_value(recipe, name) for name in ("damping", "order"))
         for recipe in recipes
         if recipe.scoring.solve is not None or "damping" in recipe.scoring.parameters
     }
     inverses = {tuple(recipe.correction_parameters.items()) for recipe in recipes if recipe.correction != NONE}
     return len(factors) + len(inverses)
+
+
+def _value(recipe: Recipe, parameter: str) -> float:
+    """Return a parameter's value; 0 if the method does not have it."""
+    known = recipe.scoring.parameters.get(parameter)
+    return float(recipe.method_parameters.get(parameter, known.default if known else 0))
 
 
 def _within(peak: tuple[int, int], caps: tuple[int | None, int | None]) -> bool:
@@ -337,9 +344,7 @@ class _Needs:
             grams = [self.anatomy.shape(layer, group.leader)[1] ** 2 * _FLOAT for group in self.anatomy.groups(layer)]
             sharing = schedule.on_pieces(layer)
             pieces = len(schedule.pieces(layer))
-            summed = {
-                job.calibration: len(schedule.pieces_of(job)) > 1 for job in sharing
-            }  # those of one piece are its
+            summed = {job.calibration: len(schedule.pieces_of(job)) > 1 for job in sharing}  # one piece needs no sum
             kept = sum(summed.values()) + len(summed) * _kept(sharing)
             working = 4 if any(job.recipe.correction != NONE for job in with_gram) else 2
             worst = max(worst, sum(grams) * max(pieces + kept, 1) + max(grams) * working)

@@ -18,7 +18,7 @@ from pruning.text.calibration import CalibrationSet, CalibrationText
 MIX = CalibrationSet(name="en+sw", languages=("en", "sw"), samples=SHORT.samples, length=SHORT.length)
 RECIPES = [
     *(
-        Recipe(method=method, **({"bits": 4} if method_named(method).quantize else {"sparsity": 0.5}))
+        Recipe(method=method, **({"bits": 4, "group": 8} if method_named(method).quantize else {"sparsity": 0.5}))
         for method in known_methods()
     ),
     *(Recipe(method="wanda", sparsity=0.5, pattern=pattern) for pattern in ("matrix", "model", "2:4")),
@@ -65,6 +65,11 @@ def test_methods_prune_on_the_models_device_as_on_the_cpu(kind, recipes, tokeniz
         assert values.keys() == wanted.keys()
         for key in wanted:
             torch.testing.assert_close(values[key], wanted[key], rtol=1e-3, atol=1e-4)
+        codes, wanted_codes = found(job).codes, expected(job).codes
+        assert set(codes) == set(wanted_codes)
+        for key in wanted_codes:
+            weights = (of[key].unpacked().weight() for of in (codes, wanted_codes))
+            torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mt5"])
