@@ -526,8 +526,9 @@ def gptq(
     symmetric: bool = False,
     damping: float = 0.01,
     order: bool = False,
+    static: bool = False,
 ) -> Tensor:
-    """GPTQ (Frantar et al., ICLR 2023): grids of groups on updated weights; with an order, on the dense ones."""
+    """GPTQ (Frantar et al., ICLR 2023): grids of groups on updated weights; static or with an order, on dense ones."""
     W = W.detach().double().clone()
     X = X.detach().double()
     inputs = W.shape[1]
@@ -544,7 +545,7 @@ def gptq(
     H = H[columns][:, columns]
     U = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
     grids = {}
-    if order or not group:
+    if order or static or not group:
         for a in range(0, inputs, width):
             grids[a] = fitted(W[:, a : a + width], bits, symmetric)
     made = torch.zeros_like(W)

@@ -31,11 +31,12 @@ def quantize(
     *,
     damping: float = 0.01,
     order: float = 0,
+    static: float = 0,
 ) -> Coded:
     """Quantize matrices that read the same input in one sweep over the columns (Frantar et al., ICLR 2023, 2210.17323).
 
-    A group's grid is fitted when its first column is reached, on weights that were updated for all columns before it;
-    the grid of a whole row on the dense weights.
+    A group's grid is fitted when its first column is reached, on weights that were updated for all columns before it,
+    unless grids are static; the grid of a whole row is that of the dense weights.
 
     Parameters
     ----------
@@ -51,7 +52,9 @@ def quantize(
         Share of the mean diagonal added to the Gram matrix; raised, with a remark, if the factorization fails.
     order
         1: columns by falling mean square of their inputs ("act-order"). Groups stay those of neighbouring inputs, with
-        grids fitted on the dense weights ("static groups"), so that no index has to be stored.
+        static grids, so that no index has to be stored.
+    static
+        1: grids of groups are fitted on the dense weights, as llm-compressor does it.
 
     Raises
     ------
@@ -61,7 +64,7 @@ def quantize(
     found = factor(statistics.known_inputs, damping, by_size=bool(order))
     ordered = weights if found.order is None else [weight[:, found.order] for weight in weights]
     stored = stacked(ordered, found.dead)
-    rounding = _Rounding(stored, grid, found.order)
+    rounding = _Rounding(stored, grid, found.order, static=bool(static))
     width = max(_WIDTH // grid.group, 1) * grid.group if grid.group else _WIDTH
     sweep(stored, found.upper, rounding, width=width, narrow=gcd(NARROW, grid.group))
     return Coded(rounding.quantized([len(weight) for weight in weights]), found.remarks)
@@ -77,10 +80,12 @@ class _Rounding:
     grid
         The grid.
     columns
-        The columns in the order of the sweep, if it is not their own; all grids are then fitted in advance.
+        The columns in the order of the sweep, if it is not their own; grids are then static.
+    static
+        Whether all grids are fitted in advance.
     """
 
-    def __init__(self, stored: Tensor, grid: Grid, columns: Tensor | None = None) -> None:
+    def __init__(self, stored: Tensor, grid: Grid, columns: Tensor | None = None, *, static: bool = False) -> None:
         inputs, outputs = stored.shape
         group = grid.width(inputs)
         self._grid, self._group, self._columns = grid, group, columns
@@ -88,12 +93,11 @@ class _Rounding:
         self._scale = torch.empty(inputs // group, outputs, device=stored.device)
         self._zero = torch.empty_like(self._scale)
         self._level = torch.empty(outputs, device=stored.device)
-        if columns is not None:
-            own = torch.empty_like(stored).index_copy_(0, columns, stored)
+        self._static = static or columns is not None or group == inputs
+        own = stored if columns is None else torch.empty_like(stored).index_copy_(0, columns, stored)
+        if self._static:
             self._fit(slice(None), own.unflatten(0, (-1, group)).aminmax(dim=1))
-            self._of = (columns // group).tolist()
-        elif group == inputs:
-            self._fit(slice(None), tuple(extreme[None] for extreme in stored.aminmax(dim=0)))
+        self._of = None if columns is None else (columns // group).tolist()
 
     def _fit(self, groups: int | slice, extremes: tuple[Tensor, ...]) -> None:
         self._scale[groups], self._zero[groups] = self._grid.fit(*extremes)
@@ -104,12 +108,12 @@ class _Rounding:
 
     def approach(self, first: int, last: int, ahead: Callable[[int], Tensor]) -> None:
         at = self._begin + first
-        if self._columns is None and self._group < len(self._codes) and at % self._group == 0:
+        if not self._static and at % self._group == 0:
             self._fit(at // self._group, tuple(ahead(first + self._group).aminmax(dim=0)))
 
     def decide(self, j: int, column: Tensor, error: Tensor) -> None:
         at = self._begin + j
-        group = at // self._group if self._columns is None else self._of[at]
+        group = at // self._group if self._of is None else self._of[at]
         scale, zero = self._scale[group], self._zero[group]
         code, new = self._coded[j], self._new[j]
         torch.div(column, scale, out=code).round_().add_(zero).clamp_(0, self._grid.top)
@@ -138,6 +142,7 @@ METHOD = register(
         parameters={
             "damping": Parameter(0.01, 1e-6, 10, "share of the mean diagonal added to the Gram matrix"),
             "order": Parameter(0, 0, 1, "1: columns by falling mean square of their inputs", whole=True),
+            "static": Parameter(0, 0, 1, "1: grids of groups are fitted on the dense weights", whole=True),
             **SYMMETRIC,
         },
     )

@@ -21,7 +21,7 @@ from pruning.statistics import ABSOLUTE, GRAM, InputStatistics, Statistics
 
 AXES = {
     "kind": ARCHITECTURES,
-    "method": ["rtn", "gptq", "gptq-order", "awq"],
+    "method": ["rtn", "gptq", "gptq-order", "gptq-static", "awq"],
     "bits": [8, 4, 3, 2],
     "group": [0, 8],
     "symmetric": [0, 1],
@@ -31,8 +31,8 @@ Case = tuple[str, int, int, int]
 
 def recipe_of(anatomy: Anatomy, method: str, bits: int, group: int, symmetric: int) -> Recipe:
     """Return a recipe for the last block, which has experts if any block does."""
-    name, _, order = method.partition("-")
-    parameters = {"symmetric": symmetric} | ({"order": 1} if order else {})
+    name, _, switch = method.partition("-")
+    parameters = {"symmetric": symmetric} | ({switch: 1} if switch else {})
     last = f"{len(anatomy.blocks) - 1}"
     return Recipe(method=name, bits=bits, group=group, propagation="dense", parameters=parameters, blocks=last)
 
@@ -68,10 +68,9 @@ def naive_weights(anatomy: Anatomy, inputs: Inputs, case: Case) -> dict[tuple[in
         elif method == "awq":
             own = naive.awq(weights, x, bits, group, bool(symmetric))
         else:
-            order = method == "gptq-order"
+            switch = {name: True for name in ("order", "static") if method == f"gptq-{name}"}
             own = {
-                role: naive.gptq(weight, x, bits, group, bool(symmetric), order=order)
-                for role, weight in weights.items()
+                role: naive.gptq(weight, x, bits, group, bool(symmetric), **switch) for role, weight in weights.items()
             }
         made |= {(layer, role): weight for role, weight in own.items()}
     return made
@@ -152,19 +151,22 @@ def statistics_of(x: torch.Tensor) -> InputStatistics:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "group", "order"),
-    [(640, 128, 0), (640, 64, 1), (640, 32, 0), (640, 320, 0), (640, 40, 0), (300, 0, 0), (640, 0, 1), (20, 0, 0)],
+    ("inputs", "group", "switch"),
+    [
+        *((640, 128, {}), (640, 64, {"order": 1.0}), (640, 32, {}), (640, 320, {}), (640, 40, {}), (300, 0, {})),
+        *((640, 0, {"order": 1.0}), (20, 0, {}), (640, 128, {"static": 1.0}), (640, 320, {"static": 1.0})),
+    ],
 )
-def test_wide_matrices_are_quantized_as_published(inputs, group, order):
+def test_wide_matrices_are_quantized_as_published(inputs, group, switch):
     x = wide_inputs(inputs, 900)
     random = torch.Generator().manual_seed(0)
     weights = [torch.randn(outputs, inputs, generator=random) * 0.02 for outputs in (5, 7)]
     copies = [weight.clone() for weight in weights]
-    coded = gptq.quantize(weights, Statistics(statistics_of(x)), Grid(3, group), ["q", "k"], order=float(order))
+    coded = gptq.quantize(weights, Statistics(statistics_of(x)), Grid(3, group), ["q", "k"], **switch)
     rounded = rtn.quantize(weights, Statistics(), Grid(3, group), ["q", "k"])
     for weight, copy, own, plain in zip(weights, copies, coded.weights, rounded.weights, strict=True):
         assert torch.equal(weight, copy)
-        published = naive.gptq(weight, x, 3, group, order=bool(order))
+        published = naive.gptq(weight, x, 3, group, **{name: bool(value) for name, value in switch.items()})
         ours = naive.reconstruction_error(weight, own.weight(), x)
         assert ours == pytest.approx(naive.reconstruction_error(weight, published, x), rel=0.03)
         assert ours < 0.95 * naive.reconstruction_error(weight, plain.weight(), x)
@@ -182,7 +184,7 @@ def test_gptq_and_sparsegpt_share_one_factorization_for_each_order_of_the_inputs
         gptq.quantize([weight], Statistics(inputs), Grid(bits, 32), ["q"])
     assert len(factorized) == 1
     for bits in (2, 4):
-        gptq.quantize([weight], Statistics(inputs), Grid(bits, 32), ["q"], order=1)
+        gptq.quantize([weight], Statistics(inputs), Grid(bits, 32), ["q"], order=1.0)
     assert len(factorized) == 2
 
 
