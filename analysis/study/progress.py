@@ -8,9 +8,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+#: Seconds between two lines about the same unit, without a terminal.
+_LINES_APART = 120
+
 
 class WorkProgress:
-    """A progress bar in multiply-adds, with the remaining time; plain lines if there is no terminal.
+    """A progress bar in multiply-adds, with the remaining time; a line now and then if there is no terminal.
 
     The remaining time assumes that the remaining work proceeds at the average rate so far, across all stages.
 
@@ -31,7 +34,8 @@ class WorkProgress:
         self.console = console or Console(stderr=True)
         self._done = 0.0
         self.total = max(total, 1.0)
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
+        self._name = ""
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=12),
@@ -45,7 +49,7 @@ class WorkProgress:
 
     def __enter__(self) -> WorkProgress:
         """Start drawing."""
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
         self._bar.start()
         return self
 
@@ -68,15 +72,23 @@ class WorkProgress:
             Whether to print a line if there is no bar.
         """
         self._bar.update(self._task, description=name)
-        if said and not self.console.is_terminal:
-            left = f" ({self.left()})" if self.left() else ""
-            share = f"{100 * self._done / self.total:3.0f} %"
-            self.console.print(f"[{share}] {name}{more}{left}", highlight=False, markup=False, soft_wrap=True)
+        self._name = name
+        if said:
+            self._say(name + more)
 
     def advance(self, work: float) -> None:
         """Add completed work."""
         self._done = min(self._done + work, self.total)
         self._bar.update(self._task, completed=self._done, left=self.left())
+        if time.monotonic() - self._said >= _LINES_APART:
+            self._say(self._name)
+
+    def _say(self, what: str) -> None:
+        if not self.console.is_terminal:
+            self._said = time.monotonic()
+            left = f" ({self.left()})" if self.left() else ""
+            share = f"{100 * self._done / self.total:3.0f} %"
+            self.console.print(f"[{share}] {what}{left}", highlight=False, markup=False, soft_wrap=True)
 
     def left(self) -> str:
         """Return the remaining time in words, or an empty string if it is too early to tell."""
