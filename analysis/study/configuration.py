@@ -19,6 +19,7 @@ from pruning.models.loading import Dtype, check_model_name, device_named
 from pruning.text.languages import language_tags, named
 from pruning.text.sources import BUNDLED_LANGUAGES
 
+from .published import Checkpoint, Imported, all_checkpoints
 from .sections import NO_ITEMS, CalibrationConfig, EvaluationConfig, RecipeGrid, Section, TasksConfig, TextConfig
 
 _NAME = re.compile(r"\w[\w.+=-]*")
@@ -46,7 +47,9 @@ class Study(Section):
     recipes: tuple[RecipeGrid, ...] = (RecipeGrid(method="wanda"),)
     evaluation: EvaluationConfig = EvaluationConfig()
     tasks: TasksConfig = TasksConfig()
-    imported: dict[str, str] = Field(default={}, description="models pruned elsewhere: name and checkpoint of each")
+    imported: dict[str, Imported] = Field(
+        default={}, description="models made elsewhere: name and checkpoint, or name and template of a collection"
+    )
 
     @field_validator("model")
     @classmethod
@@ -86,11 +89,11 @@ class Study(Section):
         if not jobs and not self.imported:
             raise ValueError("this study has no models to compare; add [[recipes]] or [imported]")
         taken = taken_names() | {job.id for job in jobs}
-        for name, source in self.imported.items():
-            try:
-                check_model_name(source)
-            except ModelError as error:
-                raise ValueError(f"imported: {error}") from error
+        try:
+            checkpoints = self.checkpoints()
+        except (ModelError, StudyError) as error:
+            raise ValueError(f"imported: {error}") from error
+        for name in checkpoints:
             if not _NAME.fullmatch(name) or name.endswith(PARTIAL) or len(name) > LONGEST_NAME:
                 raise ValueError(
                     f'imported: "{shortened(name)}" is not a valid name; use at most {LONGEST_NAME} letters, digits '
@@ -106,6 +109,10 @@ class Study(Section):
     def model_name(self) -> str:
         """Name of the model in frames."""
         return DEMO_NAME if self.model == DEMO else self.model
+
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Return the models made elsewhere by name, those of collections whether they exist or not."""
+        return all_checkpoints(self.imported)
 
     def calibration_sets(self) -> list[CalibrationSet]:
         """Return the calibration sets."""

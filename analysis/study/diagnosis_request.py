@@ -78,7 +78,7 @@ def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
     StudyError
         If the study has no such variant, language or category, or too few questions in it.
     """
-    names = [*(job.id for job in study.jobs()), *study.imported]
+    names = [*(job.id for job in study.jobs()), *study.checkpoints()]
     if request.variant not in names:
         known = did_you_mean(request.variant, names)
         raise StudyError(f'this study has no variant "{shortened(request.variant)}"; {known}')

@@ -93,7 +93,11 @@ def report_facts(context: Context) -> ReportFacts:
         languages=study.languages,
         sets=study.calibration_sets(),
         recipes=study.all_recipes(),
-        imported={name: f"{source}{_found(context, name)}" for name, source in study.imported.items()},
+        imported={
+            name: f"{checkpoint.source}{_found(context, name)}"
+            for name, (checkpoint, _) in context.variants.imports.found.items()
+            if name in context.variants.names
+        },
         set_aside=context.variants.set_aside,
         segments=study.evaluation.segments,
         fit_segments=study.evaluation.fit_segments,

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pruning import Variant, load_model
+from pruning import Variant
 from pruning.errors import VariantError
+from pruning.models.loading import load_weights
 from pruning.runner import Wave
 from pruning.variants.store import RECIPE_FILE
 
@@ -31,14 +32,14 @@ class Prune:
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
         """Make the variants of a unit, and record each."""
         names = [output.name.partition("/")[2] for output in unit.outputs]
-        if names[0] in context.study.imported:
+        if names[0] in context.variants.imports.found:
             _take_over(context, names[0])
         else:
             _make(context, names, advance)
 
     def _imports(self, context: Context, pending: Sequence[str]) -> Iterator[Unit]:
         for name in pending:
-            if name in context.study.imported:
+            if name in context.variants.imports.found:
                 yield self._unit(context, f"importing {name}", [name])
 
     def _waves(self, context: Context, pending: Sequence[str]) -> Iterator[Unit]:
@@ -93,18 +94,35 @@ def _take_over(context: Context, name: str) -> None:
     """Import a model pruned elsewhere as a variant."""
     began = time.monotonic()
     study, anatomy = context.study, context.model.anatomy
-    source = study.imported[name]
-    pruned, _ = load_model(source, dtype=study.dtype, device=study.device, stream=anatomy.streamed)
+    imports = context.variants.imports
+    checkpoint, _ = imports.found[name]
+    folder = str(imports.folder(name))
+    pruned = load_weights(folder, dtype=study.dtype, device=study.device, stream=anatomy.streamed)
     try:
         variant = Variant.between(anatomy.model, pruned, name)
     except VariantError as error:
-        raise VariantError(f"{source}: {error}") from error
+        if not _imported_others(context, checkpoint.collection):
+            raise VariantError(f"{checkpoint.source}: {error}") from error
+        _record(context, name, time.monotonic() - began, {"set_aside": str(error)})
+        return
     variant = replace(variant, record=variant.record.model_copy(update={"model": study.model_name}))
+    if checkpoint.collection:
+        variant = variant.described(checkpoint.stated)
     _check_unlike_others(context, variant)
     variant.save(context.variants.place(name))
     if variant.record.found:
         context.tell(f"{name}: {variant.record.found}")
     _record(context, name, time.monotonic() - began)
+
+
+def _imported_others(context: Context, collection: str) -> bool:
+    """Whether another checkpoint of a collection was imported: if not even one fits, it is of another dense model."""
+    variants = context.variants
+    return bool(collection) and any(
+        variants.finished(name) and name in variants.names
+        for name, (own, _) in variants.imports.found.items()
+        if own.collection == collection
+    )
 
 
 def _check_unlike_others(context: Context, variant: Variant) -> None:
@@ -118,7 +136,7 @@ def _check_unlike_others(context: Context, variant: Variant) -> None:
                 f'imported "{variant.id}" has the same recipe as "{name}", which this study makes itself; '
                 f"leave one of them out, or remove the {RECIPE_FILE} next to that checkpoint"
             )
-    for name in context.study.imported:
+    for name in context.variants.imports.found:
         if name != variant.id and context.variants.finished(name) and context.variants.open(name).columns() == columns:
             raise VariantError(
                 f'imported "{variant.id}" and "{name}" have the same recipe; '

@@ -127,7 +127,10 @@ def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> N
             for units in _rounds(context, stage):
                 executor.run(stage, units)
     write_provenance(context, time.monotonic() - began, only_variants=only_variants)
+    left_out = context.variants.imports.left_out  # which was said at the beginning
     for name, reason in context.variants.set_aside.items():
+        if name in left_out:
+            continue
         console.print(f"set aside: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -16,6 +16,7 @@ from pruning.models.embedded import DEMO
 from pruning.text.sources import HubDataset
 
 from .configuration import Study
+from .published import Published
 from .sections import CalibrationConfig, EvaluationConfig, RecipeGrid, TasksConfig, TextConfig
 
 
@@ -85,8 +86,10 @@ _RENAMED = {"evaluation.special_tokens": "write skip_first = false to include th
 
 
 def _explained(error: Any) -> str:
-    kinds = ("str", "int", "float", "HubDataset")
-    place = ".".join(shortened(part) for part in error["loc"] if part not in kinds and "tuple" not in str(part))
+    kinds = ("str", "int", "float", "HubDataset", "line", "table")
+    place = ".".join(
+        shortened(part) for part in error["loc"] if part not in kinds and not str(part).startswith(("tuple[", "dict["))
+    )
     if error["type"] == "extra_forbidden":
         section, _, key = place.rpartition(".")
         if place in _RENAMED:
@@ -128,7 +131,10 @@ def _anchored(study: Study, folder: Path) -> Study:
     def checkpoint(name: str) -> str:
         return os.path.normpath(folder / name) if name != DEMO and is_folder(folder / name) else name
 
-    imported = {name: checkpoint(source) for name, source in study.imported.items()}
+    imported = {
+        name: source.anchored(folder) if isinstance(source, Published) else checkpoint(source)
+        for name, source in study.imported.items()
+    }
     folders = tuple(os.path.normpath(folder / name) for name in study.tasks.folders)
     tasks = study.tasks.model_copy(update={"items": anchor(study.tasks.items), "folders": folders})
     update = {"text": text, "model": checkpoint(study.model), "imported": imported, "tasks": tasks}

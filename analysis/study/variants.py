@@ -13,12 +13,11 @@ from pruning.code_version import code_version
 from pruning.errors import RecipeError
 from pruning.files import content_sha256
 from pruning.memory import free_memory
-from pruning.models.loading import checkpoint_folder
 from pruning.runner import VARIANTS, PruningRun, job_key
-from pruning.variants.store import RECIPE_FILE
 
 from ..frames import dense_columns
 from .configuration import Study
+from .imports import StudyImports
 from .model import StudyModel
 from .records import Records
 from .texts import StudyTexts
@@ -56,6 +55,7 @@ class StudyVariants:
         self._caps = memory, device_memory
         self._tell = tell
         self.jobs = {job.id: job for job in study.jobs()}
+        self.imports = StudyImports(study, tell)
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -65,7 +65,10 @@ class StudyVariants:
         ------
         RecipeError
             If a recipe uses a diagnosis of another model.
+        ModelError, StudyError
+            If a model made elsewhere, or all of a collection, is not there.
         """
+        imported = {name: self.imports.files(name) for name in self.imports.found}
         facts = self._model.facts
         for path, remedy in self._study.remedies().items():
             if remedy.model_fingerprint != facts.fingerprint:
@@ -77,7 +80,10 @@ class StudyVariants:
         for name, job in self.jobs.items():
             text = self._texts.of_calibration(job.calibration) if job.calibration else None
             keys[name] = job_key(job, facts.fingerprint, facts.dtype, text)
-        return keys | {name: self._import_key(source) for name, source in self._study.imported.items()}
+        code = code_version("pruning")
+        return keys | {
+            name: content_sha256([code, facts.fingerprint, facts.dtype, files]) for name, files in imported.items()
+        }
 
     @property
     def names(self) -> list[str]:
@@ -92,9 +98,10 @@ class StudyVariants:
 
     @property
     def set_aside(self) -> dict[str, str]:
-        """Variants that could not be made, with the reason."""
+        """Variants that could not be made or imported, with the reason."""
         facts = {name: self._records.facts(record_of(name), key) for name, key in self.keys.items()}
-        return {name: str(found["set_aside"]) for name, found in facts.items() if found and "set_aside" in found}
+        aside = {name: str(found["set_aside"]) for name, found in facts.items() if found and "set_aside" in found}
+        return aside | self.imports.left_out
 
     def key(self, model: str) -> str:
         """Return a string that identifies everything one model depends on, dense or variant."""
@@ -139,13 +146,6 @@ class StudyVariants:
         if run.plan is not None:
             self._tell(str(run.plan))
         return run
-
-    def _import_key(self, source: str) -> str:
-        folder = checkpoint_folder(source)
-        found = [*folder.glob("*.safetensors"), *folder.glob(RECIPE_FILE)]
-        files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
-        facts = self._model.facts
-        return content_sha256([code_version("pruning"), facts.fingerprint, facts.dtype, source, files])
 
 
 def record_of(variant: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,8 @@ from ..files import is_file
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+#: Extensions of files that hold pickled weights.
+_PICKLED = (".bin", ".pt", ".pth")
 AGAIN = "download the checkpoint again"
 #: Number of blocks or experts that is always accepted, however few tensors the checkpoint has.
 _PARTS = 1000
@@ -120,6 +122,18 @@ class Shards:
     def bytes(self) -> int:
         """Size on disk."""
         return sum(path.stat().st_size for path in set(self.files.values()))
+
+
+def weights_kind(files: Iterable[str]) -> Literal["safetensors", "pickled"] | None:
+    """Return how a checkpoint with these files stores its weights; ``None`` if it has none.
+
+    >>> weights_kind(["config.json", "pytorch_model-00001-of-00030.bin"])
+    'pickled'
+    """
+    names = set(files)
+    if names & {SINGLE, INDEX}:
+        return "safetensors"
+    return "pickled" if any(Path(name).suffix in _PICKLED for name in names) else None
 
 
 def weight_map(index: Path) -> dict[str, str]:

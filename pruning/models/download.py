@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError, first_line, shortened
-from .checkpoint import INDEX, SINGLE, weight_map
+from .checkpoint import CONFIG, INDEX, SINGLE, weight_map
 
 #: Everything but weights; no code.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -26,6 +27,54 @@ def downloaded(repository: str, revision: str | None = None) -> Path:
     index = folder / INDEX
     weights = sorted(set(weight_map(index).values())) if index.is_file() else [SINGLE]
     return _snapshot(repository, folder.name, weights)  # from the same commit
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """What a Hub model has: the commit of a revision, and the names of its files."""
+
+    commit: str
+    names: frozenset[str]
+
+
+def hub_files(repository: str, revision: str | None = None) -> HubFiles | None:
+    """Return the files that a Hub model has, without downloading any; ``None`` if there is no such model or revision.
+
+    With ``HF_HUB_OFFLINE``, or where the Hub cannot be reached, it is the cache that counts.
+
+    Raises
+    ------
+    ModelError
+        If the Hub cannot be reached and the model is not in the cache, or `repository` is not a valid id.
+    """
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        found = model_info(repository, revision=revision)
+        return HubFiles(str(found.sha), frozenset(file.rfilename for file in found.siblings or ()))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+    except OfflineModeIsEnabled:
+        return _cached(repository, revision)
+    except Exception as error:
+        cached = _cached(repository, revision)
+        if cached is None:
+            raise ModelError(
+                f'cannot tell whether there is a model "{shortened(repository, 100)}": {first_line(error)}'
+            ) from error
+        return cached
+
+
+def _cached(repository: str, revision: str | None) -> HubFiles | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[CONFIG], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return HubFiles(folder.name, frozenset(path.name for path in folder.iterdir()))
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:

@@ -58,6 +58,20 @@ def load_model(
         remote code, its architecture is unknown, its weights are quantized and cannot be decoded here, or they do not
         fit into what is free of the memory.
     """
+    return _loaded(name, dtype, device, stream, revision, tokenizes=True)
+
+
+def load_weights(name: str, *, dtype: Dtype = "auto", device: str = "auto", stream: bool = False) -> Any:
+    """Load a language model without its tokenizer, which checkpoints that were made from another one may lack.
+
+    Parameters and errors are those of :func:`load_model`.
+    """
+    return _loaded(name, dtype, device, stream, None, tokenizes=False)[0]
+
+
+def _loaded(
+    name: str, dtype: Dtype, device: str, stream: bool, revision: str | None, *, tokenizes: bool
+) -> tuple[Any, Any]:
     check_model_name(name)
     place = open_device(device)
     if dtype == "auto":
@@ -69,7 +83,7 @@ def load_model(
         plan = checked_plan(shards)
         if not stream:
             _check_room(name, shards, wanted, place)
-        tokenizer = _open_tokenizer(folder)
+        tokenizer = _open_tokenizer(folder) if tokenizes else None
         if stream and getattr(plan.config, "quantization_config", None) is not None:
             raise ModelError(f"model {folder} is quantized, so it cannot be streamed; load it whole (stream=False)")
         model = open_streamed(shards, plan, wanted, place) if stream else _open_whole(folder, plan, wanted).to(place)

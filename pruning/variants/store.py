@@ -24,6 +24,7 @@ from ..text.calibration import CalibrationSet, Drawn
 from .biases import BIASES_FILE, GrowingBiases
 from .codes import CodeSet, GrowingCodes, PackedCodes
 from .masks import GrowingMasks, MaskSet, is_mask_file
+from .stated import STATED_DIGITS, Stated
 from .tensors import GrowingTensors, StoredTensors, damaged, room_for
 
 RECIPE_FILE = "recipe.json"
@@ -55,8 +56,11 @@ class VariantRecord(BaseModel):
         Notes, such as experts that no token was routed to.
     found
         Of a model made elsewhere: what was done to it, in words.
+    stated
+        Of a model made elsewhere: what its name says of it.
     pattern
-        Of a model made elsewhere: ``unknown`` if it was pruned, ``changed`` or ``quantized``.
+        Of a model made elsewhere: ``unknown`` if it was pruned and nobody states the pattern, the stated one if its
+        masks agree, ``changed`` or ``quantized``.
     bits
         Size in bits a weight of quantized weights that are stored decoded: in an exported checkpoint, and of a model
         quantized elsewhere, as its checkpoint states it.
@@ -75,6 +79,7 @@ class VariantRecord(BaseModel):
     text: tuple[Drawn, ...] = ()
     remarks: tuple[str, ...] = ()
     found: str = ""
+    stated: Stated = Stated()
     pattern: str = UNKNOWN
     bits: float | None = None
     key: str = ""
@@ -110,17 +115,23 @@ class VariantRecord(BaseModel):
         bits
             Its size in bits a weight.
         """
-        recipe, calibration = self.recipe, self.calibration
+        recipe, calibration, stated = self.recipe, self.calibration, self.stated
         columns: dict[str, Any] = {"model": self.model}
+        propagation, drawn, seed = UNCALIBRATED, UNCALIBRATED, 0
         if recipe is None:
+            seed = stated.seed or 0
+            if stated.calibration is not None:
+                propagation, drawn = UNKNOWN, stated.calibration
             columns |= {
-                "method": self.id,
-                "sparsity": round(sparsity, 4),
+                "method": stated.method or self.id,
+                "sparsity": round(sparsity, STATED_DIGITS if stated.method else 4),
                 "pattern": self.pattern,
                 "allocation": UNKNOWN,
                 "scope": EVERYWHERE,
             }
         else:
+            if calibration:
+                propagation, drawn, seed = recipe.propagation, calibration.name, calibration.seed
             columns |= {
                 "method": recipe.method_label,
                 "sparsity": recipe.sparsity,
@@ -128,12 +139,7 @@ class VariantRecord(BaseModel):
                 "allocation": recipe.allocation_label,
                 "scope": recipe.scope,
             }
-        return columns | {
-            "bits": bits,
-            "propagation": recipe.propagation if recipe and calibration else UNCALIBRATED,
-            "calibration": calibration.name if calibration else UNCALIBRATED,
-            "seed": calibration.seed if calibration else 0,
-        }
+        return columns | {"bits": bits, "propagation": propagation, "calibration": drawn, "seed": seed}
 
 
 def _reason(error: ValueError) -> str:

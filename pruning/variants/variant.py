@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from .export import write_checkpoint
 from .imported import difference
 from .masks import MaskSet
 from .size import DENSE_BITS, pruned_bits
+from .stated import Stated
 from .store import (
+    UNKNOWN,
     VariantRecord,
     VariantWriter,
     is_variant,
@@ -86,7 +88,7 @@ class Variant:
         """
         if self.record.bits is not None:
             return self.record.bits
-        pattern = self.record.recipe.pattern if self.record.recipe is not None else ""
+        pattern = self.record.recipe.pattern if self.record.recipe is not None else self.record.pattern
         total, weights = 0.0, 0
         for key in self.projections:
             if key in self.codes:
@@ -220,6 +222,27 @@ class Variant:
         """
         record, masks, values, biases = difference(dense, pruned, name)
         return cls(record, masks, values, biases=biases)
+
+    def described(self, stated: Stated) -> Variant:
+        """Return this model, made elsewhere, with what its name states of it.
+
+        Method, calibration set and seed, which its weights do not tell, are taken as stated, unless its recipe is
+        known; sparsity is what was measured, and the stated pattern counts if the masks agree. ``record.found`` says
+        what does not.
+
+        Parameters
+        ----------
+        stated
+            What the name states.
+        """
+        wrong = stated.contradictions(self.masks, self.columns() if self.record.recipe is not None else None)
+        update: dict[str, Any] = {"stated": stated}
+        if self.record.pattern == UNKNOWN and stated.pattern is not None and "pattern" not in wrong:
+            update["pattern"] = stated.pattern
+        if wrong:
+            said = f"its name is contradicted: {'; '.join(wrong.values())}"
+            update["found"] = f"{self.record.found}; {said}" if self.record.found else said
+        return replace(self, record=self.record.model_copy(update=update))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
