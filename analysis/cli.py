@@ -28,6 +28,10 @@ _Memory = Annotated[
     typer.Option(help="Memory cap, such as 6GiB; free memory by default. A larger model is read from its shards."),
 ]
 _DeviceMemory = Annotated[str | None, typer.Option(help="GPU memory cap, such as 20GiB; free GPU memory by default.")]
+_Study = Annotated[
+    str,
+    typer.Argument(help='A study file (TOML), or the name of a study that "prunescope studies" lists.'),
+]
 _Out = Annotated[
     Path | None,
     typer.Option(help="Folder of the study; runs/NAME by default. Run again to resume."),
@@ -45,7 +49,7 @@ def _bytes(option: str, amount: str | None) -> int | None:
 
 @app.command()
 def run(
-    study: Annotated[str, typer.Argument(help='A study file (TOML), or "demo" for the embedded study.')],
+    study: _Study,
     out: _Out = None,
     memory: _Memory = None,
     device_memory: _DeviceMemory = None,
@@ -65,7 +69,7 @@ def run(
 
 @app.command()
 def prune(
-    study: Annotated[str, typer.Argument(help='A study file (TOML), or "demo" for the embedded study.')],
+    study: _Study,
     out: _Out = None,
     memory: _Memory = None,
     device_memory: _DeviceMemory = None,
@@ -82,6 +86,20 @@ def prune(
         only_prune=True,
     )
     typer.echo(f"variants: {variants}")
+
+
+@app.command()
+def studies(
+    name: Annotated[str | None, typer.Argument(help="Print the file of this study, to save and edit it.")] = None,
+) -> None:
+    """List the studies that come with prunescope, or print the file of one."""
+    from .study.presets import preset_names, preset_summary, preset_text
+
+    if name is not None:
+        typer.echo(preset_text(name), nl=False)
+        return
+    for known in preset_names():
+        typer.echo(f"{known}\n    {preset_summary(known)}")
 
 
 @app.command()

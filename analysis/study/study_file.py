@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import tomllib
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pruning.errors import StudyError, did_you_mean, first_line, shortened
-from pruning.files import is_folder
+from pruning.errors import StudyError, did_you_mean, first_line, shortened, unknown
+from pruning.files import is_file, is_folder
 from pruning.models.embedded import DEMO
 from pruning.text.sources import HubDataset
 
 from .configuration import Study
+from .presets import preset_names, preset_text
 from .published import Published
 from .sections import CalibrationConfig, EvaluationConfig, RecipeGrid, TasksConfig, TextConfig
 
@@ -47,14 +47,35 @@ def load_study(path: Path) -> Study:
 
 
 def resolved_study(name: str) -> Study:
-    """Return the embedded study if `name` is ``demo``, else the one in that file."""
-    return demo_study() if name == DEMO else load_study(Path(name))
+    """Return the study in a file, or, if there is no such file, the one that comes with prunescope under this name.
+
+    Raises
+    ------
+    StudyError
+        As for :func:`load_study`.
+    """
+    path = Path(name)
+    if is_file(path) or path.name != name or path.suffix:
+        return load_study(path)
+    if name not in preset_names() and not is_folder(path):
+        raise StudyError(f"there is no study file {shortened(name)}, and {unknown('study', name, preset_names())}")
+    return preset_study(name) if name in preset_names() else load_study(path)
+
+
+def preset_study(name: str) -> Study:
+    """Return a study that comes with prunescope, such as ``demo``: a real model and real text that come with it, too.
+
+    Raises
+    ------
+    StudyError
+        If there is none of this name.
+    """
+    return parse_study(tomllib.loads(preset_text(name)), f"{name}.toml")
 
 
 def demo_study() -> Study:
     """Return the embedded study: a real model and real text that come with prunescope."""
-    text = (package_files("analysis.study") / "demo.toml").read_text(encoding="utf-8")
-    return parse_study(tomllib.loads(text), "demo.toml")
+    return preset_study(DEMO)
 
 
 def parse_study(content: dict[str, Any], where: str) -> Study:

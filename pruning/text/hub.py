@@ -115,11 +115,14 @@ class HubDataset(BaseModel):
             return list(islice(self.segments(language), count))
 
 
-# Member languages in the parallel datasets for macrolanguage tags.
+# Member languages in the parallel datasets for macrolanguage tags, and scripts that they call otherwise.
 _MEMBERS = {
     "ar": "arb_Arab",
+    "az": "azj_Latn",
     "fa": "pes_Arab",
+    "ko": "kor_Hang",
     "lv": "lvs_Latn",
+    "mg": "plt_Latn",
     "ms": "zsm_Latn",
     "ne": "npi_Deva",
     "sw": "swh_Latn",
