@@ -3,9 +3,11 @@
     .venv/bin/python -m pytest tests/benchmarks/test_remedy.py -s
 
 Not a matter of speed, but of half an hour: for every calibration set a uniform variant is diagnosed on the first half
-of the twins (all languages and categories) and of the held-out text; then uniform, OWL, the diagnosis and random
-reallocations of the same shape are pruned at the same sparsity with several seeds, and judged on the second half.
+of the templates of items (all languages and categories) and of the held-out text; then uniform, OWL, the diagnosis and
+random reallocations of the same shape are pruned at the same sparsity with several seeds, and judged on the second
+half.
 
+    PRUNESCOPE_BENCH_PAIRS    minimal pairs of each category and language
     PRUNESCOPE_BENCH_SPREAD   how far a matrix's sparsity may differ, such as "0.08"
     PRUNESCOPE_BENCH_SETS     calibration sets, such as "en sw"
     PRUNESCOPE_BENCH_ASKED    languages that are diagnosed and judged, such as "de en es zh"
@@ -21,7 +23,7 @@ from benchmarks.harness import number
 from analysis.frames import dense_columns
 from analysis.stats.bootstrap import segment_interval
 from probes import DENSE, DamagedModel, ItemSource, Session, attribute, item_questions, score, text_questions
-from probes.items import CATEGORIES
+from probes.items import CATEGORIES, some_twins
 from probes.patching import role_weights
 from pruning import CalibrationSet, Corpus, Recipe, load_model, prune, text_source
 from pruning.text.sources import BUNDLED_LANGUAGES
@@ -33,11 +35,12 @@ SETS = (os.environ.get("PRUNESCOPE_BENCH_SETS") or "en sw").split()
 SEEDS = range(number("SEEDS", 2))
 SHUFFLES = range(1, number("SHUFFLES", 2) + 1)
 SEGMENTS = number("SEGMENTS", 48)
+PAIRS = number("PAIRS", 12)
 
 
 def half(values, which):
-    names = list(dict.fromkeys(twin for twin, _ in values))
-    return [value for twin, value in values if names.index(twin) % 2 == which]
+    names = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in values))}
+    return [value for name, value in values if names[name] % 2 == which]
 
 
 def recipes(importance):
@@ -55,11 +58,11 @@ def test_a_remedy_is_judged_on_what_it_has_not_seen(capsys):
     source = text_source("bundled")
     corpus = Corpus(source, source, source)
     session = Session(model, tokenizer, batch_tokens=2048)
-    items = {lang: ItemSource().items(lang) for lang in ASKED}
+    items = {lang: some_twins(ItemSource().items(lang), 2 * PAIRS) for lang in ASKED}
     text = {lang: corpus.take("heldout", lang, SEGMENTS) for lang in ASKED}
 
     def questions(which):
-        asked = {lang: half([(i.twin, i) for i in items[lang]], which) for lang in items}
+        asked = {lang: half([(i.template, i) for i in items[lang]], which) for lang in items}
         read = {lang: half([(s.id, s) for s in text[lang]], which) for lang in items}
         return (
             asked,
@@ -118,9 +121,9 @@ def test_a_remedy_is_judged_on_what_it_has_not_seen(capsys):
 
 def table(calibrated, groups, scores, losses, asked):
     languages = list(asked)
-    twins = [(lang, item.twin, item.category) for lang in languages for item in asked[lang][::2]]
-    names = list(dict.fromkeys(twin for _, twin, _ in twins))
-    cluster = np.array([names.index(twin) for _, twin, _ in twins])
+    twins = [(item.template, item.category) for lang in languages for item in asked[lang][::2]]
+    names = list(dict.fromkeys(template for template, _ in twins))
+    cluster = np.array([names.index(template) for template, _ in twins])
 
     def right(name):
         margins = np.concatenate([scores[name, lang].margin for lang in languages])
@@ -151,7 +154,7 @@ def table(calibrated, groups, scores, losses, asked):
             f"nat a token {interval(added, ids)}"
         )
         for category in CATEGORIES:
-            own = np.array([c == category for _, _, c in twins])
+            own = np.array([c == category for _, c in twins])
             print(f"    {category}: {interval(gained[own], np.unique(cluster[own], return_inverse=True)[1])}")
         each = [f"{(loss(name) - base_loss).mean():+.4f}" for name in members]
         print(f"    nat a token of each variant: {', '.join(each)}")
