@@ -198,6 +198,19 @@ def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:
     return matrix
 
 
+def set_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:
+    """Return the mean of a metric over layers, roles and draws, for every pair of the calibration sets of one recipe.
+
+    Symmetric; on the diagonal that of two draws of the set, empty if there is only one draw.
+    """
+    shown = frame[frame["metric"] == metric].astype({"calibration": str, "other_calibration": str})
+    turned = shown.rename(columns={"calibration": "other_calibration", "other_calibration": "calibration"})
+    mean = pd.concat([shown, turned]).groupby(["calibration", "other_calibration"])["value"].mean().unstack()
+    mean = mean.loc[sorted(mean.index, key=labels.calibration_rank), sorted(mean.columns, key=labels.calibration_rank)]
+    names = [labels.set_label(name, 0) for name in mean.index]
+    return mean.set_axis(names, axis=0).set_axis(names, axis=1)
+
+
 class Overlaps(NamedTuple):
     """Mean overlap of draws of one set, of draws of different sets, and the first minus the second.
 
@@ -272,7 +285,7 @@ def cluster(matrix: pd.DataFrame) -> NDArray[np.float64]:
     Parameters
     ----------
     matrix
-        As from :func:`mean_matrix`.
+        As from :func:`set_matrix`.
     """
     distance = 1 - matrix.to_numpy(copy=True)
     np.fill_diagonal(distance, 0)

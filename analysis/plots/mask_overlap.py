@@ -17,7 +17,7 @@ from pruning import ROLES
 from pruning.models.anatomy import role_kind
 
 from ..frames import labels, of_recipe
-from ..metrics.mask_overlap import cluster, draws_share, mean_matrix
+from ..metrics.mask_overlap import cluster, draws_share, mean_matrix, set_matrix
 from . import charts, style
 
 #: What the similarities are called: on an axis, in a title, and the measure that clusters go by.
@@ -32,10 +32,15 @@ _NAMES = {
 def heatmap(
     frame: pd.DataFrame, recipe: Mapping[str, Any], *, metric: str = "iou", width: float = style.PAGE_WIDTH
 ) -> Figure:
-    """Draw the mean IoU, or share of equal codes, of every pair of calibration sets, in the order of a clustering."""
+    """Draw the mean IoU, or share of equal codes, of every pair of calibration sets, in the order of a clustering.
+
+    On the diagonal stands that of two draws of one set, if there are any.
+    """
     shown = of_recipe(frame, recipe)
     chance = float(shown.loc[shown["metric"] == f"{metric}_chance", "value"].mean())
-    matrix = mean_matrix(shown, metric)
+    matrix = set_matrix(shown, metric)
+    if len(matrix) < 2:  # one set: its draws are compared
+        matrix = mean_matrix(shown, metric)
     label, title, distance = _NAMES[metric]
     title = f"{title} (chance {chance:.3f}; {labels.recipe_label(recipe)})"
     return _clusters(matrix, cluster(matrix), title=title, label=f"mean {label}", distance=distance, width=width)
@@ -78,7 +83,7 @@ def _clusters(
     Parameters
     ----------
     matrix
-        Symmetric, with an empty diagonal.
+        Symmetric.
     tree
         As :func:`scipy.cluster.hierarchy.linkage` returns it.
     title, label, distance, width
@@ -101,7 +106,8 @@ def _clusters(
             linecolor="white",
             cbar_kws={"label": label, "fraction": 0.04, "pad": 0.02},
         )
-        heat.set(xlabel="", ylabel="", title="mean over layers and roles")
+        draws = "" if np.isnan(np.diag(matrix)).all() else "; diagonal: two draws of the set"
+        heat.set(xlabel="", ylabel="", title=f"mean over layers and roles{draws}")
         heat.tick_params(length=0)
         heat.tick_params(axis="x", rotation=30)
         heat.tick_params(axis="y", rotation=0)

@@ -334,9 +334,9 @@ def _overlap(
     if labels.quantized(recipe):
         yield (
             "code-agreement",
-            "Share of equal codes for every pair of calibration sets, mean over layers and roles: quantized models "
-            "have no masks to compare. Right: hierarchical clustering by the share of codes that differ (average "
-            "linkage).",
+            "Share of equal codes for every pair of calibration sets, mean over layers, roles and draws; diagonal: two "
+            "draws of one set. Quantized models have no masks to compare. Right: hierarchical clustering by the share of "
+            "codes that differ (average linkage).",
             drawing(plots.mask_overlap.heatmap, "mask_overlap", metric="code_agreement"),
         )
         yield (
@@ -348,8 +348,8 @@ def _overlap(
         return
     yield (
         "mask-overlap",
-        "Intersection over union of the kept weights for every pair of calibration sets, mean over layers and "
-        "roles. Right: hierarchical clustering by mask distance (average linkage).",
+        "Intersection over union of the kept weights for every pair of calibration sets, mean over layers, roles and "
+        "draws; diagonal: two draws of one set. Right: hierarchical clustering by mask distance (average linkage).",
         drawing(plots.mask_overlap.heatmap, "mask_overlap"),
     )
     yield (

@@ -199,7 +199,7 @@ def _masks(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         )
     if not same.all():
         by_role = iou[~same].groupby("role", observed=True)["value"].mean()
-        matrix = mask_overlap.mean_matrix(iou[~same], metric)
+        matrix = mask_overlap.set_matrix(iou[~same], metric)
         pairs = {(a, b): value for a, b in combinations(matrix.index, 2) if not np.isnan(value := matrix.loc[a, b])}
         most, least = max(pairs, key=pairs.__getitem__), min(pairs, key=pairs.__getitem__)
         yield (

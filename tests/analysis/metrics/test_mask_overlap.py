@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 import pytest
@@ -107,6 +107,21 @@ def test_sets_that_share_more_weights_are_clustered_first():
     tree = mask_overlap.cluster(matrix)
     assert {frozenset(map(int, row[:2])) for row in tree[:2]} == {frozenset({0, 2}), frozenset({1, 3})}
     assert tree[2, 2] > 5 * tree[:2, 2].max()
+
+
+def test_sets_are_compared_over_all_their_draws():
+    frame = drawn(3)
+    matrix = mask_overlap.set_matrix(frame)
+    assert list(matrix.index) == list(matrix.columns) == ["en", "sw", "zh"]
+    rows = frame[frame["metric"] == "iou"].astype({"calibration": str, "other_calibration": str})
+    for one, other in combinations_with_replacement(matrix.index, 2):
+        pairs = rows[
+            [{a, b} == {one, other} for a, b in zip(rows["calibration"], rows["other_calibration"], strict=True)]
+        ]
+        assert len(pairs.groupby(["seed", "other_seed", "calibration"])) == (3 if one == other else 9)
+        assert matrix.loc[one, other] == matrix.loc[other, one] == pytest.approx(pairs["value"].mean())
+    assert mask_overlap.set_matrix(drawn(1)).to_numpy().diagonal() == pytest.approx(np.full(3, np.nan), nan_ok=True)
+    assert plots.mask_overlap.heatmap(drawn(2, ["en"]), columns("en"))  # one set: its draws
 
 
 def drawn(draws, sets=("en", "sw", "zh")):
