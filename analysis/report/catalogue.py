@@ -335,8 +335,8 @@ def _overlap(
         yield (
             "code-agreement",
             "Share of equal codes for every pair of calibration sets, mean over layers, roles and draws; diagonal: two "
-            "draws of one set. Quantized models have no masks to compare. Right: hierarchical clustering by the share of "
-            "codes that differ (average linkage).",
+            "draws of one set. Quantized models have no masks to compare. Right: hierarchical clustering by the share "
+            "of codes that differ (average linkage).",
             drawing(plots.mask_overlap.heatmap, "mask_overlap", metric="code_agreement"),
         )
         yield (
