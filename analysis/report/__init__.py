@@ -1,18 +1,25 @@
-"""The report: every figure with its caption, what the frames say in sentences, and the page."""
+"""The report: every figure and table with its caption, what the frames say in sentences, and the page."""
 
 from __future__ import annotations
 
 from .catalogue import ReportFacts, ReportFigure, diagnosis_figures, study_figures
+from .cells import ReportTable
 from .findings import study_findings
+from .latex import document, latex
 from .page import write_report
+from .paper_tables import study_tables
 from .recovery import diagnosis_findings
 
 __all__ = [
     "ReportFacts",
     "ReportFigure",
+    "ReportTable",
     "diagnosis_figures",
     "diagnosis_findings",
+    "document",
+    "latex",
     "study_figures",
     "study_findings",
+    "study_tables",
     "write_report",
 ]

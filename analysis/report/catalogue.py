@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ def section_of(recipe: Mapping[str, Any]) -> str:
 
 def study_figures(frames: Frames, facts: ReportFacts) -> Iterator[ReportFigure]:
     """Yield every figure that the frames have data for, in the order of the report."""
-    text = _text(facts, labels.encoder_blocks(frames["signal"]))
+    text = described_text(facts, labels.encoder_blocks(frames["signal"]))
     yield ReportFigure(
         ALL_MODELS,
         "perplexity",
@@ -377,13 +377,24 @@ def _few_draws(rows: pd.DataFrame) -> str:
     )
 
 
-def _text(facts: ReportFacts, encoder: int) -> str:
-    tokens = facts.heldout_tokens.values()
+def described_text(facts: ReportFacts, encoder: int) -> str:
+    """Say on which text models were evaluated."""
+    tokens = from_to(facts.heldout_tokens.values())
     halved = ", each read whole by the encoder; the decoder predicts its second half from the encoded first half"
     return (
-        f"{facts.segments} held-out segments per language ({min(tokens)} to {max(tokens)} tokens), disjoint from the "
+        f"{facts.segments} held-out segments per language ({tokens} tokens), disjoint from the "
         f"calibration and fitting text{halved if encoder else ''}"
     )
+
+
+def from_to(numbers: Iterable[int]) -> str:
+    """Return the range of some numbers, in words.
+
+    >>> from_to([312, 300]), from_to([8, 8])
+    ('300 to 312', '8')
+    """
+    found = sorted(set(numbers))
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _counted(facts: ReportFacts) -> str:

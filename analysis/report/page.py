@@ -14,6 +14,7 @@ from pruning.text.languages import language_name
 
 from ..frames import FRAMES, labels
 from .catalogue import Frames, ReportFacts, ReportFigure
+from .cells import ReportTable
 from .findings import study_findings
 from .tables import contrast_table, dense_table, model_table
 
@@ -24,6 +25,7 @@ def write_report(
     shown: Sequence[ReportFigure],
     figure_folder: Path,
     facts: ReportFacts,
+    tables: Sequence[ReportTable],
     diagnoses: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write ``report.html``: no other file and no network is needed to read it.
@@ -40,6 +42,8 @@ def write_report(
         Where their PNG files are.
     facts
         What the frames do not say.
+    tables
+        The tables, whose files are in a folder ``tables`` beside the page.
     diagnoses
         Heading to what each diagnosis found, in words.
     """
@@ -58,6 +62,7 @@ def write_report(
         models=model_table(frames),
         contrasts=contrast_table(frames["contrasts"]),
         sections=[(section, list(group)) for section, group in groupby(shown, key=lambda figure: figure.section)],
+        tables=[(section, list(group)) for section, group in groupby(tables, key=lambda table: table.section)],
         image=image,
         specs=FRAMES,
         language_name=language_name,

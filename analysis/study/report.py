@@ -15,6 +15,7 @@ from .diagnose import diagnoses
 from .figures import FOLDER as FIGURES_FOLDER
 from .figures import figure_keys, figures, report_facts
 from .frames import StudyFrames, frames_finished
+from .tables import table_keys, tables
 from .units import Advance, Output, Unit
 
 REPORT_FILE = "report.html"
@@ -31,7 +32,9 @@ class WriteReport:
             return []
         said = {diagnosis.request.name: diagnosis.key for diagnosis in diagnoses(context)}
         code = code_version("analysis.report", "analysis.frames")
-        key = content_sha256([code, figure_keys(context), said, context.variants.set_aside, context.study.to_toml()])
+        key = content_sha256(
+            [code, figure_keys(context), table_keys(context), said, context.variants.set_aside, context.study.to_toml()]
+        )
         if context.records.finished(self.name, key):
             return []
         return [Unit(self.name, "writing the report", (Output(self.name, key),))]
@@ -48,6 +51,7 @@ class WriteReport:
             list(figures(context)),
             context.folder / FIGURES_FOLDER,
             report_facts(context),
+            list(tables(context)),
             said,
         )
         context.records.finish(output.name, output.key, [path], time.monotonic() - began)

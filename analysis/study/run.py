@@ -30,6 +30,7 @@ from .prune import Prune
 from .read import Read
 from .report import REPORT_FILE, WriteReport
 from .study_file import load_study
+from .tables import WriteTables
 from .units import Stage, Unit
 
 STUDY_FILE = "study.toml"
@@ -109,9 +110,9 @@ def diagnose_study(
 
 #: Stages of every study, before and after a diagnosis.
 _MEASURING: tuple[Stage, ...] = (Prune(), Read(), Benchmark(), MakeFrames())
-_REPORTING: tuple[Stage, ...] = (DrawFigures(), WriteReport())
+_REPORTING: tuple[Stage, ...] = (DrawFigures(), WriteTables(), WriteReport())
 #: Share of a run's time taken by stages whose work is not measured in multiply-adds.
-_SHARES = {"frames": 0.04, "figures": 0.04, "report": 0.005}
+_SHARES = {"frames": 0.04, "figures": 0.04, "tables": 0.003, "report": 0.005}
 
 
 def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> None:

@@ -75,9 +75,9 @@ def contents(folder: Path, *parts: str) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-#: Results other than figures, which take long to draw.
+#: Results other than figures, which take long to draw, and tables.
 DATA = ("variants", "readings", "frames")
-RESULTS = (*DATA, "figures")
+RESULTS = (*DATA, "figures", "tables")
 
 
 def test_study_folder_holds_what_the_readme_lists(finished):
@@ -90,6 +90,7 @@ def test_study_folder_holds_what_the_readme_lists(finished):
         "records",
         "report.html",
         "study.toml",
+        "tables",
         "variants",
     ]
     assert sorted(path.stem for path in (finished / "frames").iterdir()) == sorted(STUDY_FRAMES)
@@ -198,6 +199,25 @@ def test_figures_are_there_as_pdf_and_png(finished):
     names = sorted(path.name for path in (finished / "figures").iterdir())
     assert {Path(name).suffix for name in names} == {".pdf", ".png"}
     assert len({Path(name).stem for name in names}) == len(names) / 2
+
+
+def test_tables_are_there_as_csv_and_latex_and_on_the_page(finished):
+    folder = finished / "tables"
+    names = {path.stem for path in folder.glob("*.csv")}
+    assert {path.stem for path in folder.iterdir()} == {*names, "preview"}
+    assert set(re.findall(r"\\input\{(.*)\.tex\}", (folder / "preview.tex").read_text())) == names
+    kinds = {"perplexity", "bits-per-byte", "snr", "specific-error", "agnostic-error", "mask-overlap", "contrasts"}
+    kinds |= {f"accuracy-bundled-{category}" for category in ("reasoning", "knowledge", "commonsense", "fluency")}
+    assert {f"{kind}-wanda-0.5-row-pruned" for kind in kinds} <= names
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert all(page.count(f'"tables/{name}.{kind}"') == 1 for name in names for kind in ("csv", "tex"))
+    frame = read_frame(finished / "frames" / "perplexity.parquet")
+    drawn = frame[(frame["metric"] == "perplexity") & (frame["method"] == "wanda") & (frame["calibration"] == "sw")]
+    shown = pd.read_csv(folder / "perplexity-wanda-0.5-row-pruned.csv", index_col="calibration").loc["sw"]
+    for language, values in drawn.groupby("language", observed=True)["value"]:
+        assert len(values) == shown["draws"] == 2
+        assert shown[language] == pytest.approx(values.sum() / 2)
+        assert shown[f"{language}_sd"] == pytest.approx(abs(values.iloc[0] - values.iloc[1]) / 2**0.5)
 
 
 PLOTS = {
