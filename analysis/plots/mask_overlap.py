@@ -111,17 +111,20 @@ def _clusters(
         heat.tick_params(length=0)
         heat.tick_params(axis="x", rotation=30)
         heat.tick_params(axis="y", rotation=0)
-        dendrogram(
-            tree,
-            ax=branches,
-            orientation="right",
-            labels=list(matrix.index[np.argsort(order)]),
-            link_color_func=lambda node: "#444444",
-            leaf_font_size=6,
-        )
-        branches.invert_yaxis()  # in the order of the table's rows
-        branches.set(xlabel=distance, title="average linkage")
-        branches.tick_params(axis="y", length=0)
-        branches.spines["left"].set_visible(False)
+        if tree[-1, 2] > 0:
+            dendrogram(
+                tree,
+                ax=branches,
+                orientation="right",
+                labels=list(matrix.index[np.argsort(order)]),
+                link_color_func=lambda node: "#444444",
+                leaf_font_size=6,
+            )
+            branches.invert_yaxis()  # in the order of the table's rows
+            branches.set(xlabel=distance, title="average linkage")
+            branches.tick_params(axis="y", length=0)
+            branches.spines["left"].set_visible(False)
+        else:  # all are the same, as where only what follows a mask sees the text
+            branches.set_axis_off()
         figure.suptitle(style.wrapped(title, width))
     return figure
