@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ from ..models.anatomy import Anatomy
 from ..projections import Key
 from ..statistics import CURVATURE, GRADIENT, SLOPES
 from .choosing import Derivatives, finite
-from .streams import Progress, decoder_labels, encoder_ids
+from .loss import GRADIENT_TOKENS, checked_finite, differentiable, predicted_tokens, token_loss
+from .streams import Progress
 
-#: Tokens per batch when the loss is differentiated: their full logits are held.
-GRADIENT_TOKENS = 256
 #: Smallest loss scale; a float16 model whose derivatives still overflow is refused.
 _LOWEST = 2.0**-12
 
@@ -85,14 +83,14 @@ def differentiate(
         If the loss is not finite, or its derivatives overflow float16 at every scale.
     """
     parameters = anatomy.block_parameters()
-    tokens = sum(_predicted(anatomy, ids) for ids in batches)
+    tokens = sum(predicted_tokens(anatomy, ids) for ids in batches)
     scale = _Scale(parameters.values(), len(batches))
 
     def loss(ids: Tensor) -> Tensor:
         """Return a batch's share of the mean, scaled."""
-        return _finite(_loss(anatomy, ids, twice=True)) * (scale.loss * _predicted(anatomy, ids) / tokens)
+        return checked_finite(_loss(anatomy, ids, twice=True)) * (scale.loss * predicted_tokens(anatomy, ids) / tokens)
 
-    with _differentiable(parameters):
+    with differentiable(parameters):
         gradient = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
         def slope(ids: Tensor) -> dict[str, Tensor]:
@@ -143,12 +141,12 @@ def slopes(
     """
     parameters = anatomy.block_parameters()
     scale = _Scale(parameters.values(), 1)
-    with _differentiable(parameters):
+    with differentiable(parameters):
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         for ids in sequences:
 
             def slope(ids: Tensor = ids) -> dict[str, Tensor]:
-                return _grad(_finite(_loss(anatomy, ids, twice=False)) * scale.loss, parameters)
+                return _grad(checked_finite(_loss(anatomy, ids, twice=False)) * scale.loss, parameters)
 
             for name, part in scale.derived(slope).items():
                 unscaled = part.float().mul_(1 / scale.loss)
@@ -158,12 +156,6 @@ def slopes(
         for value in total.values():
             value.div_(len(sequences)).sqrt_()
     return anatomy.by_projection(total)
-
-
-def _finite(loss: Tensor) -> Tensor:
-    if not bool(torch.isfinite(loss)):
-        raise ModelError("the loss on the calibration text is not finite; check the checkpoint or its dtype")
-    return loss
 
 
 class _Scale:
@@ -213,32 +205,6 @@ def _grad(value: Tensor, parameters: Mapping[str, Tensor], *, create_graph: bool
 
 def _loss(anatomy: Anatomy, ids: Tensor, *, twice: bool) -> Tensor:
     """Return the mean token loss, as a function that can be differentiated, or differentiated twice."""
-    model: Any = anatomy.model
-    ids = ids.to(anatomy.device)
     backend = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()  # the only one with second derivatives
     with torch.enable_grad(), backend:
-        if anatomy.encoder_decoder:
-            output = model(input_ids=encoder_ids(ids), labels=decoder_labels(ids), use_cache=False)
-        else:
-            output = model(input_ids=ids, labels=ids, use_cache=False)
-    loss: Tensor = output.loss
-    return loss.float()
-
-
-def _predicted(anatomy: Anatomy, ids: Tensor) -> int:
-    """Return the number of tokens that the loss averages over."""
-    if anatomy.encoder_decoder:
-        return decoder_labels(ids).numel()
-    return ids.shape[0] * (ids.shape[1] - 1)
-
-
-@contextmanager
-def _differentiable(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
+        return token_loss(anatomy, ids)

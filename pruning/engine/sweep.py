@@ -28,12 +28,10 @@ from .choosing import Choice, Derivatives, Packed, choose_masks
 from .flow import Flow, StatisticsOf
 from .gradients import derivatives_of, passes
 from .jobs import Job, Schedule, check_fits, covered_shapes
+from .loss import BACKWARD
 from .streams import Progress
 from .units import choose
 from .workspace import Workspace
-
-#: Time of a forward and a backward pass relative to a forward pass alone.
-_BACKWARD = 3
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def differentiated_tokens(jobs: Sequence[Job]) -> int:
     for some in _differentiating(jobs):
         for calibration, needs in _differentiated(some).items():
             tokens += calibration.samples * calibration.length * passes(needs)
-    return tokens * _BACKWARD
+    return tokens * BACKWARD
 
 
 def streaming(jobs: Sequence[Job]) -> list[Job]:
@@ -335,7 +333,7 @@ class _Sweep:
         def told(tokens: int) -> None:
             nonlocal left
             left -= tokens
-            self.progress(_BACKWARD * tokens * len(self.anatomy.blocks))
+            self.progress(BACKWARD * tokens * len(self.anatomy.blocks))
 
         found: Derivatives | None = None
         with self._or_set_aside(*readers), torch.enable_grad():
