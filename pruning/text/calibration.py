@@ -163,6 +163,13 @@ class Pool:
         Its tag, for messages.
     length
         Tokens of a sequence.
+
+    Attributes
+    ----------
+    step
+        Tokens of a sequence without BOS.
+    read
+        How many segments were tokenized.
     """
 
     def __init__(self, tokenizer: Any, segments: Sequence[Segment], language: str, length: int) -> None:
@@ -176,6 +183,7 @@ class Pool:
         self._tokenizer = tokenizer
         self._left = iter(segments)
         self._tokens = array("i")
+        self.read = 0
 
     def ranges(self, samples: int, seed: int) -> tuple[tuple[int, int], ...]:
         """Return the sequences that a draw takes, as ranges ``(start, stop)``; they depend on no other draw.
@@ -211,6 +219,7 @@ class Pool:
         """Tokenize up to as many sequences, and return how many there are."""
         while len(self._tokens) < wanted * self.step and (segment := next(self._left, None)) is not None:
             self._tokens.extend(self._tokenizer(segment.text + "\n", add_special_tokens=False)["input_ids"])
+            self.read += 1
         return len(self._tokens) // self.step
 
 
@@ -238,6 +247,8 @@ class CalibrationText:
         Calibration set to its pieces, in the order of its languages.
     drawn
         Calibration set to what it takes of each language's text.
+    read
+        Language and length of sequences to the number of segments that all draws are taken from, the first ones.
     """
 
     def __init__(
@@ -245,10 +256,12 @@ class CalibrationText:
         tokens: Mapping[Piece, Tensor],
         pieces: Mapping[CalibrationSet, Sequence[Piece]],
         drawn: Mapping[CalibrationSet, tuple[Drawn, ...]] | None = None,
+        read: Mapping[tuple[str, int], int] | None = None,
     ) -> None:
         self.tokens = dict(tokens)
         self.pieces = {calibration: tuple(parts) for calibration, parts in pieces.items()}
         self.drawn = dict(drawn or {})
+        self.read = dict(read or {})
 
     @classmethod
     def draw(cls, tokenizer: Any, corpus: Corpus, sets: Iterable[CalibrationSet]) -> CalibrationText:
@@ -297,7 +310,7 @@ class CalibrationText:
             )
             for calibration, of in ranges.items()
         }
-        return cls(tokens, pieces, drawn)
+        return cls(tokens, pieces, drawn, {place: pool.read for place, pool in pools.items()})
 
     def size(self, calibration: CalibrationSet) -> int:
         """Return the number of tokens of a calibration set."""

@@ -31,6 +31,9 @@ Part = Literal["calibration", "parallel", "heldout"]
 #: The three parts of a study's text, and their shares when several are drawn from the same source.
 PART_SHARES: dict[Part, int] = {"calibration": 2, "parallel": 1, "heldout": 1}
 
+#: Characters of a segment that does not occur inside of another text by chance.
+_NOT_BY_CHANCE = 20
+
 BUNDLED_LANGUAGES = ("ar", "de", "en", "es", "fr", "ru", "sw", "zh")
 
 
@@ -182,6 +185,36 @@ class Corpus:
                 f"but they share only {len(ids)} ids; lower the number or add parallel text"
             )
         return {lang: [by_id[lang][id] for id in ids] for lang in languages}
+
+    def check_apart(self, language: str, count: int) -> None:
+        """Check that the first `count` calibration segments of a language, on which a model is to be trained, hold no
+        held-out text, as far as whole segments go (ignoring case and spacing).
+
+        A held-out segment that is a calibration segment itself would be left out of calibration, but is refused if the
+        two parts have different sources: then this is a mistake. One of at least 20 characters may not be inside of a
+        longer calibration segment either; shorter ones may well be there by chance.
+
+        Raises
+        ------
+        TextError
+            If they do.
+        """
+        held = {_normalised(s.text): s.id for s in self.segments("heldout", language)}
+        found = []
+        if self._source("calibration") != self._source("heldout"):
+            same = ((s.id, _normalised(s.text)) for s in self._dealt("calibration", language))
+            found = [(id, held[text]) for id, text in same if text in held]
+        long = [text for text in held if len(text) >= _NOT_BY_CHANCE]
+        for segment in self.segments("calibration", language)[:count]:
+            around = _normalised(segment.text)
+            found += [(segment.id, held[text]) for text in long if text in around]
+        if found:
+            (one, other), more = found[0], f" ({len(found) - 1} more)" if len(found) > 1 else ""
+            raise TextError(
+                f"text to fine-tune on overlaps held-out text in {named(language)}: calibration segment "
+                f'"{shortened(one)}" holds held-out segment "{shortened(other)}"{more}; leave such segments out of one '
+                "of them, or use the same source for both, which is then split"
+            )
 
     def _source(self, part: Part) -> TextSource:
         source: TextSource = getattr(self, part)

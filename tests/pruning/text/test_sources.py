@@ -72,6 +72,31 @@ def test_text_that_two_sources_share_is_taken_out_of_calibration(tmp_path):
     assert len(corpus.segments("heldout", "en")) == 2
 
 
+def test_held_out_text_inside_of_longer_text_is_found_but_not_what_may_be_chance(tmp_path):
+    held = ["The ferry left before the storm.", "Nobody knew.", "Read nowhere else at all."]
+    drawn = ["First.", "We were late:  the ferry LEFT before the storm. So we stayed.", "Well, nobody knew."]
+    write_jsonl(tmp_path / "held.en.jsonl", held, start=100)
+    write_jsonl(tmp_path / "drawn.en.jsonl", drawn)
+    both = [FileText(path=f"{tmp_path}/{name}.{{lang}}.jsonl") for name in ("drawn", "held")]
+    corpus = Corpus(both[0], BundledText(), both[1])
+    with pytest.raises(
+        TextError, match=r'in English.*: calibration segment "1" holds held-out segment "100"; leave such'
+    ):
+        corpus.check_apart("en", 3)
+    places = [s.id for s in corpus.segments("calibration", "en")]
+    corpus.check_apart("en", places.index("1"))  # so far nothing is trained on that holds it
+
+
+def test_held_out_segments_in_another_source_are_found_but_not_in_the_same(tmp_path):
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.en.jsonl", ["In  BOTH places.", f"Only in {name}.", "And this."])
+    a, b = (FileText(path=f"{tmp_path}/{name}.{{lang}}.jsonl") for name in ("a", "b"))
+    with pytest.raises(TextError, match=r'"0" holds held-out segment "0" \(1 more\)'):
+        Corpus(a, BundledText(), b).check_apart("en", 0)
+    write_jsonl(tmp_path / "a.en.jsonl", [f"Segment {number // 2}." for number in range(60)])  # each of them twice
+    Corpus(a, a, a).check_apart("en", 60)
+
+
 def test_plain_text_and_parquet_read_like_json_lines(tmp_path):
     (tmp_path / "en.txt").write_text("First.\n\n Second. \n", encoding="utf-8")
     pd.DataFrame({"id": [7, 8], "text": ["First.", "Second."]}).to_parquet(tmp_path / "en.parquet")
