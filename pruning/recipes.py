@@ -19,6 +19,7 @@ from .models.families import is_reader, roles_of
 from .parameters import checked, exact
 from .patterns import BLOCKS, MODEL, Pattern, is_structure, n_of_m, pattern_named
 from .quantization import MULTIPLE, WIDTHS, Grid
+from .recovery import recovery_named
 from .statistics import GRAM, OF_INPUTS
 from .text.calibration import CalibrationSet
 
@@ -62,13 +63,17 @@ class Recipe(BaseModel):
     correction
         ``admm`` or ``least-squares`` update the kept weights after the mask is settled, starting from the dense ones;
         ``none`` by default. With a refinement or a correction, a recipe needs calibration text whatever its method.
+    recover
+        ``lora`` or ``fine-tune`` train the kept weights on the calibration text after all other steps; removed ones
+        stay zero; ``none`` by default. The whole model must be in memory.
     roles
         Prune only these projections, such as ``("o",)``; all by default.
     blocks
         Prune only these blocks, as comma-separated Python slices without a step: ``0:4`` or ``0:4,30:``; all by
         default.
     parameters
-        Hyperparameters of the method, the allocation, the refinement and the correction, such as ``{"power": 0.7}``.
+        Hyperparameters of the method, the allocation, the refinement, the correction and the recovery, such as
+        ``{"power": 0.7}``.
     bits, group
         For methods that quantize only: bits of a code (2, 3, 4 or 8), and how many consecutive inputs share a scale
         (a multiple of 8; 0: the whole row; 128 by default).
@@ -91,6 +96,7 @@ class Recipe(BaseModel):
     propagation: Literal["pruned", "dense"] = "pruned"
     refinement: str = NONE
     correction: str = NONE
+    recover: str = NONE
     roles: tuple[str, ...] = ()
     blocks: str = ""
     parameters: tuple[tuple[str, float], ...] = ()
@@ -163,6 +169,11 @@ class Recipe(BaseModel):
     def _known_correction(cls, name: str) -> str:
         return corrector_named(name).name
 
+    @field_validator("recover")
+    @classmethod
+    def _known_recovery(cls, name: str) -> str:
+        return recovery_named(name).name
+
     @field_validator("parameters")
     @classmethod
     def _each_once(cls, parameters: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
@@ -230,6 +241,7 @@ class Recipe(BaseModel):
             )
         known = dict(self.scoring.parameters) | dict(allocation_named(self.allocation).parameters)
         known |= dict(refiner_named(self.refinement).parameters) | dict(corrector_named(self.correction).parameters)
+        known |= dict(recovery_named(self.recover).parameters)
         owner = "+".join(f'"{step}"' for step in self._steps)
         given = checked(f"{owner} with {self.allocation} allocation", known, dict(self.parameters))
         object.__setattr__(self, "parameters", tuple(sorted(given.items())))
@@ -273,8 +285,10 @@ class Recipe(BaseModel):
             return
         if self.pattern or self.allocation != UNIFORM:
             raise RecipeError(f'"{self.method}" quantizes all weights alike: leave pattern and allocation out')
-        if self.refinement != NONE or self.correction != NONE:
-            raise RecipeError(f'"{self.method}" quantizes, and has no mask: leave refinement and correction out')
+        if self.follows or self.recovers:
+            raise RecipeError(
+                f'"{self.method}" quantizes, and has no mask: leave refinement, correction and recover out'
+            )
         if self.bits not in WIDTHS:
             given = f"bits = {self.bits} is not possible" if self.bits else f'"{self.method}" needs bits'
             raise RecipeError(f"{given}; write bits = 2, 3, 4 or 8")
@@ -302,7 +316,7 @@ class Recipe(BaseModel):
     @property
     def calibrated(self) -> bool:
         """Whether any part of it needs calibration text."""
-        return bool(self.needs) or allocation_named(self.allocation).surveys
+        return bool(self.needs) or allocation_named(self.allocation).surveys or self.recovers
 
     @property
     def needs(self) -> frozenset[str]:
@@ -327,9 +341,21 @@ class Recipe(BaseModel):
         return self.scoring.solves or self.correction != NONE
 
     @property
+    def recovers(self) -> bool:
+        """Whether the kept weights are fine-tuned in the end."""
+        return self.recover != NONE
+
+    @property
+    def whole(self) -> str:
+        """What needs the whole model in memory, in words that a message starts with; empty if nothing does."""
+        if self.scoring.differentiates:
+            return f"{self.method} differentiates the loss"
+        return f'recover = "{self.recover}" trains on the loss' if self.recovers else ""
+
+    @property
     def _steps(self) -> tuple[str, ...]:
-        """The method, and the refinement and the correction if there are any."""
-        return (self.method, *(step for step in (self.refinement, self.correction) if step != NONE))
+        """The method, and what follows it."""
+        return (self.method, *(step for step in (self.refinement, self.correction, self.recover) if step != NONE))
 
     @property
     def choosing(self) -> Pattern:
@@ -350,6 +376,12 @@ class Recipe(BaseModel):
     def correction_parameters(self) -> dict[str, float]:
         """The parameters that belong to the correction."""
         return self._of(corrector_named(self.correction).parameters)
+
+    @property
+    def recovery_parameters(self) -> dict[str, float]:
+        """Every parameter of the recovery, with its value."""
+        known = recovery_named(self.recover).parameters
+        return {name: float(dict(self.parameters).get(name, known[name].default)) for name in known}
 
     def _of(self, known: Mapping[str, Any]) -> dict[str, float]:
         return {name: value for name, value in self.parameters if name in known}
@@ -412,9 +444,12 @@ class Recipe(BaseModel):
 
         >>> Recipe(method="wanda", sparsity=0.5, refinement="swaps", correction="admm").method_label
         'wanda+swaps+admm'
+        >>> Recipe(method="wanda", sparsity=0.5, recover="lora", parameters={"steps": 500}).method_label
+        'wanda+lora(steps=500)'
         """
-        parameters = (self.method_parameters, self.refinement_parameters, self.correction_parameters)
-        labels = zip((self.method, self.refinement, self.correction), parameters, strict=True)
+        set_here = [self.method_parameters, self.refinement_parameters, self.correction_parameters]
+        set_here.append(self._of(recovery_named(self.recover).parameters))
+        labels = zip((self.method, self.refinement, self.correction, self.recover), set_here, strict=True)
         return "+".join(_label(name, inside) for name, inside in labels if name != NONE)
 
     @property

@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from .code_version import code_version
 from .engine import Job, check_fits, planned_jobs, sweep
 from .engine.plan import Plan, make_plan
+from .engine.recovering import recovering, recovery_work
 from .engine.streams import Progress
 from .engine.sweep import sweep_work
 from .engine.workspace import Workspace, begun, clear
@@ -28,6 +29,7 @@ from .projections import Key
 from .recipes import Recipe
 from .text.calibration import CalibrationSet, CalibrationText, calibration_fingerprint
 from .text.sources import Corpus
+from .variants.owner import DenseModel
 from .variants.store import VariantRecord, is_variant
 from .variants.variant import Variant
 
@@ -86,7 +88,7 @@ def prune(
     Raises
     ------
     TextError
-        If there is too little text.
+        If there is too little text, or held-out text is in that which a model is to be trained on.
     RecipeError, ModelError
         If a recipe does not fit this model, a cap is too small, or no variant can be made.
     DiskError
@@ -197,7 +199,8 @@ class PruningRun:
     Raises
     ------
     RecipeError, TextError
-        If a recipe does not fit the model, a cap is too small, or there is too little text.
+        If a recipe does not fit the model, a cap is too small, there is too little text, or held-out text is in that
+        which a model is to be trained on.
     """
 
     def __init__(
@@ -238,6 +241,9 @@ class PruningRun:
         self.text: CalibrationText | None = None
         if pending and sets and corpus is not None:
             self.text = CalibrationText.draw(tokenizer, corpus, sets)
+            trained = [job.calibration for job in pending if job.recipe.recovers and job.calibration]
+            for language, length in dict.fromkeys((lang, c.length) for c in trained for lang in c.languages):
+                corpus.check_apart(language, self.text.read[language, length])
         self.plan: Plan | None = None
         if pending:
             self.plan = make_plan(
@@ -260,7 +266,7 @@ class PruningRun:
     def waves(self) -> tuple[Wave, ...]:
         """The remaining waves; unfinished waves of a killed run come first."""
         waves = self.plan.waves if self.plan else ()
-        return tuple(Wave(self._wave_name(jobs), jobs, sweep_work(self.anatomy, jobs, self.text)) for jobs in waves)
+        return tuple(Wave(self._wave_name(jobs), jobs, self._work(jobs)) for jobs in waves)
 
     def place(self, variant: str) -> Path:
         """Return the folder of a variant."""
@@ -307,20 +313,41 @@ class PruningRun:
             progress=progress,
             exponents=self._exponents,
         )
-        made = [job for job in wave.jobs if job not in swept.set_aside]
-        for job in made:
-            if not self.finished(job.id):  # otherwise it was moved there before a kill
-                masks, values, codes, biases = workspace.results(job.id)
-                record = self.record(job, workspace.remarks(job.id))
-                if self.folder is None:
-                    self._held[job.id] = Variant(record, masks, values, codes, biases)
-                else:
-                    record.save(workspace.place(job.id))
-                    self.place(job.id).parent.mkdir(parents=True, exist_ok=True)
-                    put_in_place(workspace.place(job.id), self.place(job.id))
-        self._note_set_aside({job.id: reason for job, reason in swept.set_aside.items()})
+        reasons = {job.id: reason for job, reason in swept.set_aside.items()}
+        owner = DenseModel(self.anatomy.model)  # its copy of the dense weights is shared, and freed in the end
+        for job in wave.jobs:
+            if job.id in reasons or self.finished(job.id):  # finished: it was moved there before a kill
+                progress(recovery_work(self.anatomy, [job]))
+                continue
+            variant = Variant(self.record(job, workspace.remarks(job.id)), *workspace.results(job.id))
+            if job.recipe.recovers:
+                reasons |= self._recover(owner, variant, progress)
+            elif self.folder is None:
+                self._held[job.id] = variant
+            else:
+                variant.record.save(workspace.place(job.id))
+                self.place(job.id).parent.mkdir(parents=True, exist_ok=True)
+                put_in_place(workspace.place(job.id), self.place(job.id))
+        self._note_set_aside(reasons)
         workspace.close()
-        return [job.id for job in made]
+        return [job.id for job in wave.jobs if job.id not in reasons]
+
+    def _recover(self, owner: DenseModel, variant: Variant, progress: Progress) -> dict[str, str]:
+        """Fine-tune a variant and keep the result; return why this failed, by name, if it did."""
+        assert self.text is not None
+        try:
+            with recovering(owner, variant, self.text, progress) as recovered:
+                if self.folder is None:
+                    self._held[variant.id] = replace(recovered, values=dict(recovered.values))
+                else:
+                    self.place(variant.id).parent.mkdir(parents=True, exist_ok=True)
+                    recovered.save(self.place(variant.id))
+        except ModelError as error:
+            return {variant.id: str(error)}
+        return {}
+
+    def _work(self, jobs: Sequence[Job]) -> int:
+        return sweep_work(self.anatomy, jobs, self.text) + recovery_work(self.anatomy, jobs)
 
     def close(self) -> None:
         """Remove temporary files, including those of waves that are no longer needed."""

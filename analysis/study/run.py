@@ -137,9 +137,9 @@ def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> N
 
 def _needing_the_whole(study: Study, only_prune: bool) -> str:
     """Return what needs the whole model in memory, as the start of an error message; empty if nothing does."""
-    methods = [job.recipe.method for job in study.jobs() if job.recipe.scoring.differentiates]
-    if methods:
-        return f"{methods[0]} differentiates the loss, which needs"
+    reasons = [job.recipe.whole for job in study.jobs() if job.recipe.whole]
+    if reasons:
+        return f"{reasons[0]}, which needs"
     return "tasks of the evaluation harness need" if study.tasks.harness and not only_prune else ""
 
 

@@ -93,6 +93,7 @@ class RecipeGrid(Section):
     propagation: str | tuple[str, ...] = ""
     refinement: str | tuple[str, ...] = NONE
     correction: str | tuple[str, ...] = NONE
+    recover: str | tuple[str, ...] = NONE
     roles: tuple[str, ...] = Field(default=(), description="prune only these projections")
     blocks: str | tuple[str, ...] = ""
     parameters: dict[str, float | tuple[float, ...]] = {}
@@ -129,6 +130,7 @@ class RecipeGrid(Section):
             "propagation",
             "refinement",
             "correction",
+            "recover",
             "blocks",
             "bits",
             "group",

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
+import torch
+
 from ..allocation import DIAGNOSIS, diagnosed
 from ..errors import RecipeError
 from ..models.anatomy import Anatomy
@@ -66,13 +68,17 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     Raises
     ------
     RecipeError
-        If the model lacks a role or the blocks, its inputs cannot be divided into groups of m, the method needs the
-        whole model in memory but its weights stay on disk, a diagnosis does not match its matrices, the sparsity
-        removes none of the structures, or blocks cannot be removed.
+        If the model lacks a role or the blocks, its inputs cannot be divided into groups of m, the method or the
+        recovery needs the whole model in memory but its weights stay on disk, a diagnosis does not match its matrices,
+        the sparsity removes none of the structures, or blocks cannot be removed; or if a float16 model should be
+        fine-tuned.
     """
-    if anatomy.streamed and recipe.scoring.differentiates:
+    if anatomy.streamed and recipe.whole:
+        raise RecipeError(f"{recipe.whole}, so the whole model must be in memory; load it with stream=False")
+    if recipe.recovers and next(anatomy.blocks[0].parameters()).dtype == torch.float16:
         raise RecipeError(
-            f"{recipe.method} differentiates the loss, so the whole model must be in memory; load it with stream=False"
+            f'recover = "{recipe.recover}" needs a wider range of gradients than float16 has; load the model with '
+            "dtype bfloat16 or float32"
         )
     kinds = dict.fromkeys(anatomy.role_kinds())
     for role in recipe.roles:

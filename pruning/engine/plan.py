@@ -23,8 +23,9 @@ from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
 from ..variants.masks import pack_bits
-from .gradients import GRADIENT_TOKENS
 from .jobs import Job, Schedule, covered_shapes
+from .loss import GRADIENT_TOKENS
+from .recovering import recovery_memory, recovery_tokens
 from .shelves import Place
 from .streams import StackStarter, Stream, run_block
 from .sweep import differentiated_tokens, streaming, surveyed
@@ -194,6 +195,9 @@ def _cap_error(
     whole = [job.recipe.method for job in jobs if job.recipe.scoring.differentiates]
     hint = "" if anatomy.streamed else "; prunescope prune can read the checkpoint one block at a time"
     hint = f"; {whole[0]} needs the whole model in memory" if whole else hint
+    for recover in dict.fromkeys(job.recipe.recover for job in jobs if job.recipe.recovers):
+        hint = f'; recover = "{recover}" needs the whole model and a copy of its weights in memory'
+        hint += ' and 16 bytes for every kept weight, "lora" less' if recover == "fine-tune" else ""
     kinds = ("memory cap", f"{anatomy.device.type} memory cap")
     kind, cap, most = next((k, c, m) for k, c, m in zip(kinds, caps, peak, strict=True) if c is not None and m > c)
     return MemoryCapError(
@@ -274,12 +278,15 @@ class _Needs:
             sets = len({job.calibration for job in differentiating if job.recipe.scoring.of_inputs})
             kept = self._weights() * _FLOAT
             working = max(working + sets * kept, self._differentiating(differentiating) + max(sets - 1, 0) * kept)
+        held, passed = recovery_memory(self.anatomy, jobs)
         results = 0 if self.in_folder else sum(map(self.kept, jobs))
         on_host = waiting + results + self.largest_matrix * (self.element + 1)
         if not self.apart:
-            return int(_BASE + weights + _SLACK * (working + on_host)), 0
+            most = max(_SLACK * (working + on_host), held + _SLACK * (passed + on_host - waiting))
+            return int(_BASE + weights + most), 0
         passing = self.largest_block if self.anatomy.streamed else 0  # from the shards to the device
-        return int(_BASE + _SLACK * (on_host + passing)), int(_CONTEXT + weights + _SLACK * working)
+        most = max(_SLACK * working, held + _SLACK * passed)
+        return int(_BASE + _SLACK * (on_host + passing)), int(_CONTEXT + weights + most)
 
     def removable(self, job: Job) -> int:
         """Return the number of weights in a job's scope."""
@@ -376,13 +383,16 @@ class _Needs:
         if job.recipe.quantizes:
             a_group = (SCALE_BITS + job.recipe.bits) / job.recipe.group if job.recipe.group else 0
             return int(weights * (job.recipe.bits + a_group) / 8)
-        values = weights * (1 - job.recipe.sparsity) * self.element if job.recipe.updates else 0
+        changed = job.recipe.updates or job.recipe.recovers
+        values = weights * (1 - job.recipe.sparsity) * self.element if changed else 0
         return int(weights / 8 + values)
 
     def tokens_a_block(self, jobs: Sequence[Job]) -> float:
         """Return the tokens that pass through a block, with the jobs' other work counted as additional tokens."""
         total, blocks = float(differentiated_tokens(jobs)), len(self.anatomy.blocks)
         total += Schedule(self.anatomy, list(surveyed(jobs)), self.text).work / blocks
+        head = self.anatomy.vocabulary * self.anatomy.hidden_size / self._weights()
+        total += sum(map(recovery_tokens, jobs)) * (1 + head)
         for solves in (False, True):
             some = [job for job in streaming(jobs) if job.recipe.updates == solves]
             total += Schedule(self.anatomy, some, self.text).work / blocks * _OVERHEAD[solves]

@@ -138,7 +138,7 @@ class Workspace:
         """Add a job's masks, weights, codes and biases for one block."""
         for role, mask in choice.masks.items():
             packed, inputs = pack_bits(mask), mask.shape[1]
-            values = _kept(choice.weights[role], mask) if role in choice.weights else None
+            values = kept_values(choice.weights[role], mask) if role in choice.weights else None
             if self.folder is None:
                 self._masks.setdefault(job, {})[layer, role] = packed
                 self._inputs.setdefault(job, {})[layer, role] = inputs
@@ -352,8 +352,8 @@ def _clear(folder: Path, below: Path | None = None) -> None:
                     path.unlink()
 
 
-def _kept(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return the kept values, in mask order."""
+def kept_values(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return the kept values of a weight in mask order, in host memory."""
     if weight.device.type != "cpu":
         return weight[mask].cpu()
     bits = weight.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])

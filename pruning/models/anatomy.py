@@ -404,20 +404,31 @@ class Anatomy:
         names = dict.fromkeys(self._parameter(layer, role) for layer, role in self)
         return {name: self.model.get_parameter(name) for name in names}
 
-    def by_projection(self, values: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:
+    def stored_together(self, keys: Iterable[tuple[int, str]]) -> dict[str, list[tuple[int, str]]]:
+        """Return the paths of the parameters that store some projections, and which of them each stores."""
+        stored: dict[str, list[tuple[int, str]]] = {}
+        for key in keys:
+            stored.setdefault(self._parameter(*key), []).append(key)
+        return stored
+
+    def by_projection(
+        self, values: Mapping[str, Tensor], keys: Iterable[tuple[int, str]] | None = None
+    ) -> dict[tuple[int, str], Tensor]:
         """Split tensors shaped like :meth:`block_parameters`, such as gradients, by projection.
 
         Parameters
         ----------
         values
             Parameter path to tensor; parameters without one are skipped.
+        keys
+            The projections that are wanted; all by default.
 
         Returns
         -------
         dict
             ``(layer, role)`` to ``[outputs, inputs]``.
         """
-        names = {(layer, role): self._parameter(layer, role) for layer, role in self}
+        names = {key: self._parameter(*key) for key in (self if keys is None else keys)}
         return {key: self._part(*key, values[name]).flatten(0, -2) for key, name in names.items() if name in values}
 
     def experts(self, layer: int) -> nn.Module | None:

@@ -66,6 +66,18 @@ def test_n_of_m_settles_the_sparsity():
         ({"method": "ria", "parameters": {"power": float("nan")}}, "is not between 0 and 4"),
         ({"method": "ria", "parameters": {"pwr": 1}}, 'did you mean "power"'),
         ({"correction": "adm"}, 'unknown correction "adm"; did you mean "admm"'),
+        ({"recover": "loras"}, 'unknown recover "loras"; did you mean "lora"'),
+        (
+            {"method": "gptq", "sparsity": None, "bits": 4, "recover": "lora"},
+            "leave refinement, correction and recover",
+        ),
+        ({"parameters": {"steps": 5}}, 'has no parameter "steps"'),
+        (
+            {"recover": "fine-tune", "parameters": {"rank": 5}},
+            '"wanda"."fine-tune" with uniform .* no parameter "rank"',
+        ),
+        ({"recover": "lora", "parameters": {"steps": 0}}, "steps = 0 is not between 1 and"),
+        ({"recover": "lora", "parameters": {"batch": 1.5}}, "batch = 1.5 is not a whole number"),
         ({"refinement": "admm"}, 'unknown refinement "admm"; .*none, swaps'),
         ({"method": "sparsegpt", "refinement": "swaps"}, "leave refinement out, or refine the mask of another method"),
         ({"pattern": "neurons", "correction": "admm"}, "leave out refinement and correction"),
@@ -165,6 +177,25 @@ def test_what_follows_a_mask_is_part_of_the_name_and_needs_text():
         assert followed.calibrated
         assert followed.updates == ("correction" in more)
     assert Recipe(method="sparsegpt", sparsity=0.5, correction="admm").method_label == "sparsegpt+admm"
+
+
+def test_fine_tuning_is_part_of_the_name_and_needs_text_and_the_whole_model():
+    plain = Recipe(method="magnitude", sparsity=0.5)
+    assert Recipe(method="magnitude", sparsity=0.5, recover="none") == plain
+    assert not plain.whole
+    settings = {"steps": 200, "rate": 0.002, "rounds": 5}
+    recipe = Recipe(method="magnitude", sparsity=0.5, correction="admm", recover="lora", parameters=settings)
+    assert recipe.method_label == "magnitude+admm(rounds=5)+lora(rate=0.002)"
+    assert (
+        recipe.variant_id(CalibrationSet.named("sw"))
+        == "magnitude+admm+lora-0.5-matrix-rate=0.002-rounds=5-pruned-sw-s0"
+    )
+    assert recipe.recovery_parameters == {"steps": 200, "batch": 8, "decay": 0, "rate": 0.002, "rank": 8, "alpha": 16}
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    tuned = Recipe(method="magnitude", sparsity=0.5, recover="fine-tune")
+    assert tuned.calibrated
+    assert not tuned.needs
+    assert tuned.whole == 'recover = "fine-tune" trains on the loss'
 
 
 def test_a_diagnosis_is_part_of_the_name_and_reads_back():

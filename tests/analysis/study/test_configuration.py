@@ -110,6 +110,12 @@ def test_refinements_and_corrections_make_a_grid(tmp_path):
     assert [r.method_label for r in found] == labels + [label.replace("wanda", "ria") for label in labels]
 
 
+def test_recipes_with_and_without_fine_tuning_make_a_grid(tmp_path):
+    found = recipes(tmp_path, 'method = ["wanda", "ria"]', 'recover = ["none", "lora", "fine-tune"]')
+    labels = ["wanda", "wanda+lora", "wanda+fine-tune"]
+    assert [r.method_label for r in found] == labels + [label.replace("wanda", "ria") for label in labels]
+
+
 def test_a_study_of_every_kind_of_recipe_reads_back(tmp_path):
     study = load(
         tmp_path,
@@ -128,7 +134,8 @@ def test_a_study_of_every_kind_of_recipe_reads_back(tmp_path):
         method = "magnitude"
         refinement = "swaps"
         correction = "admm"
-        parameters = { rounds = 5, swaps = [10, 20] }
+        recover = ["lora", "fine-tune"]
+        parameters = { rounds = 5, swaps = [10, 20], steps = 50 }
         [[recipes]]
         method = ["rtn", "gptq"]
         bits = [4, 8]

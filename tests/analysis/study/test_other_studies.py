@@ -102,6 +102,29 @@ def test_quantized_models_are_measured_beside_pruned_ones_without_masks(place, t
     assert "Codes from different calibration sets agree at a mean rate of" in page
 
 
+def test_variants_are_measured_before_and_after_fine_tuning(place, tmp_path):
+    lines = ["[[recipes]]", 'method = "magnitude"', "sparsity = 0.3", 'recover = "fine-tune"']
+    lines += ["parameters = { steps = 3, batch = 4, rate = 0.01 }"]
+    out = small(place, tmp_path, place / "model", *lines)
+    tuned = "magnitude+fine-tune(batch=4, rate=0.01, steps=3)"
+    frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
+    for name in ("perplexity", "signal", "subspaces", "geometry", "language_neurons", "accuracy", "sparsity"):
+        assert {"magnitude", tuned} <= set(frames[name]["method"]), name
+    size = frames["sparsity"].groupby("method", observed=True)[["value", "bits"]].mean()
+    assert tuple(size.loc["magnitude"]) == tuple(size.loc[tuned])
+    overlap = frames["mask_overlap"]
+    overlap = overlap[overlap["method"] == tuned].groupby("metric", observed=True)["value"].mean()
+    assert overlap["iou"] == 1  # magnitude chooses the same whatever the text; only what follows differs
+    assert overlap["correction_cosine"] < 0.9
+    perplexity = frames["perplexity"]
+    perplexity = perplexity[perplexity["metric"] == "perplexity"].groupby("method", observed=True)["value"].mean()
+    assert perplexity[tuned] < perplexity["magnitude"]  # of random weights: any text helps
+    variant = "magnitude+fine-tune-0.3-matrix-batch=4-rate=0.01-steps=3-pruned-sw-s0"
+    result = prunescope("export", out, tmp_path / "exported", "--variant", variant)
+    assert result.returncode == 0, result.stderr
+    assert "fine-tuned" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+
+
 def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_path):
     model, tokenizer = load_model(str(place / "model"), device="cpu")
     text = CalibrationSet.named("sw", samples=4, length=32)

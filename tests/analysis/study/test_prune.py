@@ -447,6 +447,19 @@ def test_text_that_cannot_be_is_one_line(place, tmp_path, old, new, words):
     assert nothing_was_made(tmp_path / "out")
 
 
+def test_fine_tuning_on_held_out_text_is_one_line(place, tmp_path):
+    for language in ("en", "sw"):
+        lines = [f"Sentence number {number} in {language}, which is long enough." for number in range(40)]
+        (tmp_path / f"{language}.txt").write_text("\n".join(lines))
+        (tmp_path / f"held-{language}.txt").write_text(f"Held out.\n{lines[7] if language == 'sw' else 'This too.'}")
+    text = STUDY.replace('"model"', f'"{place / "model"}"', 1)
+    text += 'recover = "lora"\nparameters = { steps = 2 }\n[text]\ncalibration = "file:{lang}.txt"\n'
+    path = study(tmp_path, text + 'heldout = "file:held-{lang}.txt"')
+    result = prunescope("prune", path, "--out", tmp_path / "out")
+    expect_one_line(result, "held-out text in Swahili", 'segment "8" holds held-out segment "2"', "leave such segments")
+    assert nothing_was_made(tmp_path / "out")
+
+
 @pytest.mark.parametrize("memory", [(), ("--memory", "2GiB")], ids=["whole", "capped"])
 def test_missing_shards_are_one_line(tmp_path, memory):
     checkpoint(tmp_path / "model")

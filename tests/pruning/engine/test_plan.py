@@ -152,6 +152,25 @@ def test_a_cap_that_is_too_small_for_derivatives_says_what_they_need(anatomy, to
         planned(anatomy, tokenizer, [WANDA, SNIP], memory=200 << 20)
 
 
+def test_fine_tuning_takes_memory_time_and_disk(anatomy, tokenizer, monkeypatch):
+    monkeypatch.setattr(_Needs, "seconds_a_token", lambda self: 1.0)
+    monkeypatch.setattr(_Needs, "seconds_to_load_and_choose", lambda self: (0.0, 0.0))
+    steps = {"steps": 10, "batch": 2}
+    lora = Recipe(method="wanda", sparsity=0.5, recover="lora", parameters={**steps, "rank": 1})
+    tuned = Recipe(method="wanda", sparsity=0.5, recover="fine-tune", parameters=steps)
+    plain, narrow, full = (planned(anatomy, tokenizer, [recipe], batch_tokens=16) for recipe in (WANDA, lora, tuned))
+    assert plain.memory < narrow.memory < full.memory
+    weights = sum(outputs * inputs for outputs, inputs in covered_shapes(anatomy, WANDA).values())
+    assert narrow.kept - plain.kept == pytest.approx(weights / 2 * 4, rel=0.01)
+    head = 1 + anatomy.vocabulary * anatomy.hidden_size / weights
+    tokens = 10 * 2 * 16 * 3 + 2 * 3 * 16
+    assert narrow.seconds_a_block - plain.seconds_a_block == pytest.approx(tokens * head)
+    with pytest.raises(
+        MemoryCapError, match=r'GiB; recover = "lora" needs the whole model and a copy of its weights in memory$'
+    ):
+        planned(anatomy, tokenizer, [WANDA, lora], memory=200 << 20)
+
+
 def test_what_needs_no_text_or_derivatives_goes_in_waves_of_its_own(anatomy, tokenizer):
     plan = planned(anatomy, tokenizer, [WANDA, MAGNITUDE, SNIP], LONG[:2])
     assert [[job.recipe.method for job in wave] for wave in plan.waves] == [
@@ -320,13 +339,21 @@ def middling(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource usage there")
-@pytest.mark.parametrize("where", ["whole", "stream"])
-def test_the_estimate_is_no_less_than_the_truth_and_no_more_than_twice(middling, tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "more"),
+    [
+        ("whole", {}),
+        ("stream", {}),
+        ("whole", {"recover": "fine-tune", "parameters": {"steps": 1, "batch": 1}}),
+    ],
+    ids=["whole", "stream", "fine-tune"],
+)
+def test_the_estimate_is_no_less_than_the_truth_and_no_more_than_twice(middling, tmp_path, where, more):
     study = {
         "model": str(middling),
         "languages": ["en", "sw"],
         "calibration": {"sets": ["en", "en+sw"], "samples": 8, "length": 128},
-        "recipes": [{"method": ["wanda", "sparsegpt"], "sparsity": 0.5}],
+        "recipes": [{"method": ["wanda"] if more else ["wanda", "sparsegpt"], "sparsity": 0.5, **more}],
     }
     command = [sys.executable, "-c", MEASURE, json.dumps(study), str(tmp_path), where]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
