@@ -103,6 +103,38 @@ def studies(
 
 
 @app.command()
+def plan(
+    study: _Study,
+    out: _Out = None,
+    memory: _Memory = None,
+    device_memory: _DeviceMemory = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Schedule the units on this many workers.")] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="Effective TFLOPS of one worker, instead of a trial; weights are not loaded."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s of weights from disk to a worker's device; with --tflops.")
+    ] = None,
+) -> None:
+    """Tell what a study, or what is left of it, will cost: units, memory, disk, time. Nothing is run or written."""
+    from .study.planning import Figures, plan_study, plan_text
+    from .study.planning.tables import command_line, printed
+    from .study.study_file import resolved_study
+
+    folder = out or Path("runs") / Path(study).stem
+    found = plan_study(
+        resolved_study(study),
+        folder,
+        memory=_bytes("--memory", memory),
+        device_memory=_bytes("--device-memory", device_memory),
+        figures=Figures.given(tflops, bandwidth),
+    )
+    options = [("--memory", memory), ("--device-memory", device_memory)]
+    printed(Console(), plan_text(found, command_line(study, str(folder), options), workers=workers))
+
+
+@app.command()
 def compare(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model: hub id, folder, or demo.")],
     pruned: Annotated[

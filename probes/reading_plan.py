@@ -29,7 +29,7 @@ _SLACK = 1.4
 #: Largest share of the room for text given to the dense activations of a block; the rest is for hidden states.
 _COMPARED = 0.4
 #: Cost of a pass with readers over a bare forward pass, measured on the embedded model.
-_READERS = 1.15
+READERS = 1.15
 _FLOAT = 4
 #: Cost of applying a variant to a block: three passes over memory, at 5 GB/s.
 _SECONDS_A_BYTE = 6e-10
@@ -57,6 +57,8 @@ class ReadingPlan:
         Estimated from a trial with one batch; 0 without a trial.
     tokens, models
         Number of tokens read, summed over models; number of models.
+    kept
+        Bytes of the results on disk, for streams that write theirs to files.
     """
 
     memory: int
@@ -68,6 +70,7 @@ class ReadingPlan:
     seconds: float
     tokens: int
     models: int
+    kept: int
     _needs: _Needs
 
     def __str__(self) -> str:
@@ -155,6 +158,7 @@ def plan_reading(
         seconds=needs.seconds(waves) if trial else 0.0,
         tokens=needs.tokens,
         models=len(models),
+        kept=needs.kept(),
         _needs=needs,
     )
 
@@ -197,15 +201,22 @@ class _Needs:
 
     def _results(self, stream: Stream) -> int:
         """Return what a stream's results take until reading ends; those in files are memory-mapped and not counted."""
-        files = stream.files
+        a_model = self._result(stream)
+        if stream.compares:
+            return a_model * sum(model not in stream.files for model in stream.models)
+        return a_model if stream.models == (DENSE,) else 0
+
+    def kept(self) -> int:
+        """Return what the results of all streams take in their files."""
+        return sum(self._result(stream) * len(stream.files) for stream in self.streams)
+
+    def _result(self, stream: Stream) -> int:
+        """Return what a stream's results of one model take."""
         layers = len(self.anatomy.blocks)
         rows = sum(len(batch.segments) for batch in stream.batches if batch.decoder is None)
         pooled_and_routed = (self.anatomy.hidden_size + most_experts(self.anatomy)) * 4
         power_and_error = 2 * len(SIGNAL_SITES) * 8
-        a_model = layers * (rows * (pooled_and_routed + power_and_error) + readable_neurons(self.anatomy) * FOLDS * 4)
-        if stream.compares:
-            return a_model * sum(model not in files for model in stream.models)
-        return a_model if stream.models == (DENSE,) else 0
+        return layers * (rows * (pooled_and_routed + power_and_error) + readable_neurons(self.anatomy) * FOLDS * 4)
 
     def _passing(self) -> int:
         """Return the working memory of a batch inside a block."""
@@ -287,7 +298,7 @@ class _Needs:
             return 0.0
         passes = sum(map(self._seconds_in, self.anatomy.stacks))
         block_bytes = sum(p.numel() for block in self.anatomy.blocks for p in block.parameters()) * self.element
-        return passes * _READERS + self._seconds_to_score() + waves * self.variants * block_bytes * _SECONDS_A_BYTE
+        return passes * READERS + self._seconds_to_score() + waves * self.variants * block_bytes * _SECONDS_A_BYTE
 
     def _seconds_in(self, stack: Stack) -> float:
         """Return what all text takes in a stack."""

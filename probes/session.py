@@ -97,9 +97,10 @@ class Session:
         self.tokenizer = tokenizer
         self.owner = DenseModel(model)
         self.anatomy = self.owner.anatomy
+        device = self.anatomy.device
         self.batcher = Batcher(
             tokenizer,
-            self.anatomy.device,
+            torch.device("cpu") if device.type == "meta" else device,  # a model that is only planned for
             max_length=max_length,
             batch_tokens=batch_tokens,
             padding=padding,

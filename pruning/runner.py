@@ -184,6 +184,10 @@ class PruningRun:
         in memory.
     memory, device_memory, name, batch_tokens
         As for :func:`prune`.
+    fingerprint
+        Of the dense model, if it is known; all blocks are read to find it out.
+    trial
+        Whether to time a block, so that the plan says how long the variants will take.
 
     Attributes
     ----------
@@ -215,11 +219,13 @@ class PruningRun:
         device_memory: int | None = None,
         name: str | None = None,
         batch_tokens: int = 2048,
+        fingerprint: str | None = None,
+        trial: bool = True,
     ) -> None:
         self.anatomy = anatomy
         self.jobs = {job.id: job for job in jobs}
         self.folder = folder
-        self.fingerprint = anatomy.fingerprint()
+        self.fingerprint = anatomy.fingerprint() if fingerprint is None else fingerprint
         self._name = name or str(anatomy.model.name_or_path)
         self._corpus = corpus
         self._batch_tokens = batch_tokens
@@ -255,6 +261,7 @@ class PruningRun:
                 batch_tokens=batch_tokens,
                 begun=self._begun(pending),
                 in_folder=folder is not None,
+                trial=trial,
             )
 
     @property

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .configuration import Study
-from .model import StudyModel
+from .model import DescribedModel, StudyModel
 from .records import Records
 from .texts import StudyTexts
 from .variants import StudyVariants
@@ -28,6 +28,10 @@ class Context:
         What needs the whole model in memory, as the start of an error message; empty if nothing does.
     tell
         Called with progress messages.
+    written
+        Whether results are written to the folder; if not, the study is only planned.
+    described
+        Whether the model is known by its configuration only, without weights, and nothing is timed.
     """
 
     study: Study
@@ -36,11 +40,13 @@ class Context:
     device_memory: int | None = None
     whole: str = ""
     tell: Callable[[str], None] = field(default=lambda words: None)
+    written: bool = True
+    described: bool = False
 
     @cached_property
     def records(self) -> Records:
         """Records of finished results."""
-        return Records(self.folder)
+        return Records(self.folder, written=self.written)
 
     @cached_property
     def texts(self) -> StudyTexts:
@@ -50,7 +56,8 @@ class Context:
     @cached_property
     def model(self) -> StudyModel:
         """The dense model, loaded on first use."""
-        return StudyModel(self.study, self.records, self.memory, self.device_memory, self.whole, self.tell)
+        kind: type[StudyModel] = DescribedModel if self.described else StudyModel
+        return kind(self.study, self.records, self.memory, self.device_memory, self.whole, self.tell)
 
     @cached_property
     def variants(self) -> StudyVariants:
@@ -64,4 +71,5 @@ class Context:
             self.memory,
             self.device_memory,
             self.tell,
+            described=self.described,
         )

@@ -35,11 +35,14 @@ class StudyImports:
         The study.
     tell
         Called with what is left out, a line for each reason and collection.
+    weights
+        Whether weights are downloaded when it is asked what files there are; to plan for them, none are needed.
     """
 
-    def __init__(self, study: Study, tell: Callable[[str], None]) -> None:
+    def __init__(self, study: Study, tell: Callable[[str], None], *, weights: bool = True) -> None:
         self._study = study
         self._tell = tell
+        self._weights = weights
 
     @property
     def found(self) -> dict[str, tuple[Checkpoint, str]]:
@@ -81,7 +84,7 @@ class StudyImports:
         """Return the folder of a checkpoint, downloading it if necessary."""
         checkpoint, place = self.found[name]
         if not checkpoint.collection:
-            return checkpoint_folder(checkpoint.source)
+            return checkpoint_folder(checkpoint.source, weights=self._weights)
         return Path(checkpoint.source) if checkpoint.local else downloaded(checkpoint.source, place)
 
     def files(self, name: str) -> str:

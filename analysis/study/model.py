@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,8 @@ from pruning.files import content_sha256
 from pruning.memory import free_memory
 from pruning.models.checkpoint import Shards
 from pruning.models.embedded import DEMO
-from pruning.models.loading import checkpoint_folder, open_device
+from pruning.models.loading import checkpoint_folder, describe_model, open_device
+from pruning.models.streaming import Described, settle
 
 from .configuration import Study
 from .records import Records
@@ -72,6 +74,11 @@ class StudyModel:
         if nothing does.
     tell
         Called with progress messages.
+
+    Attributes
+    ----------
+    seconds_to_load
+        How long loading the model took; 0 before.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class StudyModel:
         self._caps = memory, device_memory
         self._whole = whole
         self._tell = tell
+        self.seconds_to_load = 0.0
 
     @property
     def facts(self) -> ModelFacts:
@@ -114,19 +122,20 @@ class StudyModel:
         """The model's parts."""
         model, _ = self._loaded
         anatomy = Anatomy(model)
-        body = sum(outputs * inputs for outputs, inputs in (anatomy.shape(*key) for key in anatomy))
-        facts = ModelFacts(
-            fingerprint=anatomy.fingerprint(),
-            dtype=str(model.dtype),
-            device=str(anatomy.device),
-            encoder_blocks=anatomy.stacks[-1].first,
-            blocks=len(anatomy.blocks),
-            body=body,
-            head=anatomy.vocabulary * anatomy.hidden_size,
-        )
+        facts = _facts_of(anatomy, anatomy.fingerprint())
         if self._records.facts(_RECORD, self._key) != facts.model_dump():
             self._records.finish(_RECORD, self._key, [], 0.0, facts.model_dump())
         return anatomy
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights; tied ones count once."""
+        return _bytes_of(self.anatomy)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Memory of a process with the whole model and a copy of its weights."""
+        return int(_BASE + _COPIED * self.weight_bytes)
 
     @property
     def tokenizer(self) -> Any:
@@ -144,11 +153,14 @@ class StudyModel:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        stream = self._must_stream()
+        stream = self._must_stream(self._stored_bytes())
         note = ", one block at a time" if stream else ""
         note += " (converted on first use, about a minute)" if self._study.model == DEMO else ""
         self._tell(f"loading the model {self._study.model_name}{note}")
-        return load_model(self._study.model, dtype=self._study.dtype, device=self._study.device, stream=stream)
+        began = time.monotonic()
+        loaded = load_model(self._study.model, dtype=self._study.dtype, device=self._study.device, stream=stream)
+        self.seconds_to_load = time.monotonic() - began
+        return loaded
 
     @cached_property
     def _folder(self) -> Path:
@@ -165,18 +177,21 @@ class StudyModel:
         code = code_version("pruning.models")
         return content_sha256([code, str(self._folder), self._study.dtype, str(self._device), state])
 
-    def _must_stream(self) -> bool:
-        """Return whether the weights must stay on disk, based on the size of the checkpoint.
+    def _stored_bytes(self) -> int:
+        """Return what the weights take in memory, by the size of the checkpoint."""
+        shards = Shards(self._folder)
+        if self._study.dtype == "float32" or (self._study.dtype == "auto" and self._device.type == "cpu"):
+            return 4 * sum(torch.Size(shape).numel() for shape in shards.shapes.values())
+        return shards.bytes
+
+    def _must_stream(self, size: int) -> bool:
+        """Return whether weights of so many bytes must stay on disk.
 
         Raises
         ------
         StudyError
             If something needs the whole model in memory, and it does not fit.
         """
-        shards = Shards(self._folder)
-        size = shards.bytes
-        if self._study.dtype == "float32" or (self._study.dtype == "auto" and self._device.type == "cpu"):
-            size = 4 * sum(torch.Size(shape).numel() for shape in shards.shapes.values())
         memory, on_device = self._caps
         rooms = {"memory": free_memory() if memory is None else memory}
         if self._device.type != "cpu":
@@ -189,6 +204,68 @@ class StudyModel:
                     f"only {_size(room)} of {name} is available"
                 )
         return any(needed > room for room in rooms.values())
+
+
+class DescribedModel(StudyModel):
+    """A study's model known by its configuration, to plan for workers elsewhere; its weights are not needed.
+
+    It is planned for the CPU if the study asks for that, or caps no device memory; else for a device with its own
+    memory. Whether results are finished can be told only if its facts are on record: otherwise its fingerprint is "".
+    """
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Facts about the model: those on record, if there are any."""
+        return self._known
+
+    @cached_property
+    def _known(self) -> ModelFacts:
+        found = self._records.facts(_RECORD, self._key)
+        return _facts_of(self.anatomy, "") if found is None else ModelFacts.model_validate(found)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The model's parts, on the meta device."""
+        return Anatomy(self._loaded[0])
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        cpu, dtype = self._device.type == "cpu", self._study.dtype
+        if dtype == "auto":
+            dtype = "float32" if cpu else "checkpoint"
+        wanted = None if dtype == "checkpoint" else getattr(torch, dtype)
+        model, tokenizer = describe_model(self._study.model, dtype=wanted)
+        place = self._device if cpu else torch.device("meta")
+        settle(model, Described(place, streamed=self._must_stream(_bytes_of(Anatomy(model)))))
+        return model, tokenizer
+
+    @cached_property
+    def _folder(self) -> Path:
+        return checkpoint_folder(self._study.model, weights=False)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        if self._study.device == "auto":
+            return torch.device("cpu" if self._caps[1] is None else "cuda")
+        return torch.device(self._study.device)
+
+
+def _facts_of(anatomy: Anatomy, fingerprint: str) -> ModelFacts:
+    return ModelFacts(
+        fingerprint=fingerprint,
+        dtype=str(anatomy.model.dtype),
+        device=str(anatomy.device),
+        encoder_blocks=anatomy.stacks[-1].first,
+        blocks=len(anatomy.blocks),
+        body=sum(outputs * inputs for outputs, inputs in (anatomy.shape(*key) for key in anatomy)),
+        head=anatomy.vocabulary * anatomy.hidden_size,
+    )
+
+
+def _bytes_of(anatomy: Anatomy) -> int:
+    """Return the bytes of all parameters; tied ones count once."""
+    inside = sum(parameter.numel() for block in anatomy.blocks for parameter in block.parameters())
+    return (inside + anatomy.other_numel) * anatomy.element_size
 
 
 def _size(number: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pruning import Variant
+from pruning.engine.plan import WaveCost
 from pruning.errors import VariantError
 from pruning.models.loading import load_weights
 from pruning.runner import Wave
@@ -36,6 +37,13 @@ class Prune:
             _take_over(context, names[0])
         else:
             _make(context, names, advance)
+
+    def cost(self, context: Context, unit: Unit) -> WaveCost | None:
+        """Return what a wave will need; ``None`` of any other unit."""
+        names = [output.name.partition("/")[2] for output in unit.outputs]
+        plan = context.variants.pruning.plan if names[0] in context.variants.jobs else None
+        waves = zip(plan.waves, plan.costs, strict=True) if plan else ()
+        return next((cost for wave, cost in waves if [job.id for job in wave] == names), None)
 
     def _imports(self, context: Context, pending: Sequence[str]) -> Iterator[Unit]:
         for name in pending:

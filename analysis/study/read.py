@@ -63,6 +63,10 @@ class Read:
         for output in unit.outputs:
             context.records.finish(output.name, output.key, [_file(context, output.name)], seconds)
 
+    def planned(self, context: Context, unit: Unit, *, trial: bool) -> ReadingPlan:
+        """Return what a unit will need; with a trial, how long it will take, too."""
+        return _plan(context, [_Streams.of(context, part) for part in _parts_of(unit)], trial=trial)
+
     def _unit(self, context: Context, group: Sequence[_Left], number: int, of: int) -> Unit:
         facts = context.model.facts
         models = len({model for part in group for model in part.models})

@@ -64,6 +64,8 @@ class Records:
     ----------
     folder
         The study's folder.
+    written
+        Whether records are written to the folder; if not, new ones are only remembered.
 
     Raises
     ------
@@ -71,8 +73,9 @@ class Records:
         If the folder has an older layout.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, written: bool = True) -> None:
         self.folder = folder
+        self._written = written
         self._found: dict[str, Record | None] = {}
         if not (folder / RECORDS).is_dir() and _is_older(folder / PROVENANCE):
             raise StudyError(
@@ -146,7 +149,8 @@ class Records:
         return {name: record for name, record in found.items() if record is not None}
 
     def _write(self, name: str, record: Record) -> None:
-        write_text(self._path(name), record.model_dump_json(indent=2) + "\n")
+        if self._written:
+            write_text(self._path(name), record.model_dump_json(indent=2) + "\n")
         self._found[name] = record
 
     def _path(self, name: str) -> Path:

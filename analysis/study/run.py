@@ -31,7 +31,7 @@ from .read import Read
 from .report import REPORT_FILE, WriteReport
 from .study_file import load_study
 from .tables import WriteTables
-from .units import Stage, Unit
+from .units import SHARES, Stage, Unit
 
 STUDY_FILE = "study.toml"
 
@@ -66,7 +66,7 @@ def run_study(
     PrunescopeError
         If text, model, recipe or folder cannot be used; finished results are kept.
     """
-    whole = _needing_the_whole(study, only_prune)
+    whole = needing_the_whole(study, only_prune)
     with _opened(study, folder, console, memory, device_memory, whole) as (context, console):
         if only_prune:
             _carry_out(context, [Prune()], console)
@@ -111,8 +111,6 @@ def diagnose_study(
 #: Stages of every study, before and after a diagnosis.
 _MEASURING: tuple[Stage, ...] = (Prune(), Read(), Benchmark(), MakeFrames())
 _REPORTING: tuple[Stage, ...] = (DrawFigures(), WriteTables(), WriteReport())
-#: Share of a run's time taken by stages whose work is not measured in multiply-adds.
-_SHARES = {"frames": 0.04, "figures": 0.04, "tables": 0.003, "report": 0.005}
 
 
 def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> None:
@@ -122,8 +120,8 @@ def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> N
     context.texts.check(calibration_only=only_variants)
     work = sum(unit.work for stage in stages for unit in stage.units(context))
     write_text(context.folder / STUDY_FILE, context.study.to_toml())
-    with WorkProgress(work / (1 - sum(_SHARES.values())), console) as progress:
-        executor = ThisProcess(context, progress, _SHARES)
+    with WorkProgress(work / (1 - sum(SHARES.values())), console) as progress:
+        executor = ThisProcess(context, progress, SHARES)
         for stage in stages:
             for units in _rounds(context, stage):
                 executor.run(stage, units)
@@ -135,7 +133,7 @@ def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> N
         console.print(f"set aside: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _needing_the_whole(study: Study, only_prune: bool) -> str:
+def needing_the_whole(study: Study, only_prune: bool) -> str:
     """Return what needs the whole model in memory, as the start of an error message; empty if nothing does."""
     reasons = [job.recipe.whole for job in study.jobs() if job.recipe.whole]
     if reasons:

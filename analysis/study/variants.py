@@ -34,6 +34,8 @@ class StudyVariants:
         Caps in bytes during pruning.
     tell
         Called with the pruning plan.
+    described
+        Whether the model is known by its configuration only; weights are then not downloaded, and nothing is timed.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class StudyVariants:
         memory: int | None,
         device_memory: int | None,
         tell: Callable[[str], None],
+        *,
+        described: bool = False,
     ) -> None:
         self._study = study
         self._folder = folder
@@ -54,8 +58,9 @@ class StudyVariants:
         self._model = model
         self._caps = memory, device_memory
         self._tell = tell
+        self._described = described
         self.jobs = {job.id: job for job in study.jobs()}
-        self.imports = StudyImports(study, tell)
+        self.imports = StudyImports(study, tell, weights=not described)
 
     @cached_property
     def keys(self) -> dict[str, str]:
@@ -71,7 +76,7 @@ class StudyVariants:
         imported = {name: self.imports.files(name) for name in self.imports.found}
         facts = self._model.facts
         for path, remedy in self._study.remedies().items():
-            if remedy.model_fingerprint != facts.fingerprint:
+            if facts.fingerprint and remedy.model_fingerprint != facts.fingerprint:
                 raise RecipeError(
                     f"{path} is a diagnosis of a model other than {self._study.model_name}; "
                     "diagnose a variant of this one"
@@ -142,6 +147,8 @@ class StudyVariants:
             memory=memory,
             device_memory=device_memory,
             name=self._study.model_name,
+            fingerprint=self._model.facts.fingerprint,
+            trial=not self._described,
         )
         if run.plan is not None:
             self._tell(str(run.plan))

@@ -49,6 +49,30 @@ class MemoryCapError(RecipeError):
 
 
 @dataclass(frozen=True)
+class WaveCost:
+    """What one wave will need.
+
+    Attributes
+    ----------
+    memory, device_memory
+        Estimated peak in bytes: of the host, and of the model's device if it has its own memory (else 0).
+    scratch, kept
+        Bytes on disk: temporary, and of the finished variants; 0 if nothing is written.
+    tokens
+        Tokens that pass through every block, with other work counted as additional tokens.
+    seconds
+        From a short trial; 0 without one.
+    """
+
+    memory: int
+    device_memory: int
+    scratch: int
+    kept: int
+    tokens: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a grid will need.
 
@@ -66,6 +90,8 @@ class Plan:
         Time per block with all its jobs, from a short trial; 0 if nothing is written.
     blocks
         Number of blocks of the model.
+    costs
+        What each wave will need.
     """
 
     waves: tuple[tuple[Job, ...], ...]
@@ -76,6 +102,7 @@ class Plan:
     seconds_a_block: float
     blocks: int
     device_memory: int = 0
+    costs: tuple[WaveCost, ...] = ()
 
     def __str__(self) -> str:
         """Return the plan in one line."""
@@ -101,6 +128,7 @@ def make_plan(
     batch_tokens: int = 2048,
     begun: Sequence[tuple[Job, ...]] = (),
     in_folder: bool = True,
+    trial: bool = True,
 ) -> Plan:
     """Estimate what jobs will need, and split them into waves that stay within the caps.
 
@@ -116,6 +144,8 @@ def make_plan(
         Unfinished waves of a killed run. They are kept unless they exceed the caps.
     in_folder
         Whether variants and hidden states may go to disk. If not, all variants are made in one wave and held in memory.
+    trial
+        Whether to time a block in order to estimate the time; only if variants go to a folder.
 
     Raises
     ------
@@ -147,24 +177,43 @@ def make_plan(
             break
     else:
         raise _cap_error(anatomy, jobs, peak, caps)
-    seconds = 0.0
-    if in_folder and jobs:
-        loading, a_weight = needed.seconds_to_load_and_choose()
-        seconds = loading * len(waves) + a_weight * sum(map(needed.removable, jobs)) / len(anatomy.blocks)
-        if text is not None and any(job.recipe.calibrated for job in jobs):
-            seconds += needed.seconds_a_token() * sum(map(needed.tokens_a_block, waves))
-        seconds += needed.seconds_for_spectra(jobs) / len(anatomy.blocks)
-    scratch = max(needed.states(wave) + sum(map(needed.kept, wave)) for wave in waves) if in_folder else 0
+    seconds = needed.seconds(waves) if in_folder and jobs and trial else [0.0] * len(waves)
+    costs = tuple(
+        WaveCost(
+            *most,
+            needed.states(wave) + sum(map(needed.kept, wave)) if in_folder else 0,
+            sum(map(needed.kept, wave)) if in_folder else 0,
+            needed.tokens_a_block(wave) if text is not None and any(job.recipe.calibrated for job in wave) else 0.0,
+            own,
+        )
+        for wave, most, own in zip(waves, peaks, seconds, strict=True)
+    )
     return Plan(
         tuple(waves),
         place,
         peak[0],
-        scratch,
+        max(cost.scratch for cost in costs),
         sum(needed.kept(job) for job in jobs) if in_folder else 0,
-        seconds,
+        sum(seconds) / len(anatomy.blocks),
         len(anatomy.blocks),
         peak[1],
+        costs,
     )
+
+
+def variant_bytes(anatomy: Anatomy, recipe: Recipe) -> int:
+    """Return the size of a finished variant on disk."""
+    weights = _removable(anatomy, recipe)
+    if recipe.quantizes:
+        a_group = (SCALE_BITS + recipe.bits) / recipe.group if recipe.group else 0
+        return int(weights * (recipe.bits + a_group) / 8)
+    changed = recipe.updates or recipe.recovers
+    values = weights * (1 - recipe.sparsity) * anatomy.element_size if changed else 0
+    return int(weights / 8 + values)
+
+
+def _removable(anatomy: Anatomy, recipe: Recipe) -> int:
+    return sum(outputs * inputs for outputs, inputs in covered_shapes(anatomy, recipe).values())
 
 
 def _kept(jobs: Sequence[Job]) -> int:
@@ -198,7 +247,8 @@ def _cap_error(
     for recover in dict.fromkeys(job.recipe.recover for job in jobs if job.recipe.recovers):
         hint = f'; recover = "{recover}" needs the whole model and a copy of its weights in memory'
         hint += ' and 16 bytes for every kept weight, "lora" less' if recover == "fine-tune" else ""
-    kinds = ("memory cap", f"{anatomy.device.type} memory cap")
+    device = "device" if anatomy.device.type == "meta" else anatomy.device.type
+    kinds = ("memory cap", f"{device} memory cap")
     kind, cap, most = next((k, c, m) for k, c, m in zip(kinds, caps, peak, strict=True) if c is not None and m > c)
     return MemoryCapError(
         f"a {kind} of {cap / _GIB:.2f} GiB cannot hold one block during pruning: this model and these recipes need "
@@ -290,7 +340,7 @@ class _Needs:
 
     def removable(self, job: Job) -> int:
         """Return the number of weights in a job's scope."""
-        return sum(outputs * inputs for outputs, inputs in covered_shapes(self.anatomy, job.recipe).values())
+        return _removable(self.anatomy, job.recipe)
 
     def _passing(self) -> int:
         """Return the memory of a batch's forward pass through a block."""
@@ -379,13 +429,7 @@ class _Needs:
 
     def kept(self, job: Job) -> int:
         """Return the size of a finished variant on disk."""
-        weights = self.removable(job)
-        if job.recipe.quantizes:
-            a_group = (SCALE_BITS + job.recipe.bits) / job.recipe.group if job.recipe.group else 0
-            return int(weights * (job.recipe.bits + a_group) / 8)
-        changed = job.recipe.updates or job.recipe.recovers
-        values = weights * (1 - job.recipe.sparsity) * self.element if changed else 0
-        return int(weights / 8 + values)
+        return variant_bytes(self.anatomy, job.recipe)
 
     def tokens_a_block(self, jobs: Sequence[Job]) -> float:
         """Return the tokens that pass through a block, with the jobs' other work counted as additional tokens."""
@@ -396,7 +440,28 @@ class _Needs:
         for solves in (False, True):
             some = [job for job in streaming(jobs) if job.recipe.updates == solves]
             total += Schedule(self.anatomy, some, self.text).work / blocks * _OVERHEAD[solves]
-        return total
+        return total + sum(map(self._searched, jobs))
+
+    def _searched(self, job: Job) -> float:
+        """Return the tokens whose passes through a block would take as long as a method's search there."""
+        shapes = covered_shapes(self.anatomy, job.recipe).values() if job.recipe.scoring.search else ()
+        return job.recipe.scoring.search * sum(out * inputs**2 for out, inputs in shapes) / self._weights()
+
+    def seconds(self, waves: Sequence[Sequence[Job]]) -> list[float]:
+        """Return the time of each wave, from a short trial; spectra are computed for the first wave that needs any."""
+        blocks = len(self.anatomy.blocks)
+        loading, a_weight = self.seconds_to_load_and_choose()
+        calibrated = self.text is not None and any(job.recipe.calibrated for wave in waves for job in wave)
+        a_token = self.seconds_a_token() if calibrated else 0.0
+        spectra = self.seconds_for_spectra([job for wave in waves for job in wave])
+        times = []
+        for wave in waves:
+            passing = a_token * self.tokens_a_block(wave) if calibrated else 0.0
+            times.append(blocks * (loading + passing) + a_weight * sum(map(self.removable, wave)))
+            if spectra and self._weighed(wave):
+                times[-1] += spectra
+                spectra = 0.0
+        return times
 
     def seconds_for_spectra(self, jobs: Sequence[Job]) -> float:
         """Return the time for the spectra that allocations need, from that of a small matrix."""

@@ -128,5 +128,6 @@ METHOD = register(
         needs=frozenset({GRAM, ABSOLUTE}),
         quantize=quantize,
         parameters={"clip": Parameter(1, 0, 1, "0: grids are not clipped", whole=True), **SYMMETRIC},
+        search=float(_POWERS),
     )
 )

@@ -97,6 +97,8 @@ class Method:
         whole neurons and heads; or ``blocks``, each with a single number.
     compensate
         For methods that score channels: what biases make up for.
+    search
+        Multiply-adds of its search, whatever the amount of text, as a multiple of outputs · inputs² of a matrix.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Method:
     propagation: str = "pruned"
     scores: Literal["weights", "channels", "blocks"] = "weights"
     compensate: Compensate | None = None
+    search: float = 0.0
 
     @property
     def calibrated(self) -> bool:

@@ -33,7 +33,7 @@ from .layouts import (
     role_kind,
     supported_architectures,
 )
-from .streaming import Streamed, residence_of
+from .streaming import residence_of
 
 __all__ = [
     "CONTEXT_ROLES",
@@ -235,8 +235,7 @@ class Anatomy:
     @property
     def device(self) -> torch.device:
         """The device on which the model runs."""
-        residence = residence_of(self.model)
-        return residence.device if isinstance(residence, Streamed) else next(self.model.parameters()).device
+        return residence_of(self.model).device or next(self.model.parameters()).device
 
     @property
     def streamed(self) -> bool:

@@ -195,15 +195,9 @@ def checked_plan(shards: Shards) -> Plan:
         If it is damaged, needs custom code, or describes a model that cannot be built or is far larger than the stored
         weights, so that building it would exhaust memory.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     path = shards.folder / CONFIG
-    _check_counts(path, len(shards.files))
-    with foreign(str(path)):
-        config = AutoConfig.from_pretrained(shards.folder, trust_remote_code=False)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = kind.from_config(config, trust_remote_code=False)
+    plan, model = planned_model(shards.folder, len(shards.files))
+    config = plan.config
     stored = sum(torch.Size(shape).numel() for shape in shards.shapes.values())
     quantized = getattr(config, "quantization_config", None) is not None
     wanted = sum(parameter.numel() for parameter in model.parameters())
@@ -212,7 +206,37 @@ def checked_plan(shards: Shards) -> Plan:
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if buffers > max(shards.bytes, _BUFFERS):
         raise ModelError(f"{path} asks for {buffers / 2**30:,.1f} GiB beside its parameters; {AGAIN}")
-    return Plan(config, kind)
+    return plan
+
+
+def planned_model(folder: Path, tensors: int = 0, dtype: torch.dtype | None = None) -> tuple[Plan, Any]:
+    """Return a checkpoint's configuration, and the model that it describes, on the meta device.
+
+    Parameters
+    ----------
+    folder
+        Folder with a ``config.json``; weights are not needed.
+    tensors
+        Number of tensors of the checkpoint, if it is known, to refuse absurd numbers of layers and experts.
+    dtype
+        Dtype of the parameters; that of the configuration by default.
+
+    Raises
+    ------
+    ModelError
+        If it is damaged, needs custom code, or describes a model that cannot be built.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    path = folder / CONFIG
+    _check_counts(path, tensors)
+    with foreign(str(path)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            wanted = {} if dtype is None else {"dtype": dtype}
+            model = kind.from_config(config, trust_remote_code=False, **wanted)
+    return Plan(config, kind), model.eval()
 
 
 def _check_counts(path: Path, tensors: int) -> None:

@@ -12,6 +12,17 @@ from .checkpoint import CONFIG, INDEX, SINGLE, weight_map
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
+def settings_downloaded(repository: str, revision: str | None = None) -> Path:
+    """Return the local folder of a Hub model's configuration and tokenizer, without its weights unless they are there.
+
+    Raises
+    ------
+    ModelError
+        As for :func:`downloaded`.
+    """
+    return _snapshot(repository, revision, _SETTINGS)
+
+
 def downloaded(repository: str, revision: str | None = None) -> Path:
     """Return the local folder of a Hub model, downloading the required files if necessary.
 

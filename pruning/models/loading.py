@@ -12,8 +12,8 @@ from ..errors import ModelError, shortened
 from ..files import is_folder
 from ..memory import free_memory
 from .anatomy import Anatomy
-from .checkpoint import AGAIN, Plan, Shards, checked_plan, foreign
-from .download import downloaded
+from .checkpoint import AGAIN, Plan, Shards, checked_plan, foreign, planned_model
+from .download import downloaded, settings_downloaded
 from .embedded import DEMO, demo_checkpoint
 from .quantized import ask_for_decoding, cannot_decode, decoded
 from .quiet import errors_only, no_progress_bars
@@ -87,6 +87,36 @@ def _loaded(
         if stream and getattr(plan.config, "quantization_config", None) is not None:
             raise ModelError(f"model {folder} is quantized, so it cannot be streamed; load it whole (stream=False)")
         model = open_streamed(shards, plan, wanted, place) if stream else _open_whole(folder, plan, wanted).to(place)
+    model.name_or_path = str(folder) if name == DEMO else name
+    Anatomy(model)
+    return model, tokenizer
+
+
+def describe_model(name: str, *, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """Return a model without its weights, to plan for, and its tokenizer; a Hub model's weights are not downloaded.
+
+    Parameters
+    ----------
+    name
+        As for :func:`load_model`.
+    dtype
+        Dtype of its parameters; that of the configuration by default.
+
+    Returns
+    -------
+    model, tokenizer
+        The ``transformers`` objects, all parameters and buffers of the model on the meta device.
+
+    Raises
+    ------
+    ModelError
+        If there is no such model, its configuration is damaged, or its architecture is unknown.
+    """
+    check_model_name(name)
+    folder = checkpoint_folder(name, weights=False)
+    with no_progress_bars():
+        _, model = planned_model(folder, dtype=dtype)
+        tokenizer = _open_tokenizer(folder)
     model.name_or_path = str(folder) if name == DEMO else name
     Anatomy(model)
     return model, tokenizer
@@ -223,8 +253,8 @@ def checkpoint_bytes(name: str) -> int | None:
     return Shards(folder).bytes if is_folder(folder) else None
 
 
-def checkpoint_folder(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a model's checkpoint, downloading a Hub model if necessary.
+def checkpoint_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Return the folder of a model's checkpoint, downloading a Hub model if necessary; its `weights` only if asked to.
 
     Raises
     ------
@@ -239,4 +269,4 @@ def checkpoint_folder(name: str, revision: str | None = None) -> Path:
     repository, _, stated = name.partition("@")
     if stated and revision not in (None, stated):
         raise ModelError(f'model "{shortened(name)}" and revision "{shortened(revision)}" contradict each other')
-    return downloaded(repository, revision or stated or None)
+    return (downloaded if weights else settings_downloaded)(repository, revision or stated or None)

@@ -21,6 +21,8 @@ class Residence:
 
     #: Whether parameters are loaded on demand.
     streamed = False
+    #: Where the model runs; ``None`` where its parameters are.
+    device: torch.device | None = None
 
     @contextmanager
     def present(self, names: Collection[str], *, to_read: bool = False) -> Iterator[None]:
@@ -35,6 +37,28 @@ _IN_MEMORY = Residence()
 def residence_of(model: nn.Module) -> Residence:
     """Return where the parameters of a model reside."""
     return _RESIDENCES.get(model, _IN_MEMORY)
+
+
+class Described(Residence):
+    """Parameters that are nowhere: of a model that is known by its configuration, to plan for and not to run.
+
+    Parameters
+    ----------
+    device
+        Where the model would run: ``cpu``, or ``meta`` for any device with its own memory.
+    streamed
+        Whether its parameters would stay on disk.
+    """
+
+    def __init__(self, device: torch.device, *, streamed: bool) -> None:
+        self.device = device
+        self.streamed = streamed
+
+    @contextmanager
+    def present(self, names: Collection[str], *, to_read: bool = False) -> Iterator[None]:
+        """Refuse: there is nothing to load."""
+        raise ModelError("this model is known by its configuration only, without weights; load it to run it")
+        yield
 
 
 @dataclass
@@ -97,7 +121,7 @@ class Streamed(Residence):
 
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
         self.shards = shards
-        self.device = device
+        self.device: torch.device = device
         self._dtype = dtype
         self._weakly = weakref.ref(model)  # a strong reference would keep the model alive
         self._in_float32 = _kept_in_float32(model, dtype)
@@ -277,11 +301,16 @@ def open_streamed(shards: Shards, plan: Plan, dtype: torch.dtype | None, device:
     model = model.eval()
     residence = Streamed(model, shards, dtype, device)
     residence.load_buffers()
-    _RESIDENCES[model] = residence
+    settle(model, residence)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         with foreign(str(folder / GENERATION_CONFIG_NAME)):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def settle(model: nn.Module, residence: Residence) -> None:
+    """Say where the parameters of a model reside."""
+    _RESIDENCES[model] = residence
 
 
 @contextmanager

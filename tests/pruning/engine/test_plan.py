@@ -89,6 +89,34 @@ def test_spectra_take_memory_and_time_once(anatomy, monkeypatch):
     assert one.memory - none.memory == pytest.approx(1.4 * 2 * 8 * 32**2, abs=2)  # two float64 matrices of 32 inputs
 
 
+def test_the_search_of_awq_counts_for_every_recipe(anatomy, tokenizer, monkeypatch):
+    """40 · outputs · inputs² operations a matrix, two to a multiply-add (docs/pruning.md)."""
+    gptq, *awq = (Recipe(method=m, bits=b, group=8) for m, b in (("gptq", 4), ("awq", 4), ("awq", 3)))
+    block = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+    searched = sum(20 * out * inputs**2 for out, inputs in block) / sum(out * inputs for out, inputs in block)
+    (passing,) = planned(anatomy, tokenizer, [gptq]).costs
+    (one,), (two,) = (planned(anatomy, tokenizer, recipes).costs for recipes in (awq[:1], awq))
+    assert one.tokens == pytest.approx(passing.tokens + searched)
+    monkeypatch.setattr(_Needs, "seconds_to_load_and_choose", lambda self: (0.0, 0.0))
+    monkeypatch.setattr(_Needs, "seconds_a_token", lambda self: 1.0)
+    assert planned(anatomy, tokenizer, awq).costs[0].seconds == pytest.approx(3 * two.tokens)
+    assert two.tokens > one.tokens + searched
+
+
+def test_the_costs_of_waves_add_up_to_the_plan(anatomy, tokenizer):
+    recipes = [MAGNITUDE, WANDA, SPARSEGPT]
+    free = planned(anatomy, tokenizer, recipes, LONG)
+    plan = planned(anatomy, tokenizer, recipes, LONG, memory=free.memory - 1)
+    assert len(plan.costs) == len(plan.waves) > 1
+    assert sum(cost.kept for cost in plan.costs) == plan.kept
+    assert sum(cost.seconds for cost in plan.costs) == pytest.approx(3 * plan.seconds_a_block)
+    for name in ("memory", "device_memory", "scratch"):
+        assert max(getattr(cost, name) for cost in plan.costs) == getattr(plan, name)
+    untried = planned(anatomy, tokenizer, recipes, LONG, trial=False)
+    assert untried.seconds_a_block == 0
+    assert [cost.tokens for cost in untried.costs] == [cost.tokens for cost in free.costs]
+
+
 @pytest.mark.parametrize(
     "survey", [{"allocation": "owl"}, {"method": "block-influence"}, {"method": "wanda", "pattern": "blocks"}]
 )
