@@ -58,6 +58,8 @@ class Block:
         y = np.array([drops.mean() for drops in self.drops.values()])
         if np.ptp(x) == 0:
             return self
+        if np.ptp(y) == 0:  # no error either; linregress has none for it
+            return self
         fit = linregress(x, y)
         adjusted = {
             variant: drops - fit.slope * (at - x.mean())

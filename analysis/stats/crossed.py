@@ -172,10 +172,13 @@ def _summed(weighted: Sequence[tuple[float, np.ndarray, np.ndarray | None]]) -> 
 
 
 def _t_test(value: Any, error: Any, df: Any) -> tuple[Any, ...]:
-    """Return estimates with interval, two-sided p-value and degrees of freedom; without error it is certain."""
+    """Return estimates with interval, two-sided p-value and degrees of freedom.
+
+    With an error of 0 an estimate is certain; if the error is not known (nan), neither are interval and p-value.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        margin = np.where(error > 0, t.ppf(0.975, df) * error, 0.0)
-        p_value = np.where(error > 0, 2 * t.sf(np.abs(value) / error, df), np.equal(value, 0))
+        margin = np.where(np.equal(error, 0), 0.0, t.ppf(0.975, df) * error)
+        p_value = np.where(np.equal(error, 0), np.equal(value, 0), 2 * t.sf(np.abs(value) / error, df))
     return value, value - margin, value + margin, p_value, df
 
 

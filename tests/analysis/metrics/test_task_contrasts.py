@@ -20,7 +20,7 @@ RECIPE = {"method": "wanda", "sparsity": 0.5, "pattern": "row", "allocation": "u
 RECIPE |= {"propagation": "pruned"}
 
 
-def study(loses, *, draws=3, seed=0, spread=0.05, guesses=(), recipes=1, perplexity=None, kinds=None):
+def study(loses, *, draws=3, seed=0, spread=0.05, guesses=(), recipes=1, perplexity=None, kinds=None, paired=True):
     """Frames of models that lose ``loses(category, calibration, language)`` nats of margin.
 
     Parameters
@@ -33,6 +33,8 @@ def study(loses, *, draws=3, seed=0, spread=0.05, guesses=(), recipes=1, perplex
         Log perplexity that a nat of margin costs; no perplexity by default.
     kinds
         Kinds that the templates of a category have in turn.
+    paired
+        Whether both categories have the same templates.
     """
     rng = np.random.default_rng(seed)
     names = np.repeat([f"t{t}-{p}" for t in range(TEMPLATES) for p in range(PAIRS)], 2)
@@ -59,7 +61,8 @@ def study(loses, *, draws=3, seed=0, spread=0.05, guesses=(), recipes=1, perplex
                     worse += lost / len(CATEGORIES)
                     noise = np.repeat(rng.normal(size=TEMPLATES), 2 * PAIRS) * 0.1
                     margin = margin - lost + shift + noise
-                about = {"category": category, "template": template, "twin": names, "item": item_names(names)}
+                of = template if paired else np.char.add(f"{category}-", template)
+                about = {"category": category, "template": of, "twin": names, "item": item_names(names)}
                 about |= {} if kinds is None else {"kind": np.resize(np.repeat(kinds, 2 * PAIRS), len(names))}
                 place = {**columns, "language": language, "task": "mine"}
                 about = {name: np.array(of) if not isinstance(of, str) else of for name, of in about.items()}
@@ -183,6 +186,18 @@ def test_what_perplexity_predicts_is_taken_out():
     english = (by_category["calibration"] == "en") | (by_category["other_calibration"] == "en")
     assert by_category[english]["value"].abs().mean() == pytest.approx(0.3, abs=0.06)
     assert "category" not in set(shown(frame, "margin_drop_matched")["contrast"])
+
+
+def test_a_category_in_which_no_model_loses_anything_makes_nothing_certain():
+    """Its slope over perplexity has no error, and the other category's is not lost beside it."""
+    loses = lambda category, calibration, language: 2.0 + (calibration == "en") if category == "reasoning" else 0.0  # noqa: E731
+    frame = study(loses, perplexity=1.0, paired=False)
+    never = shown(frame, "accuracy_drop", contrast="calibration", category="fluency")
+    assert (never["value"] == 0).all()
+    rows = shown(frame, "accuracy_drop_matched", contrast="calibration_by_category")
+    assert rows["low"].notna().all()
+    assert (rows["high"] - rows["low"] > 0.01).all()
+    assert (rows["p_value"] > 0).all()
 
 
 def test_few_variants_are_not_matched():

@@ -176,3 +176,13 @@ def test_segments_of_other_names_are_independent_and_order_does_not_matter():
     shuffled = [[by[0], by[1][:, order], by[2]] for by in scores]
     ids = [IDS, [IDS[i] for i in order], IDS]
     assert crossed_contrast(shuffled, *weights, ids) == pytest.approx(together)
+
+
+def test_an_error_that_is_not_known_is_no_certainty():
+    rng = np.random.default_rng(0)
+    known = crossed_contrast(
+        [[rng.normal(size=(3, 20))], [rng.normal(size=(3, 20))]], np.array([1.0, -1.0]), np.ones(1)
+    )
+    found = known.with_error(float("nan"))
+    assert found.value == known.value
+    assert np.isnan([found.low, found.high, found.p_value]).all()
