@@ -16,6 +16,7 @@ if PARALLEL:
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
@@ -23,6 +24,8 @@ from pruning import Segment
 
 if PARALLEL:
     torch.set_num_threads(1)
+settings.register_profile("unhurried", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("unhurried")
 
 #: The files that take longest, longest first: started last, one of them would keep a single process busy at the end.
 LONGEST = (

@@ -16,7 +16,7 @@ scores = st.tuples(st.integers(1, 9), st.integers(1, 5), st.randoms(use_true_ran
 sparsities = st.floats(0, 0.99)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores, sparsities)
 def test_row_removes_the_lowest_of_every_row_as_a_stable_sort_would(scores, sparsity):
     row = pattern_named("row")
@@ -24,7 +24,7 @@ def test_row_removes_the_lowest_of_every_row_as_a_stable_sort_would(scores, spar
     assert torch.equal(row.keep(scores, budget), naive.keep_row(scores, sparsity))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores, sparsities)
 def test_matrix_removes_the_lowest_of_all_as_a_stable_sort_would(scores, sparsity):
     matrix = pattern_named("matrix")
@@ -32,7 +32,7 @@ def test_matrix_removes_the_lowest_of_all_as_a_stable_sort_would(scores, sparsit
     assert torch.equal(matrix.keep(scores, budget), naive.keep_matrix(scores, sparsity))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores, st.integers(1, 3))
 def test_n_of_m_removes_n_of_every_group_as_a_stable_sort_would(scores, n):
     pattern = pattern_named(f"{n}:4")
@@ -40,7 +40,7 @@ def test_n_of_m_removes_n_of_every_group_as_a_stable_sort_would(scores, n):
     assert pattern.uniform(tuple(scores.shape), 0.5) == scores.numel() * n // 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores, st.floats(0, 1), st.sampled_from(["row", "matrix"]))
 def test_any_budget_is_met_exactly(scores, share, name):
     budget = int(share * scores.numel())
@@ -51,7 +51,7 @@ def test_any_budget_is_met_exactly(scores, share, name):
         assert int(gone.max() - gone.min()) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scores, st.floats(0, 1), st.integers(1, 7), st.sampled_from(["row", "matrix"]))
 def test_blocks_of_columns_meet_the_budget_together(scores, share, width, name):
     budget = int(share * scores.numel())

@@ -33,7 +33,7 @@ def naive_select(p: np.ndarray, quantile: float, share: float) -> set[tuple[int,
 probabilities = arrays(np.float64, (3, 20, 4), elements=st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(probabilities, st.sampled_from([0.5, 0.8, 0.95]), st.sampled_from([0.01, 0.1, 0.5]))
 def test_selection_equals_a_naive_version_of_the_published_rule(p, quantile, share):
     found = lape.select(p, threshold_quantile=quantile, selected_share=share).members

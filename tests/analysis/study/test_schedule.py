@@ -115,7 +115,7 @@ def shortest(tasks: list[Task], workers: int) -> float:
 
 
 @given(few_tasks(), st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_schedule_keeps_to_the_rules_and_within_its_bound(tasks, workers):
     found = schedule(tasks, workers)
     ends = {place.task.name: place.end for place in found.placed}

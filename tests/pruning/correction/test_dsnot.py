@@ -53,7 +53,7 @@ def test_masks_equal_a_naive_version(pattern, parameters, at_a_time, monkeypatch
     assert not torch.equal(refined, mask)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.sampled_from(["row", "matrix", "2:4"]), st.sampled_from([4, 12, 40]))
 def test_every_row_and_group_keeps_as_many_weights(seed, pattern, inputs):
     x = inputs_like_a_models(inputs, 30, seed)

@@ -43,7 +43,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(apply, "_UNPACKED", 50)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 40), st.sampled_from(DTYPES), st.booleans(), st.integers(0, 99))
 def test_a_pruned_weight_is_the_dense_one_where_it_is_kept(outputs, inputs, dtype, corrected, seed):
     dense, mask, values = case(outputs, inputs, dtype, seed)
@@ -83,7 +83,7 @@ def test_a_live_parameter_is_written_in_place():
     assert parameter.grad_fn is None
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 99))
 def test_bits_are_packed_and_unpacked_alike_on_every_device(outputs, inputs, seed):
     _, mask, _ = case(outputs, inputs, torch.float32, seed)

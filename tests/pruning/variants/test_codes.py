@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from checkpoints import CORPUS, SHORT, checkpoint
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,6 @@ GPTQ, AWQ = Recipe(method="gptq", bits=3, group=8), Recipe(method="awq", bits=2,
 RTN = Recipe(method="rtn", bits=4, group=0, parameters={"symmetric": 1})
 
 
-@settings(deadline=None)
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 5), st.integers(1, 40), st.integers(0, 9))
 def test_packing_is_undone_and_takes_as_many_bits_as_codes_have(bits, rows, count, seed):
     codes = torch.randint(0, 1 << bits, (rows, count), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))

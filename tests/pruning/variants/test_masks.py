@@ -25,7 +25,7 @@ def as_sets(masks: dict) -> dict:
     return {key: set(map(tuple, mask.nonzero().tolist())) for key, mask in masks.items()}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(0, 10_000), st.integers(1, 20))
 def test_algebra_and_iou_are_those_of_sets(one, other, columns):
     a, b = random_masks(one, 0.4, (3, columns)), random_masks(other, 0.6, (3, columns))
