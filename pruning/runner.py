@@ -324,7 +324,8 @@ class PruningRun:
         owner = DenseModel(self.anatomy.model)  # its copy of the dense weights is shared, and freed in the end
         for job in wave.jobs:
             if job.id in reasons or self.finished(job.id):  # finished: it was moved there before a kill
-                progress(recovery_work(self.anatomy, [job]))
+                if job.recipe.recovers:
+                    progress(recovery_work(self.anatomy, [job]))
                 continue
             variant = Variant(self.record(job, workspace.remarks(job.id)), *workspace.results(job.id))
             if job.recipe.recovers:
