@@ -31,7 +31,7 @@ SHORTER = {
 
 
 def run(notebook: nbformat.NotebookNode) -> None:
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(FOLDER)}}).execute()
     assert any(output.output_type == "execute_result" for cell in notebook.cells for output in cell.get("outputs", ()))
 
 
