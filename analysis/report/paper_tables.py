@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePath
 from typing import Any
@@ -33,7 +34,14 @@ _ERROR = Look(3, "low", mean=True)
 
 
 def study_tables(frames: Frames, facts: ReportFacts) -> Iterator[ReportTable]:
-    """Yield every table that the frames have data for, in the order of the report."""
+    """Yield every table that the frames have data for, in the order of the report; no two have the same name."""
+    taken: dict[str, int] = {}
+    for table in _tables(frames, facts):  # two categories may differ in signs that file names do not have
+        taken[table.name] = taken.get(table.name, 0) + 1
+        yield replace(table, name=f"{table.name}-{taken[table.name]}") if taken[table.name] > 1 else table
+
+
+def _tables(frames: Frames, facts: ReportFacts) -> Iterator[ReportTable]:
     text = described_text(facts, labels.encoder_blocks(frames["signal"]))
     yield ReportTable(
         ALL_MODELS,

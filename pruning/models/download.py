@@ -72,7 +72,8 @@ def hub_files(repository: str, revision: str | None = None) -> HubFiles | None:
         cached = _cached(repository, revision)
         if cached is None:
             raise ModelError(
-                f'cannot tell whether there is a model "{shortened(repository, 100)}": {first_line(error)}'
+                f'cannot tell whether there is a model "{shortened(repository, 100)}": {first_line(error)}; check the '
+                "network, or set HF_HUB_OFFLINE=1 to import only what is in the cache"
             ) from error
         return cached
 

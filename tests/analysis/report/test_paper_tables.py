@@ -30,6 +30,10 @@ VARIANTS = [WANDA | {"calibration": name, "seed": seed} for name, number in DRAW
 MODELS = [dense_columns("m"), *VARIANTS, PLAIN]
 
 
+#: Categories that differ only in signs that names of files do not have.
+ALIKE = ("law & order", "law / order")
+
+
 def planted(model, language, what) -> float:
     """A number that depends on everything, from a generator of its own."""
     words = (model["method"], model["calibration"], model["seed"], language, what)
@@ -67,6 +71,7 @@ def accuracy() -> pd.DataFrame:
     """Two categories of one task, of which one has minimal pairs, and a benchmark that is two tasks in one language."""
     tasks = [("bundled", NASTY, language, 40, "twin_accuracy") for language in LANGUAGES]
     tasks += [("bundled", "reasoning", language, 40, "accuracy") for language in LANGUAGES]
+    tasks += [("bundled", name, language, 40, "accuracy") for name in ALIKE for language in LANGUAGES]
     tasks += [("xnli_en", "xnli", "en", 10, "accuracy"), ("xnli_sw", "xnli", "sw", 10, "accuracy")]
     tasks += [("xnli_more_sw", "xnli", "sw", 30, "accuracy")]
     rows = [
@@ -251,7 +256,16 @@ def test_tasks_of_one_benchmark_are_one_table_and_count_by_their_items(tables):
     assert read.loc["zh", "sw"] == pytest.approx((10 * few + 30 * many) / 40)
     assert read.loc["zh", "en"] == pytest.approx(planted(model, "en", "xnli_enxnli"))
     assert "ar" not in read
-    assert [name for name, _ in benchmarks(accuracy())] == [("bundled", "reasoning"), ("bundled", NASTY), ("xnli",)]
+    names = [name for name, _ in benchmarks(accuracy())]
+    assert names[0] == ("bundled", "reasoning")  # a known category comes first
+    assert set(names[1:-1]) == {("bundled", name) for name in (NASTY, *ALIKE)}
+    assert names[-1] == ("xnli",)
+
+
+def test_categories_of_one_file_name_have_a_file_each(tables):
+    one, other = (tables[f"accuracy-bundled-law_order-{RECIPE}{ending}"] for ending in ("", "-2"))
+    assert (one.title, other.title) == tuple(f"Accuracy, bundled: {name}" for name in ALIKE)
+    assert not csv(one.make()).equals(csv(other.make()))
 
 
 def test_languages_in_which_the_dense_model_guesses_are_marked(tables):
