@@ -9,6 +9,7 @@ import torch
 
 from ..errors import RecipeError
 from ..models.anatomy import Anatomy
+from ..models.streaming import Described, residence_of
 from ..variants.biases import biased
 from .streams import StackStarter, Stream, run_block
 
@@ -18,7 +19,8 @@ def check_blocks_removable(anatomy: Anatomy) -> None:
     """Check on a few tokens that the first block of each stack, once its weights and biases are zero, does nothing.
 
     Blocks that add to the residual stream do, with norms before or after what they add; blocks that normalise the sum
-    do not (OPT-350M).
+    do not (OPT-350M). A model that is known by its configuration only cannot be tried, and is not: it is checked once
+    its weights are there.
 
     Raises
     ------
@@ -26,6 +28,8 @@ def check_blocks_removable(anatomy: Anatomy) -> None:
         If it changes the hidden states.
     """
     model: Any = anatomy.model
+    if isinstance(residence_of(model), Described):
+        return
     for stack in anatomy.stacks:
         layer = stack.first
         ids = torch.arange(1, 9)[None] % anatomy.vocabulary

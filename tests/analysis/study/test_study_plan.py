@@ -21,6 +21,7 @@ from analysis.study.planning.tables import duration
 from analysis.study.prune import Prune
 from analysis.study.read import Read
 from pruning.engine.plan import _Needs
+from pruning.methods import known_methods, method_named
 
 #: So much bandwidth that nothing but computing takes time, and the other way round.
 COMPUTING, MOVING = Figures(1e-6, 1e15), Figures(1e15, 1e-3)
@@ -266,6 +267,34 @@ def test_other_architectures_can_be_planned_for_without_weights(tmp_path, kind):
     for one, other in zip(of_trial.estimates, of_figures.estimates, strict=True):
         assert (one.stage, one.results, one.kept) == (other.stage, other.results, other.kept)
         assert one.memory == other.memory
+
+
+def test_every_method_and_allocation_can_be_planned_for_without_weights(tmp_path):
+    quantizing = [name for name in known_methods() if method_named(name).quantize]
+    pruning = [name for name in known_methods() if name not in quantizing]
+    more = f"""
+[[recipes]]
+method = {pruning}
+sparsity = 0.5
+[[recipes]]
+method = "wanda"
+sparsity = 0.5
+allocation = ["owl", "alpha", "cross-lingual"]
+[[recipes]]
+method = "wanda"
+sparsity = 0.5
+recover = ["lora", "fine-tune"]
+[[recipes]]
+method = {quantizing}
+bits = 4
+group = 8
+"""
+    study = small(tmp_path, SMALL.replace('[[recipes]]\nmethod = "wanda"\n', more)) / "study.toml"
+    for path in shards(tmp_path / "model"):
+        path.unlink()
+    plan = plan_study(load_study(study), tmp_path / "out", figures=COMPUTING)
+    made = [name for one in plan.estimates if one.stage == "prune" for name in one.results]
+    assert len(made) == len(pruning) + 3 + 2 + len(quantizing)
 
 
 def test_times_are_said_in_words():
