@@ -18,14 +18,14 @@ from .metrics import (
     task_contrasts,
 )
 from .metrics.lsar import LSAR
-from .study.configuration import Study
+from .study.configuration import StudyConfig
 from .study.results import open_readings
 from .study.run import run_study
 from .study.study_file import demo_study, load_study
 
 __all__ = [
     "LSAR",
-    "Study",
+    "StudyConfig",
     "accuracy",
     "contrasts",
     "demo_study",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pruning.text.sources import BUNDLED_LANGUAGES
 
-from .configuration import LONGEST_NAME, Study, taken_names
+from .configuration import LONGEST_NAME, StudyConfig, taken_names
 from .sections import EvaluationConfig, TextConfig
 from .study_file import parse_study
 
@@ -20,7 +20,7 @@ def comparison_study(
     languages: Sequence[str] = BUNDLED_LANGUAGES,
     text: str = "bundled",
     segments: int = EvaluationConfig.model_fields["segments"].default,
-) -> Study:
+) -> StudyConfig:
     """Return the study that compares a model pruned elsewhere with its dense parent.
 
     Parameters

@@ -27,7 +27,7 @@ _NAME = re.compile(r"\w[\w.+=-]*")
 LONGEST_NAME = 100
 
 
-class Study(Section):
+class StudyConfig(Section):
     """A study: one model, languages, calibration sets, recipes.
 
     Attributes
@@ -75,7 +75,7 @@ class Study(Section):
         return language_tags(tags)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Study:
+    def _consistent(self) -> StudyConfig:
         self.calibration_sets()
         rank = self.evaluation.rank
         if rank is not None and rank > len(self.languages) - 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from .configuration import Study
+from .configuration import StudyConfig
 from .model import DescribedModel, StudyModel
 from .records import Records
 from .texts import StudyTexts
@@ -34,7 +34,7 @@ class Context:
         Whether the model is known by its configuration only, without weights, and nothing is timed.
     """
 
-    study: Study
+    study: StudyConfig
     folder: Path
     memory: int | None = None
     device_memory: int | None = None

@@ -15,7 +15,7 @@ from pruning.text.languages import language_tag, named
 from ..frames import ALL, TEXT, labels
 from ..metrics.halves import HALVES, halves, item_strata
 from ..metrics.recovery import CONFIRMED, SAMPLED
-from .configuration import Study
+from .configuration import StudyConfig
 
 _T = TypeVar("_T")
 #: Templates, or segments, that a diagnosis needs: two in each half, or there are no intervals.
@@ -70,7 +70,7 @@ class DiagnosisRequest(BaseModel):
         return f"Diagnosis: {self.variant}, {self.category} in {named(self.language)}{half}{tokens}"
 
 
-def check(study: Study, request: DiagnosisRequest) -> DiagnosisRequest:
+def check(study: StudyConfig, request: DiagnosisRequest) -> DiagnosisRequest:
     """Return a request with its language's tag in canonical form.
 
     Raises

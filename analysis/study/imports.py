@@ -14,7 +14,7 @@ from pruning.models.download import downloaded, hub_files
 from pruning.models.loading import checkpoint_folder
 from pruning.variants.store import RECIPE_FILE
 
-from .configuration import Study
+from .configuration import StudyConfig
 from .published import Checkpoint, Published
 
 #: Why a checkpoint of a collection is left out: reason to what is said of all of them.
@@ -39,7 +39,7 @@ class StudyImports:
         Whether weights are downloaded when it is asked what files there are; to plan for them, none are needed.
     """
 
-    def __init__(self, study: Study, tell: Callable[[str], None], *, weights: bool = True) -> None:
+    def __init__(self, study: StudyConfig, tell: Callable[[str], None], *, weights: bool = True) -> None:
         self._study = study
         self._tell = tell
         self._weights = weights

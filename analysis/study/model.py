@@ -23,7 +23,7 @@ from pruning.models.embedded import DEMO
 from pruning.models.loading import checkpoint_folder, describe_model, open_device
 from pruning.models.streaming import Described, settle
 
-from .configuration import Study
+from .configuration import StudyConfig
 from .records import Records
 
 #: Memory of a loaded model relative to its weights, to allow for batches; and that of Python and its libraries.
@@ -83,7 +83,7 @@ class StudyModel:
 
     def __init__(
         self,
-        study: Study,
+        study: StudyConfig,
         records: Records,
         memory: int | None,
         device_memory: int | None,

@@ -17,7 +17,7 @@ from pruning.runner import VARIANTS
 from ..frames import read_frame
 from ..report import diagnosis_findings
 from .benchmark import Benchmark
-from .configuration import Study
+from .configuration import StudyConfig
 from .context import Context
 from .diagnose import Diagnose, Diagnosis
 from .diagnosis_request import DiagnosisRequest, check
@@ -37,7 +37,7 @@ STUDY_FILE = "study.toml"
 
 
 def run_study(
-    study: Study,
+    study: StudyConfig,
     folder: Path,
     console: Console | None = None,
     *,
@@ -133,7 +133,7 @@ def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> N
         console.print(f"set aside: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
-def needing_the_whole(study: Study, only_prune: bool) -> str:
+def needing_the_whole(study: StudyConfig, only_prune: bool) -> str:
     """Return what needs the whole model in memory, as the start of an error message; empty if nothing does."""
     reasons = [job.recipe.whole for job in study.jobs() if job.recipe.whole]
     if reasons:
@@ -152,7 +152,7 @@ def _rounds(context: Context, stage: Stage) -> Iterator[Sequence[Unit]]:
 
 @contextmanager
 def _opened(
-    study: Study, folder: Path, console: Console | None, memory: int | None, device_memory: int | None, whole: str
+    study: StudyConfig, folder: Path, console: Console | None, memory: int | None, device_memory: int | None, whole: str
 ) -> Iterator[tuple[Context, Console]]:
     """Lock a study's folder, and remove files that a killed run left incomplete."""
     console = console or Console(stderr=True)

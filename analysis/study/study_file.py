@@ -14,13 +14,13 @@ from pruning.files import is_file, is_folder
 from pruning.models.embedded import DEMO
 from pruning.text.sources import HubDataset
 
-from .configuration import Study
+from .configuration import StudyConfig
 from .presets import preset_names, preset_text
 from .published import Published
 from .sections import CalibrationConfig, EvaluationConfig, RecipeGrid, TasksConfig, TextConfig
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path) -> StudyConfig:
     """Read and check a study file.
 
     Relative paths in ``file:`` sources, of the model folder and of diagnoses are relative to the study file.
@@ -46,7 +46,7 @@ def load_study(path: Path) -> Study:
     return _anchored(parse_study(_diagnoses_anchored(content, path.parent), str(path)), path.parent)
 
 
-def resolved_study(name: str) -> Study:
+def resolved_study(name: str) -> StudyConfig:
     """Return the study in a file, or, if there is no such file, the one that comes with prunescope under this name.
 
     Raises
@@ -62,7 +62,7 @@ def resolved_study(name: str) -> Study:
     return preset_study(name) if name in preset_names() else load_study(path)
 
 
-def preset_study(name: str) -> Study:
+def preset_study(name: str) -> StudyConfig:
     """Return a study that comes with prunescope, such as ``demo``: a real model and real text that come with it, too.
 
     Raises
@@ -73,12 +73,12 @@ def preset_study(name: str) -> Study:
     return parse_study(tomllib.loads(preset_text(name)), f"{name}.toml")
 
 
-def demo_study() -> Study:
+def demo_study() -> StudyConfig:
     """Return the embedded study: a real model and real text that come with prunescope."""
     return preset_study(DEMO)
 
 
-def parse_study(content: dict[str, Any], where: str) -> Study:
+def parse_study(content: dict[str, Any], where: str) -> StudyConfig:
     """Check the content of a study file.
 
     Raises
@@ -87,7 +87,7 @@ def parse_study(content: dict[str, Any], where: str) -> Study:
         If the content is invalid; the message names the first problem.
     """
     try:
-        return Study.model_validate(content)
+        return StudyConfig.model_validate(content)
     except ValidationError as error:
         # An invalid dataset table also fails as a string; the dataset error is the more informative one.
         first = min(error.errors(), key=lambda e: e["type"] == "string_type")
@@ -128,7 +128,7 @@ def _explained(error: Any) -> str:
 
 def _keys(section: str) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
-        "": Study,
+        "": StudyConfig,
         "text": TextConfig,
         "calibration": CalibrationConfig,
         "recipes": RecipeGrid,
@@ -139,7 +139,7 @@ def _keys(section: str) -> list[str]:
     return list(sections[first].model_fields) if first in sections else list(HubDataset.model_fields)
 
 
-def _anchored(study: Study, folder: Path) -> Study:
+def _anchored(study: StudyConfig, folder: Path) -> StudyConfig:
     """Resolve relative paths against the study file's folder."""
 
     def anchor(spec: Any) -> Any:

@@ -10,7 +10,7 @@ from pruning import CalibrationSet, Corpus, Segment
 from pruning.files import content_sha256
 from pruning.text.sources import fingerprint
 
-from .configuration import Study
+from .configuration import StudyConfig
 
 
 class StudyTexts:
@@ -22,7 +22,7 @@ class StudyTexts:
         The study.
     """
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: StudyConfig) -> None:
         self._study = study
         self.corpus: Corpus = study.text.corpus()
 

@@ -16,7 +16,7 @@ from pruning.memory import free_memory
 from pruning.runner import VARIANTS, PruningRun, job_key
 
 from ..frames import dense_columns
-from .configuration import Study
+from .configuration import StudyConfig
 from .imports import StudyImports
 from .model import StudyModel
 from .records import Records
@@ -40,7 +40,7 @@ class StudyVariants:
 
     def __init__(
         self,
-        study: Study,
+        study: StudyConfig,
         folder: Path,
         records: Records,
         texts: StudyTexts,

@@ -13,7 +13,7 @@ from rich.console import Console
 from pruning.correction import NONE
 from pruning.errors import StudyError
 
-from ..configuration import Study
+from ..configuration import StudyConfig
 from ..context import Context
 from ..model import ModelFacts
 from ..run import needing_the_whole
@@ -47,7 +47,7 @@ class StudyPlan:
         What else there is to know, in sentences.
     """
 
-    study: Study
+    study: StudyConfig
     folder: Path
     estimates: tuple[Estimate, ...]
     facts: ModelFacts
@@ -113,7 +113,7 @@ def _unique(titles: Sequence[str]) -> list[str]:
 
 
 def plan_study(
-    study: Study,
+    study: StudyConfig,
     folder: Path,
     console: Console | None = None,
     *,
