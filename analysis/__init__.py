@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import frames, plots, report, stats
 from .frames import read_frame, write_frame
+from .interactive import Look, Results, Study, look
 from .metrics import (
     accuracy,
     contrasts,
@@ -25,6 +26,9 @@ from .study.study_file import demo_study, load_study
 
 __all__ = [
     "LSAR",
+    "Look",
+    "Results",
+    "Study",
     "StudyConfig",
     "accuracy",
     "contrasts",
@@ -33,6 +37,7 @@ __all__ = [
     "geometry",
     "lape",
     "load_study",
+    "look",
     "lsar",
     "mask_overlap",
     "open_readings",

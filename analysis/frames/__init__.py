@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import labels
 from .files import read_frame, write_frame
 from .schema import ALL, FRAMES, RECIPE_COLUMNS, STUDY_FRAMES, TEXT, VARIANT_COLUMNS, FrameSpec, Metric
-from .tables import alike, check, dense_columns, joined, of_recipe, recipes_of, tidy
+from .tables import Frames, alike, check, dense_columns, joined, of_recipe, recipes_of, tidy
 
 __all__ = [
     "ALL",
@@ -15,6 +15,7 @@ __all__ = [
     "TEXT",
     "VARIANT_COLUMNS",
     "FrameSpec",
+    "Frames",
     "Metric",
     "alike",
     "check",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import pyarrow as pa
@@ -14,6 +14,13 @@ from pruning.recipes import EVERYWHERE, UNCALIBRATED
 from pruning.variants.size import DENSE_BITS
 
 from .schema import FRAMES, RECIPE_COLUMNS, FrameSpec
+
+
+@runtime_checkable
+class Frames(Protocol):
+    """Frames by name, which need not be there before they are asked for."""
+
+    def __getitem__(self, name: str, /) -> pd.DataFrame: ...
 
 
 def dense_columns(model: str) -> dict[str, Any]:

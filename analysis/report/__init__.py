@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .catalogue import ReportFacts, ReportFigure, diagnosis_figures, study_figures
+from .catalogue import KINDS, ReportFigure, diagnosis_figures, figures_of_kind, study_figures
 from .cells import ReportTable
+from .facts import ReportFacts
 from .findings import study_findings
 from .latex import document, latex
 from .page import write_report
@@ -11,12 +12,14 @@ from .paper_tables import study_tables
 from .recovery import diagnosis_findings
 
 __all__ = [
+    "KINDS",
     "ReportFacts",
     "ReportFigure",
     "ReportTable",
     "diagnosis_figures",
     "diagnosis_findings",
     "document",
+    "figures_of_kind",
     "latex",
     "study_figures",
     "study_findings",

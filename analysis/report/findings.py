@@ -12,10 +12,10 @@ import pandas as pd
 from probes import DENSE
 from pruning.text.languages import language_name
 
-from ..frames import ALL, labels, of_recipe, recipes_of
+from ..frames import ALL, Frames, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
-from .catalogue import ALL_MODELS, Frames, section_of
+from .catalogue import ALL_MODELS, section_of
 from .geometry import geometry_of_dense, geometry_of_recipe
 from .routing import routing_of_dense, routing_of_recipe
 

@@ -9,9 +9,8 @@ import pandas as pd
 
 from probes import DENSE
 
-from ..frames import of_recipe
+from ..frames import Frames, of_recipe
 from ..metrics.geometry import LOST, ROTATED, ROTATED_INSIDE, SCATTERED, TOLERANCE, UNCHANGED, UNDECIDED, verdicts
-from .catalogue import Frames
 
 _WORDS = {
     ROTATED: "rotated (its own subspace has turned away from the dense one, and languages are found in it as before)",

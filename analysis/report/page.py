@@ -12,9 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pruning.files import write_text
 from pruning.text.languages import language_name
 
-from ..frames import FRAMES, labels
-from .catalogue import Frames, ReportFacts, ReportFigure
+from ..frames import FRAMES, Frames, labels
+from .catalogue import ReportFigure
 from .cells import ReportTable
+from .facts import ReportFacts
 from .findings import study_findings
 from .tables import contrast_table, dense_table, model_table
 

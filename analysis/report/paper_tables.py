@@ -13,13 +13,14 @@ import pandas as pd
 from probes import DENSE
 from pruning.recipes import UNCALIBRATED
 
-from ..frames import ALL, labels, of_recipe, recipes_of
+from ..frames import ALL, Frames, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS
 from .by_calibration import Look, language_table, set_table
-from .catalogue import ALL_MODELS, Frames, ReportFacts, described_text, from_to, section_of
+from .catalogue import ALL_MODELS, section_of
 from .cells import Cell, ReportTable, Row, Table, interval, number
 from .effects import against_own, own_effects, own_task_effects
+from .facts import ReportFacts, described_text, from_to
 from .tables import dense_table
 
 Recipe = Mapping[str, Any]

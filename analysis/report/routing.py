@@ -10,8 +10,7 @@ import pandas as pd
 from probes import DENSE
 from pruning.text.languages import language_name
 
-from ..frames import of_recipe
-from .catalogue import Frames
+from ..frames import Frames, of_recipe
 
 
 def routing_of_dense(frame: pd.DataFrame) -> Iterator[str]:

@@ -8,8 +8,8 @@ import pandas as pd
 
 from probes import DENSE
 
-from ..frames import labels, of_recipe, recipes_of
-from .catalogue import Frames, ReportFacts
+from ..frames import Frames, labels, of_recipe, recipes_of
+from .facts import ReportFacts
 
 
 def dense_table(frame: pd.DataFrame, facts: ReportFacts) -> list[dict[str, Any]]:

@@ -8,26 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from probes import DENSE, ChoiceScores, DamagedModel, Readings, item_questions, text_questions
+from probes import DENSE, ChoiceScores
 from probes.patching import DAMAGE, RESTORE, Component, Direction, Patched, attribute, patch
-from pruning import Remedy, Variant
 from pruning.code_version import code_version
 from pruning.errors import PrunescopeError, StudyError
 from pruning.files import content_sha256, whole_file, write_text
 from pruning.remedy import REMEDY_FILE
 
-from ..frames import TEXT, write_frame
-from ..metrics import firing
+from ..frames import write_frame
 from ..metrics.controls import DRAWS
-from ..metrics.halves import HALVES, item_strata
-from ..metrics.recovery import ADDED, Asked, Confirmation, collect, components_of, importance, to_confirm
+from ..metrics.halves import HALVES
+from ..metrics.recovery import ADDED, Confirmation, collect, to_confirm
 from .context import Context
-from .diagnosis_request import DiagnosisRequest, asked_items, asked_segments, check
-from .read import fitting_key, questions_key, readings_file, readings_key, stored_readings, subspaces
+from .diagnosis_inputs import DiagnosisInputs
+from .diagnosis_request import DiagnosisRequest, check
+from .frames import StudyMeasured
+from .read import fitting_key, questions_key, readings_key
 from .units import Advance, Output, Unit
 
 FOLDER = "diagnoses"
@@ -40,11 +39,6 @@ _COMPONENTS = 32
 _ATTRIBUTION = 4
 #: Curves that are patched exactly after each block.
 _CURVES = 3
-_HALVES_IN_WORDS = {
-    "all": "all templates",
-    "first": "the first half of the templates",
-    "second": "the second half of the templates",
-}
 _DIRECTIONS: tuple[Direction, ...] = (RESTORE, DAMAGE)
 
 
@@ -149,21 +143,23 @@ class Diagnosis:
     def patched(self) -> dict[Direction, list[Output]]:
         """Return the results of exact patching to compute, given the attribution."""
         return {
-            direction: [self.part(f"{direction}/{_slug(self._components[i])}") for i in indices]
+            direction: [self.part(f"{direction}/{_slug(self._inputs.components[i])}") for i in indices]
             for direction, indices in self._plan(self._attributed()).exact.items()
         }
 
     def work(self, passes: int) -> float:
         """Return the multiply-adds of `passes` passes over the questions."""
-        return passes * sum(question.tokens for question in self._asked.questions) * self.context.model.facts.body
+        return (
+            passes * sum(question.tokens for question in self._inputs.asked.questions) * self.context.model.facts.body
+        )
 
     def attribute(self, half: str, progress: Advance) -> Path:
         """Estimate what every component recovers on one half of the questions, and return the file."""
         found = attribute(
             self.context.model.session,
-            self._asked.half(half),
-            self._damage,
-            self._components,
+            self._inputs.asked.half(half),
+            self._inputs.damage,
+            self._inputs.components,
             positions=self.request.positions,
             progress=progress,
         )
@@ -180,14 +176,14 @@ class Diagnosis:
         places = {
             f"{self.result}/{direction}/{_slug(component)}": (direction, i)
             for direction in _DIRECTIONS
-            for i, component in enumerate(self._components)
+            for i, component in enumerate(self._inputs.components)
         }
         (direction,) = {places[name][0] for name in names}
-        chosen = [self._components[places[name][1]] for name in names]
+        chosen = [self._inputs.components[places[name][1]] for name in names]
         found = patch(
             self.context.model.session,
-            self._asked.questions,
-            self._damage,
+            self._inputs.asked.questions,
+            self._inputs.damage,
             chosen,
             direction=direction,
             positions=self.request.positions,
@@ -207,27 +203,18 @@ class Diagnosis:
 
     def put_together(self) -> list[Path]:
         """Write the frame and the remedy, and return all files."""
-        asked, components, variant = self._asked, self._components, self._variant
+        asked, components, variant = self._inputs.asked, self._inputs.components, self._inputs.variant
         estimates = self._attributed()
         plan = self._plan(estimates)
         exact = {
             direction: {i: ChoiceScores.open(self._file(f"{direction}/{_slug(components[i])}")) for i in indices}
             for direction, indices in plan.exact.items()
         }
-        frame = collect(asked, components, variant.columns(), estimates, exact, plan, self._errors)
+        frame = collect(asked, components, variant.columns(), estimates, exact, plan, self._inputs.errors)
         files = [write_frame(self.folder, "recovery", frame), self.write_request()]
         (self.folder / REMEDY_FILE).unlink(missing_ok=True)  # it may belong to an earlier version of this variant
-        found = importance(frame)
-        if found:
-            request = self.request
-            remedy = Remedy(
-                model_fingerprint=self.context.model.facts.fingerprint,
-                variant=request.variant,
-                language=request.language,
-                category=request.category,
-                fitted_on=f"{len(asked.questions)} {request.category} questions ({_HALVES_IN_WORDS[request.half]})",
-                importance=found,
-            )
+        remedy = self._inputs.remedy(frame)
+        if remedy is not None:
             remedy.save(self.folder / REMEDY_FILE)
             files.append(self.folder / REMEDY_FILE)
         return files
@@ -247,61 +234,12 @@ class Diagnosis:
         return content_sha256([code, own, read, fitted, asked, what, context.study.evaluation.rank])
 
     @cached_property
-    def _asked(self) -> Asked:
-        session, texts, request = self.context.model.session, self.context.texts, self.request
-        if request.category == TEXT:
-            segments = asked_segments(texts.heldout[request.language], request)
-            questions = text_questions(session, segments)
-            return Asked(TEXT, TEXT, request.language, questions, [segment.id for segment in segments])
-        items = asked_items(texts.items[request.language], request)
-        questions = item_questions(session, items)
-        templates = [item.template for item in items]
-        return Asked(texts.task, request.category, request.language, questions, templates, item_strata(items))
-
-    @cached_property
-    def _variant(self) -> Variant:
-        return self.context.variants.open(self.request.variant)
-
-    @cached_property
-    def _damage(self) -> DamagedModel:
-        return DamagedModel(self.context.model.session.owner, self._variant)
-
-    @cached_property
-    def _components(self) -> list[Component]:
-        neurons, rates = self._language_neurons()
-        return components_of(
-            self.context.model.anatomy,
-            self._variant.projections,
-            subspaces(self.context),
-            neurons,
-            errors=self._errors,
-            rates=rates,
-        )
-
-    @cached_property
-    def _errors(self) -> list[np.ndarray]:
-        """What pruning changes in the mean states of held-out segments after each block."""
-        language = self.request.language
-        dense, pruned = (
-            Readings.open(readings_file(self.context, model, language)) for model in (DENSE, self.request.variant)
-        )
-        return [(own - other).numpy() for own, other in zip(dense.pooled, pruned.pooled, strict=True)]
-
-    def _language_neurons(self) -> tuple[dict[int, list[int]], np.ndarray | None]:
-        """Return the dense model's neurons that are specific to the language (LAPE), by block, and all firing rates.
-
-        None in a mixture of experts: what is patched there is all that an expert adds.
-        """
-        counts = firing.FiringCounts.of(stored_readings(self.context, [DENSE]), DENSE)
-        probabilities = counts.probabilities()
-        if not probabilities.size or counts.owner is not None:
-            return {}, None
-        language = counts.languages.index(self.request.language)
-        members = firing.select(probabilities).members[..., language]
-        return {layer: np.flatnonzero(own).tolist() for layer, own in enumerate(members)}, probabilities[..., language]
+    def _inputs(self) -> DiagnosisInputs:
+        return DiagnosisInputs(StudyMeasured(self.context), self.context.model.session, self.request)
 
     def _plan(self, estimates: Mapping[str, Patched]) -> Confirmation:
-        return to_confirm(self._asked, self._components, estimates, self.request.confirm, self.request.sample)
+        request, inputs = self.request, self._inputs
+        return to_confirm(inputs.asked, inputs.components, estimates, request.confirm, request.sample)
 
     def _attributed(self) -> dict[str, Patched]:
         return {half: self._attributed_on(half) for half in HALVES}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -78,31 +78,61 @@ def check(study: StudyConfig, request: DiagnosisRequest) -> DiagnosisRequest:
     StudyError
         If the study has no such variant, language or category, or too few questions in it.
     """
-    names = [*(job.id for job in study.jobs()), *study.checkpoints()]
-    if request.variant not in names:
-        known = did_you_mean(request.variant, names)
+    return checked(
+        request,
+        variants=[*(job.id for job in study.jobs()), *study.checkpoints()],
+        languages=study.languages,
+        items=None if study.item_source() is None else study.items,
+        segments=study.evaluation.segments,
+    )
+
+
+def checked(
+    request: DiagnosisRequest,
+    *,
+    variants: Sequence[str],
+    languages: Sequence[str],
+    items: Callable[[str], Sequence[Item]] | None,
+    segments: int,
+) -> DiagnosisRequest:
+    """Return a request with its language's tag in canonical form.
+
+    Parameters
+    ----------
+    request
+        The request.
+    variants, languages, segments
+        Ids of the variants, languages, and held-out segments of each language that there are.
+    items
+        Returns the items of a language; ``None`` if there are none.
+
+    Raises
+    ------
+    StudyError
+        If there is no such variant, language or category, or there are too few questions in it.
+    """
+    if request.variant not in variants:
+        known = did_you_mean(request.variant, variants)
         raise StudyError(f'this study has no variant "{shortened(request.variant)}"; {known}')
     language = language_tag(request.language)
-    if language not in study.languages:
-        raise StudyError(f"{named(language)} is not in this study; it has {', '.join(study.languages)}")
+    if language not in languages:
+        raise StudyError(f"{named(language)} is not in this study; it has {', '.join(languages)}")
     if request.category == TEXT:
-        number = study.evaluation.segments
+        number = len(asked_segments(range(segments), request))
     else:
-        if study.item_source() is None:
+        if items is None:
             raise StudyError(
                 f'this study has no items in {named(language)}; add them with items = "file:FOLDER/{{lang}}.jsonl" '
                 "under [tasks], or diagnose held-out text with --category text"
             )
-        items = study.items(language)
-        categories = [*dict.fromkeys(item.category for item in items), ALL, TEXT]
+        there = items(language)
+        categories = [*dict.fromkeys(item.category for item in there), ALL, TEXT]
         if request.category not in categories:
             raise StudyError(
                 f'there are no items of category "{shortened(request.category)}" in {named(language)}; '
                 f"{did_you_mean(request.category, categories)}"
             )
-        number = len({item.template for item in asked_items(items, request)})
-    if request.category == TEXT:
-        number = len(asked_segments(range(number), request))
+        number = len({item.template for item in asked_items(there, request)})
     if number < _FEWEST:
         which = "" if request.half == "all" else f" in the {request.half} half"
         raise StudyError(

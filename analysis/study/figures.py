@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 from probes import DENSE, Readings
@@ -13,9 +13,11 @@ from pruning.files import content_sha256
 from ..frames import read_frame
 from ..plots import save
 from ..report import ReportFacts, ReportFigure, diagnosis_figures, study_figures
+from .analyses import NAMES
+from .configuration import StudyConfig
 from .context import Context
 from .diagnose import Diagnosis, diagnoses
-from .frames import NAMES, StudyFrames, frame_key, frames_finished
+from .frames import StudyFrames, frame_key, frames_finished
 from .read import readings_file
 from .units import Advance, Output, Unit
 
@@ -87,25 +89,47 @@ def figure_keys(context: Context) -> dict[str, str]:
 def report_facts(context: Context) -> ReportFacts:
     """Return the facts of the report that are not in the frames."""
     study = context.study
-    read = {lang: Readings.open(readings_file(context, DENSE, lang)) for lang in study.languages}
+    return facts_of(
+        study,
+        {lang: Readings.open(readings_file(context, DENSE, lang)) for lang in study.languages},
+        {
+            name: f"{checkpoint.source}{_found(context, name)}"
+            for name, (checkpoint, _) in context.variants.imports.found.items()
+            if name in context.variants.names
+        },
+        context.variants.set_aside,
+    )
+
+
+def facts_of(
+    study: StudyConfig, dense: Mapping[str, Readings], imported: Mapping[str, str], set_aside: Mapping[str, str]
+) -> ReportFacts:
+    """Return the facts of a report.
+
+    Parameters
+    ----------
+    study
+        The study.
+    dense
+        Language to the dense model's readings.
+    imported, set_aside
+        As of :class:`analysis.report.ReportFacts`.
+    """
+    first = next(iter(dense.values()))
     return ReportFacts(
         model=study.model_name,
         languages=study.languages,
         sets=study.calibration_sets(),
         recipes=study.all_recipes(),
-        imported={
-            name: f"{checkpoint.source}{_found(context, name)}"
-            for name, (checkpoint, _) in context.variants.imports.found.items()
-            if name in context.variants.names
-        },
-        set_aside=context.variants.set_aside,
+        imported=imported,
+        set_aside=set_aside,
         segments=study.evaluation.segments,
         fit_segments=study.evaluation.fit_segments,
         rank=study.evaluation.rank or len(study.languages) - 1,
         skip_first=study.evaluation.skip_first,
-        heldout_tokens={lang: int(own.tokens[0].sum()) for lang, own in read.items()},
-        blocks=context.model.facts.blocks,
-        neurons=next(iter(read.values())).n_neurons,
+        heldout_tokens={lang: int(own.tokens[0].sum()) for lang, own in dense.items()},
+        blocks=len(first.pooled),
+        neurons=first.n_neurons,
         versions=versions(),
     )
 

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
-from probes import DENSE, StoredReadings
-from probes.scoring import ChoiceScores
+from probes import DENSE, ChoiceScores, Item, StoredReadings
+from pruning import Anatomy, Segment, Variant
 from pruning.code_version import code_version
 from pruning.files import content_sha256
 
-from ..frames import joined, read_frame, write_frame
-from ..metrics import (
-    accuracy,
-    code_agreement,
-    contrasts,
-    geometry,
-    lape,
-    lsar,
-    mask_overlap,
-    perplexity,
-    routing,
-    signal,
-    task_contrasts,
-)
+from ..frames import Frames, read_frame, write_frame
+from ..metrics.lsar import LSAR
 from . import benchmark
+from .analyses import ANALYSES, MADE_FROM, NAMES, Measured
 from .context import Context
 from .read import (
     fitting_key,
@@ -43,8 +34,6 @@ FOLDER = "frames"
 #: Share of a run's total time that a frame takes, to estimate the remaining time.
 SHARE = 0.004
 
-Analyzed = Mapping[str, pd.DataFrame]
-
 
 class MakeFrames:
     """A unit is a frame, or two from one analysis."""
@@ -54,8 +43,8 @@ class MakeFrames:
     def units(self, context: Context) -> Sequence[Unit]:
         """Return the remaining frames."""
         found = []
-        for names in _ANALYSES:
-            if not all(frame_finished(context, name) for name in _MADE_FROM.get(names, ())):
+        for names in ANALYSES:
+            if not all(frame_finished(context, name) for name in MADE_FROM.get(names, ())):
                 continue
             outputs = tuple(Output(f"{FOLDER}/{name}", frame_key(context, name)) for name in names)
             if not all(context.records.finished(output.name, output.key) for output in outputs):
@@ -67,7 +56,7 @@ class MakeFrames:
         """Make the frames of a unit, and record each."""
         began = time.monotonic()
         names = tuple(output.name.partition("/")[2] for output in unit.outputs)
-        frames = _ANALYSES[names](context)
+        frames = ANALYSES[names](StudyMeasured(context))
         for output, name in zip(unit.outputs, names, strict=True):
             path = write_frame(context.folder / FOLDER, name, frames[name])
             context.records.finish(output.name, output.key, [path], time.monotonic() - began)
@@ -84,7 +73,7 @@ def frame_key(context: Context, name: str) -> str:
         inputs += [key for _, key, _, _ in benchmark.results(context)]
         inputs.append(context.texts.task)
     elif name == "task_contrasts":
-        inputs += [frame_key(context, other) for other in _MADE_FROM[name,]]
+        inputs += [frame_key(context, other) for other in MADE_FROM[name,]]
     elif name in ("mask_overlap", "sparsity"):
         inputs += [context.variants.key(model) for model in models]
     else:
@@ -133,105 +122,72 @@ class StudyFrames(Mapping[str, pd.DataFrame]):
         return len(NAMES)
 
 
-# -- analyses -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class StudyMeasured(Measured):
+    """What a study has measured, as its folder has it."""
 
+    context: Context
 
-def _perplexity(context: Context) -> Analyzed:
-    return {"perplexity": perplexity.analyze(_readings(context), context.variants.columns())}
+    @property
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """Columns that describe each model."""
+        return self.context.variants.columns()
 
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """The variants that were not set aside."""
+        return {name: self.context.variants.open(name) for name in self.context.variants.names}
 
-def _signal(context: Context) -> Analyzed:
-    return {"signal": signal.analyze(_readings(context), context.variants.columns())}
+    @property
+    def anatomy(self) -> Anatomy:
+        """Anatomy of the dense model, which is loaded."""
+        return self.context.model.anatomy
 
+    @property
+    def readings(self) -> StoredReadings:
+        """All readings of held-out text."""
+        return stored_readings(self.context, self.context.variants.models)
 
-def _subspaces(context: Context) -> Analyzed:
-    return {
-        "subspaces": lsar.analyze(_readings(context), context.variants.columns(), subspaces(context), _ids(context))
-    }
+    @property
+    def subspaces(self) -> list[LSAR]:
+        """Subspaces of the dense model."""
+        return subspaces(self.context)
 
+    @property
+    def rank(self) -> int | None:
+        """Their rank, if the study states it."""
+        return self.context.study.evaluation.rank
 
-def _geometry(context: Context) -> Analyzed:
-    rank = context.study.evaluation.rank
-    return {"geometry": geometry.analyze(_readings(context), context.variants.columns(), _ids(context), rank)}
+    @property
+    def heldout(self) -> dict[str, list[Segment]]:
+        """The held-out segments, by language."""
+        return self.context.texts.heldout
 
+    @property
+    def items(self) -> dict[str, list[Item]]:
+        """The items, by language."""
+        return self.context.texts.items
 
-def _ids(context: Context) -> dict[str, list[str]]:
-    return {language: [s.id for s in segments] for language, segments in context.texts.heldout.items()}
+    @property
+    def scores(self) -> dict[tuple[str, str], ChoiceScores]:
+        """Scores on the items."""
+        return {
+            (model, language): ChoiceScores.open(questions_file(self.context, model, language))
+            for model in self.context.variants.models
+            for language in self.context.texts.items
+        }
 
+    @property
+    def task(self) -> str:
+        """Name of the items in frames."""
+        return self.context.texts.task
 
-def _mask_overlap(context: Context) -> Analyzed:
-    variants = [context.variants.open(name) for name in context.variants.names]
-    columns = context.variants.columns()
-    masks = {variant.id: variant.masks for variant in variants if variant.masks}
-    parts = [mask_overlap.analyze(masks, columns, {variant.id: variant.record.text for variant in variants})]
-    codes = {variant.id: variant.codes for variant in variants if variant.codes}
-    parts.append(code_agreement.analyze(codes, columns, {variant.id: variant.record.text for variant in variants}))
-    if any(variant.values for variant in variants):
-        parts.append(mask_overlap.agreement(variants, context.model.anatomy))
-    return {"mask_overlap": joined("mask_overlap", parts)}
+    @property
+    def answers(self) -> Iterator[pd.DataFrame]:
+        """Answers to the harness's questions."""
+        return benchmark.answers(self.context)
 
-
-def _routing(context: Context) -> Analyzed:
-    return {"routing": routing.analyze(_readings(context), context.variants.columns(), _ids(context))}
-
-
-def _neurons(context: Context) -> Analyzed:
-    by_language, selection = lape.analyze(_readings(context), context.variants.columns())
-    return {"language_neurons": by_language, "neuron_selection": selection}
-
-
-def _distributions(context: Context) -> Analyzed:
-    quantiles, shifts = lape.distributions(_readings(context), context.variants.columns())
-    return {"neuron_entropy": quantiles, "neuron_shift": shifts}
-
-
-def _contrasts(context: Context) -> Analyzed:
-    text = {name: context.variants.open(name).record.text for name in context.variants.names}
-    frame = contrasts.analyze(_readings(context), context.variants.columns(), subspaces(context), text, _ids(context))
-    return {"contrasts": frame}
-
-
-def _items(context: Context) -> Analyzed:
-    scores = {
-        (model, language): ChoiceScores.open(questions_file(context, model, language))
-        for model in context.variants.models
-        for language in context.texts.items
-    }
-    own = accuracy.item_frame(scores, context.texts.items, context.variants.columns(), context.texts.task)
-    items = joined("items", [own, *benchmark.answers(context)])
-    return {"items": items, "accuracy": accuracy.analyze(items)}
-
-
-def _task_contrasts(context: Context) -> Analyzed:
-    frames = StudyFrames(context)
-    return {"task_contrasts": task_contrasts.analyze(frames["items"], frames["perplexity"])}
-
-
-def _sparsity(context: Context) -> Analyzed:
-    opened = {name: context.variants.open(name).masks for name in context.variants.names}
-    masks = {name: own for name, own in opened.items() if own}  # quantized models have none
-    return {"sparsity": mask_overlap.sparsity(masks, context.variants.columns())}
-
-
-def _readings(context: Context) -> StoredReadings:
-    return stored_readings(context, context.variants.models)
-
-
-_ANALYSES: dict[tuple[str, ...], Callable[[Context], Analyzed]] = {
-    ("perplexity",): _perplexity,
-    ("signal",): _signal,
-    ("subspaces",): _subspaces,
-    ("geometry",): _geometry,
-    ("mask_overlap",): _mask_overlap,
-    ("routing",): _routing,
-    ("language_neurons", "neuron_selection"): _neurons,
-    ("neuron_entropy", "neuron_shift"): _distributions,
-    ("contrasts",): _contrasts,
-    ("items", "accuracy"): _items,
-    ("task_contrasts",): _task_contrasts,
-    ("sparsity",): _sparsity,
-}
-#: Frames that are made from others.
-_MADE_FROM: dict[tuple[str, ...], tuple[str, ...]] = {("task_contrasts",): ("items", "perplexity")}
-#: Names of all frames of a study, in order.
-NAMES = tuple(name for names in _ANALYSES for name in names)
+    @property
+    def frames(self) -> Frames:
+        """The finished frames."""
+        return StudyFrames(self.context)

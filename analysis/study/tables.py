@@ -9,9 +9,10 @@ from pruning.code_version import code_version
 from pruning.files import content_sha256, write_text
 
 from ..report import ReportTable, document, latex, study_tables
+from .analyses import NAMES
 from .context import Context
 from .figures import report_facts, versions
-from .frames import NAMES, StudyFrames, frame_key, frames_finished
+from .frames import StudyFrames, frame_key, frames_finished
 from .units import Advance, Output, Unit
 
 FOLDER = "tables"

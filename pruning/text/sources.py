@@ -132,6 +132,18 @@ class Corpus:
     _parts: dict[tuple[Part, str], list[Segment]] = field(default_factory=dict, init=False, repr=False)
     _read: dict[tuple[str, str], list[Segment]] = field(default_factory=dict, init=False, repr=False)
 
+    @classmethod
+    def of(cls, spec: str) -> Corpus:
+        """Return the corpus whose three parts are drawn from one source, named as for :func:`text_source`.
+
+        Raises
+        ------
+        TextError
+            If `spec` is not a known source.
+        """
+        source = text_source(spec)
+        return cls(calibration=source, parallel=source, heldout=source)
+
     def segments(self, part: Part, language: str) -> list[Segment]:
         """Return the segments of one part in one language, in the same order for all languages.
 

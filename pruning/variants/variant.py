@@ -72,6 +72,10 @@ class Variant:
         """The projections that differ from the dense model's: pruned, quantized or changed."""
         return tuple(sorted(dict.fromkeys([*self.masks, *self.codes, *self.values]), key=lambda key: key[0]))
 
+    def __repr__(self) -> str:
+        """Return its id, and how many projections it changes."""
+        return f"Variant({self.id}: {len(self.projections)} projections of {self.record.model})"
+
     def changes(self, key: Key) -> bool:
         """Whether a projection differs from the dense model's."""
         return key in self.masks or key in self.codes or key in self.values

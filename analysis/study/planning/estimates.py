@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from probes import DENSE
 
+from ..analyses import NAMES
 from ..benchmark import Benchmark
 from ..context import Context
 from ..figures import DrawFigures, figure_keys
-from ..frames import NAMES, MakeFrames, frame_finished
+from ..frames import MakeFrames, frame_finished
 from ..prune import Prune
 from ..read import Read
 from ..report import WriteReport

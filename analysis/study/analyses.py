@@ -1,0 +1,203 @@
+"""The analyses: what was measured of models → tidy frames, wherever the measurements lie."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from probes import ChoiceScores, Item, Readings
+from pruning import Anatomy, Segment, Variant
+
+from ..frames import Frames, joined
+from ..metrics import (
+    accuracy,
+    code_agreement,
+    contrasts,
+    geometry,
+    lape,
+    lsar,
+    mask_overlap,
+    perplexity,
+    routing,
+    signal,
+    task_contrasts,
+)
+from ..metrics.lsar import LSAR
+
+Analyzed = Mapping[str, pd.DataFrame]
+
+
+class Measured(ABC):
+    """What frames are made from; nothing is computed or opened before it is accessed.
+
+    Attributes
+    ----------
+    columns
+        Model (``"dense"`` first) to the columns that describe it.
+    variants
+        Every variant, by id.
+    anatomy
+        Of the dense model.
+    readings
+        ``(model, language)`` to what was read of the held-out text.
+    subspaces
+        Of the dense model after each block; those of rank `rank` (languages - 1, if that is ``None``).
+    heldout
+        Language to its held-out segments.
+    items, scores, task
+        Language to items; ``(model, language)`` to the scores on them; what to call them together.
+    answers
+        Answers to other questions, as parts of the frame ``items``.
+    frames
+        The frames that others are made from (:data:`MADE_FROM`).
+    """
+
+    @property
+    @abstractmethod
+    def columns(self) -> Mapping[str, Mapping[str, Any]]:
+        """Columns that describe each model."""
+
+    @property
+    @abstractmethod
+    def variants(self) -> Mapping[str, Variant]:
+        """The variants."""
+
+    @property
+    @abstractmethod
+    def anatomy(self) -> Anatomy:
+        """Anatomy of the dense model."""
+
+    @property
+    @abstractmethod
+    def readings(self) -> Mapping[tuple[str, str], Readings]:
+        """What was read of the held-out text."""
+
+    @property
+    @abstractmethod
+    def subspaces(self) -> list[LSAR]:
+        """Subspaces of the dense model."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int | None:
+        """Their rank, if it is stated."""
+
+    @property
+    @abstractmethod
+    def heldout(self) -> Mapping[str, Sequence[Segment]]:
+        """The held-out segments."""
+
+    @property
+    @abstractmethod
+    def items(self) -> Mapping[str, Sequence[Item]]:
+        """The items."""
+
+    @property
+    @abstractmethod
+    def scores(self) -> Mapping[tuple[str, str], ChoiceScores]:
+        """Scores on the items."""
+
+    @property
+    @abstractmethod
+    def task(self) -> str:
+        """Name of the items in frames."""
+
+    @property
+    @abstractmethod
+    def answers(self) -> Iterable[pd.DataFrame]:
+        """Answers to other questions."""
+
+    @property
+    @abstractmethod
+    def frames(self) -> Frames:
+        """The frames that others are made from."""
+
+
+def _perplexity(of: Measured) -> Analyzed:
+    return {"perplexity": perplexity.analyze(of.readings, of.columns)}
+
+
+def _signal(of: Measured) -> Analyzed:
+    return {"signal": signal.analyze(of.readings, of.columns)}
+
+
+def _subspaces(of: Measured) -> Analyzed:
+    return {"subspaces": lsar.analyze(of.readings, of.columns, of.subspaces, _ids(of))}
+
+
+def _geometry(of: Measured) -> Analyzed:
+    return {"geometry": geometry.analyze(of.readings, of.columns, _ids(of), of.rank)}
+
+
+def _ids(of: Measured) -> dict[str, list[str]]:
+    return {language: [segment.id for segment in segments] for language, segments in of.heldout.items()}
+
+
+def _mask_overlap(of: Measured) -> Analyzed:
+    variants, columns = list(of.variants.values()), of.columns
+    text = {variant.id: variant.record.text for variant in variants}
+    masks = {variant.id: variant.masks for variant in variants if variant.masks}
+    parts = [mask_overlap.analyze(masks, columns, text)]
+    codes = {variant.id: variant.codes for variant in variants if variant.codes}
+    parts.append(code_agreement.analyze(codes, columns, text))
+    if any(variant.values for variant in variants):
+        parts.append(mask_overlap.agreement(variants, of.anatomy))
+    return {"mask_overlap": joined("mask_overlap", parts)}
+
+
+def _routing(of: Measured) -> Analyzed:
+    return {"routing": routing.analyze(of.readings, of.columns, _ids(of))}
+
+
+def _neurons(of: Measured) -> Analyzed:
+    by_language, selection = lape.analyze(of.readings, of.columns)
+    return {"language_neurons": by_language, "neuron_selection": selection}
+
+
+def _distributions(of: Measured) -> Analyzed:
+    quantiles, shifts = lape.distributions(of.readings, of.columns)
+    return {"neuron_entropy": quantiles, "neuron_shift": shifts}
+
+
+def _contrasts(of: Measured) -> Analyzed:
+    text = {name: variant.record.text for name, variant in of.variants.items()}
+    return {"contrasts": contrasts.analyze(of.readings, of.columns, of.subspaces, text, _ids(of))}
+
+
+def _items(of: Measured) -> Analyzed:
+    own = accuracy.item_frame(of.scores, of.items, of.columns, of.task)
+    items = joined("items", [own, *of.answers])
+    return {"items": items, "accuracy": accuracy.analyze(items)}
+
+
+def _task_contrasts(of: Measured) -> Analyzed:
+    return {"task_contrasts": task_contrasts.analyze(of.frames["items"], of.frames["perplexity"])}
+
+
+def _sparsity(of: Measured) -> Analyzed:
+    masks = {name: variant.masks for name, variant in of.variants.items() if variant.masks}  # quantized have none
+    return {"sparsity": mask_overlap.sparsity(masks, of.columns)}
+
+
+#: The frames of each analysis, and what makes them.
+ANALYSES: dict[tuple[str, ...], Callable[[Measured], Analyzed]] = {
+    ("perplexity",): _perplexity,
+    ("signal",): _signal,
+    ("subspaces",): _subspaces,
+    ("geometry",): _geometry,
+    ("mask_overlap",): _mask_overlap,
+    ("routing",): _routing,
+    ("language_neurons", "neuron_selection"): _neurons,
+    ("neuron_entropy", "neuron_shift"): _distributions,
+    ("contrasts",): _contrasts,
+    ("items", "accuracy"): _items,
+    ("task_contrasts",): _task_contrasts,
+    ("sparsity",): _sparsity,
+}
+#: Frames that are made from others.
+MADE_FROM: dict[tuple[str, ...], tuple[str, ...]] = {("task_contrasts",): ("items", "perplexity")}
+#: Names of all frames of a study, in order.
+NAMES = tuple(name for names in ANALYSES for name in names)
