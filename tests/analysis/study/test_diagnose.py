@@ -16,7 +16,7 @@ from analysis import load_study, read_frame
 from analysis.metrics.recovery import importance
 from analysis.report import diagnosis_findings
 from analysis.study import diagnose as stage
-from analysis.study import figures
+from analysis.study import diagnosis_inputs, figures
 from probes import Session, item_questions, score
 from probes.items import Item
 from pruning import Recipe, Remedy, load_model, prune
@@ -256,13 +256,13 @@ def test_more_causes_can_be_confirmed_later(copied, patched):
 @pytest.mark.parametrize("category", ["reasoning", "text"])
 def test_the_two_halves_share_no_question(copied, monkeypatch, category):
     asked = {}
-    real = stage.Asked
+    real = diagnosis_inputs.Asked
 
     def watched(*what):
         asked[half] = real(*what)
         return asked[half]
 
-    monkeypatch.setattr(stage, "Asked", watched)
+    monkeypatch.setattr(diagnosis_inputs, "Asked", watched)
     for half in ("first", "second"):
         result = diagnose(copied, "--half", half, category=category)
         assert result.returncode == 0, result.stderr
