@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .batches import Batch
 from .items import Item, ItemSource, some_twins
+from .lens import LensReadings, LensStream, TokenLanguages
 from .lockstep import read_streams
 from .patching import Component, DamagedModel, attribute, patch
 from .readers.base import Reader
@@ -13,13 +14,13 @@ from .readers.keep import Keep
 from .readers.loss import TokenLoss
 from .readers.routing import RouterChoices
 from .readers.signal import SignalError, SignalPower
-from .reading import pooled_states, read_against_dense
+from .reading import pooled_states, read_against_dense, read_lens
 from .reading_plan import ReadingPlan, plan_reading
 from .readings import Readings, StoredReadings
 from .routing import Routed
 from .scoring import ChoiceScores, item_questions, score, text_questions
 from .session import Session
-from .streams import DENSE, FittingStream, HeldoutStream, QuestionStream
+from .streams import DENSE, FittingStream, HeldoutStream, QuestionStream, Together
 
 __all__ = [
     "DENSE",
@@ -32,6 +33,8 @@ __all__ = [
     "Item",
     "ItemSource",
     "Keep",
+    "LensReadings",
+    "LensStream",
     "NeuronFiring",
     "PooledStates",
     "QuestionStream",
@@ -44,6 +47,8 @@ __all__ = [
     "SignalError",
     "SignalPower",
     "StoredReadings",
+    "Together",
+    "TokenLanguages",
     "TokenLoss",
     "attribute",
     "item_questions",
@@ -51,6 +56,7 @@ __all__ = [
     "plan_reading",
     "pooled_states",
     "read_against_dense",
+    "read_lens",
     "read_streams",
     "score",
     "some_twins",

@@ -128,10 +128,22 @@ class _Wave:
         self.variants = {model: variants[model] for model in wanted if model != DENSE}
 
     def run(self) -> None:
+        with ExitStack() as end:
+            if any(passage.stream.at_head.positions for passage in self.passages):
+                end.enter_context(self.anatomy.loaded_for_end())  # once, not after every block
+            if not self._run_blocks():
+                return
+            if not any(passage.stream.at_head.positions for passage in self.passages):
+                end.enter_context(self.anatomy.loaded_for_end())
+            for passage in self.passages:
+                self._end(passage)
+
+    def _run_blocks(self) -> bool:
+        """Run all blocks; return whether anything comes to their end."""
         for stack in self.anatomy.stacks:
             passages = [passage for passage in self.passages if passage.runs_in(stack)]
             if not passages:  # a wave of nothing but whole segments for the encoder
-                return
+                return False
             self._begin(stack, passages)
             for layer in range(stack.first, stack.stop):
                 with self.session.owner.block(layer, changes=bool(self.variants)) as block:
@@ -139,9 +151,7 @@ class _Wave:
                         self._read_group(layer, block, group)
             if stack is not self.anatomy.stacks[-1]:
                 self._encode(passages)
-        with self.anatomy.loaded_for_end():
-            for passage in passages:
-                self._end(passage)
+        return True
 
     def _begin(self, stack: Stack, passages: Sequence[_Passage]) -> None:
         """Start the states of all models, which are the same, and find the arguments of the stack's blocks."""

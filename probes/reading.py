@@ -9,11 +9,12 @@ from torch import Tensor
 from pruning.text.sources import Segment
 from pruning.variants.variant import Variant
 
+from .lens import LensReadings, LensStream, TokenLanguages
 from .lockstep import Progress, read_streams
 from .reading_plan import plan_reading
 from .readings import Readings
 from .session import Session
-from .streams import FittingStream, HeldoutStream
+from .streams import DENSE, FittingStream, HeldoutStream
 
 
 def read_against_dense(
@@ -57,3 +58,49 @@ def pooled_states(session: Session, segments: Sequence[Segment], progress: Progr
     stream = FittingStream(session, segments)
     read_streams(session, [stream], {}, plan_reading(session, [stream], trial=False), progress)
     return stream.pooled.transpose(0, 1)
+
+
+def read_lens(
+    session: Session,
+    segments: Sequence[Segment],
+    languages: TokenLanguages,
+    variants: Sequence[Variant] = (),
+    *,
+    tokens: int = 256,
+    seed: int = 0,
+    progress: Progress = lambda tokens: None,
+) -> dict[str, LensReadings]:
+    """Read what the dense model and its variants would predict after every block, at a sample of positions.
+
+    Parameters
+    ----------
+    session
+        Of the dense model.
+    segments
+        Text of one language.
+    languages
+        Of the tokens that are predicted.
+    variants
+        Of the same model.
+    tokens, seed
+        Number of positions, the same ones for all models, and seed of their draw.
+    progress
+        Told of the tokens as they are read.
+
+    Returns
+    -------
+    dict
+        ``"dense"`` and every variant's id to its readings.
+
+    Raises
+    ------
+    TextError
+        If the text has no position to sample.
+    """
+    stream = LensStream(session, segments, [DENSE, *(variant.id for variant in variants)], tokens=tokens, seed=seed)
+    reference = stream.reference()
+    plan = plan_reading(session, [stream, reference], trial=False)
+    read_streams(session, [reference], {}, plan, progress)
+    stream.prepare(reference, languages)
+    read_streams(session, [stream], {variant.id: variant for variant in variants}, plan, progress)
+    return stream.readings

@@ -17,10 +17,11 @@ from pruning.models.anatomy import Anatomy, Stack, role_kind
 
 from .batches import Batch
 from .readers.firing import FOLDS
+from .readers.lens import AT_ONCE
 from .readers.loss import log_likelihood, tile_rows
 from .readers.signal import SIGNAL_SITES
 from .session import Session
-from .streams import DENSE, Stream, most_experts, readable_neurons
+from .streams import DENSE, FittingStream, Stream, most_experts, readable_neurons
 
 #: Bytes taken by Python, torch, transformers, nnsight and a tokenizer before a model is loaded.
 _BASE = 800 << 20
@@ -204,7 +205,7 @@ class _Needs:
         a_model = self._result(stream)
         if stream.compares:
             return a_model * sum(model not in stream.files for model in stream.models)
-        return a_model if stream.models == (DENSE,) else 0
+        return a_model if isinstance(stream, FittingStream) else 0
 
     def kept(self) -> int:
         """Return what the results of all streams take in their files."""
@@ -231,10 +232,13 @@ class _Needs:
         return max((part.ids.numel() for part in parts), default=0) * width * max(self.element, _FLOAT)
 
     def _scoring(self) -> int:
-        """Return what a batch's logits take, computed one vocabulary tile at a time, and that tile of the head."""
+        """Return what a batch's logits, or a lens's, take, one vocabulary tile at a time, and that of the head."""
         tokens = max((batch.last.ids.numel() for batch in self._batches()), default=0)
         tile = tile_rows(self.anatomy.device)
-        return (tokens * (3 * tile + self.anatomy.hidden_size) + tile * self.anatomy.hidden_size) * _FLOAT
+        width = self.anatomy.hidden_size
+        positions = min(max((stream.at_head.positions for stream in self.streams), default=0), AT_ONCE)
+        at_lens = positions * (8 * tile + 4 * width)
+        return (max(tokens * (3 * tile + width), at_lens) + tile * width) * _FLOAT
 
     # -- proportional to the amount of text --------------------------------------------------------------------------
 
@@ -323,15 +327,15 @@ class _Needs:
         return padded * a_block / _part(batch, layer).ids.numel() * (stack.stop - stack.first)
 
     def _seconds_to_score(self) -> float:
-        """Return what the logits of all text take."""
+        """Return what the logits of all text take, and those of a lens."""
         anatomy = self.anatomy
         scored = sum(
             len(stream.models) * one.last.ids.numel()
             for stream in self.streams
             for one in stream.batches
-            if (stream.models != (DENSE,) or stream.compares)
-            and (one.decoder is not None or not anatomy.encoder_decoder)
+            if stream.at_head.all_tokens and (one.decoder is not None or not anatomy.encoder_decoder)
         )
+        scored += sum(len(stream.models) * stream.at_head.products for stream in self.streams)
         if not scored:
             return 0.0
         batch = max(self._batches(), key=lambda one: one.last.ids.numel())

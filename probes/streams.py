@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,29 @@ from .session import Session
 DENSE = "dense"
 
 
+@dataclass(frozen=True)
+class AtHead:
+    """What passes through the head, of each model that reads a stream.
+
+    Attributes
+    ----------
+    positions, blocks
+        Number of positions whose states do so after every block, and of these blocks; none by default.
+    all_tokens
+        Whether those of all tokens do so after the last block.
+    """
+
+    positions: int = 0
+    blocks: int = 0
+    all_tokens: bool = True
+
+    @property
+    def products(self) -> int:
+        """States that are multiplied by the head for the positions: each beside the dense model's final one."""
+        return 2 * self.positions * self.blocks
+
+
+@runtime_checkable
 class Stream(Protocol):
     """Batches that several models read in lockstep.
 
@@ -43,6 +67,8 @@ class Stream(Protocol):
         Whether variants are compared with the dense model's activations on the same batch.
     files
         Model to the file for its results; those of other models stay in memory.
+    at_head
+        What passes through the head.
     """
 
     @property
@@ -53,6 +79,8 @@ class Stream(Protocol):
     def compares(self) -> bool: ...
     @property
     def files(self) -> Mapping[str, Path]: ...
+    @property
+    def at_head(self) -> AtHead: ...
 
     def opened(self) -> AbstractContextManager[object]:
         """Context manager that prepares storage for the results; they are complete when it exits without an error."""
@@ -94,6 +122,7 @@ class HeldoutStream:
     """
 
     compares = True
+    at_head = AtHead()
 
     def __init__(
         self,
@@ -179,6 +208,7 @@ class FittingStream:
     compares = False
     models: tuple[str, ...] = (DENSE,)
     files: Mapping[str, Path] = {}
+    at_head = AtHead(all_tokens=False)
 
     def __init__(self, session: Session, segments: Sequence[Segment]) -> None:
         anatomy = session.anatomy
@@ -220,6 +250,7 @@ class QuestionStream:
 
     compares = False
     files: Mapping[str, Path] = {}
+    at_head = AtHead()
 
     def __init__(self, session: Session, questions: Sequence[Question], models: Sequence[str]) -> None:
         self.models = tuple(models)
@@ -262,6 +293,38 @@ class _Scoring(Reader):
 
     def read(self, layer: int, site: str, value: Tensor, batch: Batch, dense: Tensor | None = None) -> None:
         self._stream.take(self._model, self._number, value)
+
+
+class Together:
+    """Two streams over the same text, read in one pass.
+
+    Parameters
+    ----------
+    whole
+        Its batches are read.
+    part
+        A stream whose readers find what they want in these batches by their segments, and which compares nothing.
+    """
+
+    def __init__(self, whole: Stream, part: Stream) -> None:
+        self._streams = (whole, part)
+        self.models = tuple(dict.fromkeys((*whole.models, *part.models)))
+        self.batches = whole.batches
+        self.compares = whole.compares
+        self.files = whole.files
+        added = part.at_head
+        self.at_head = AtHead(added.positions, added.blocks, all_tokens=whole.at_head.all_tokens)
+
+    def opened(self) -> AbstractContextManager[object]:
+        """See :class:`Stream`."""
+        with ExitStack() as stack:
+            for stream in self._streams:
+                stack.enter_context(stream.opened())
+            return stack.pop_all()
+
+    def readers(self, model: str, batch: int) -> Sequence[Reader]:
+        """See :class:`Stream`."""
+        return [reader for stream in self._streams if model in stream.models for reader in stream.readers(model, batch)]
 
 
 def most_experts(anatomy: Anatomy) -> int:

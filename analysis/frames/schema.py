@@ -56,6 +56,7 @@ _TYPES: dict[str, pa.DataType] = {
     "dense_firing": pa.float64(),
     "neuron": pa.int32(),
     "expert": pa.int32(),
+    "lens": _WORD,
     "other_language": _WORD,
     "other_calibration": _WORD,
     "other_seed": pa.int32(),
@@ -158,6 +159,8 @@ _RETRIEVAL = (
     "share of segments whose nearest neighbour in another language, by cosine similarity of {what}, is their "
     f"translation; mean over the other languages; chance: 1/n; {_OVER}"
 )
+_LENS = "the prediction after a block: its states at sampled positions through the final norm and the head (logit lens)"
+_OVER_SAMPLED = "mean over the sampled positions, the same for all models; 95 % bootstrap interval over their segments"
 _PAIRED = "mean over segments (paired) and draws; interval over both"
 _DROPS = "mean over templates and draws; interval over both"
 _MATCHED = "minus what the difference in log perplexity predicts (one slope a category and language, over all variants)"
@@ -296,6 +299,44 @@ FRAMES: dict[str, FrameSpec] = {
             "language_distance": Metric(
                 "",
                 f"{_VARIATION} the shares of the experts in two languages; {_MEAN_AND_JACKKNIFE}",
+            ),
+        },
+    ),
+    "lens": FrameSpec(
+        ("language", "layer", "lens", "other_language"),
+        {
+            "kl": Metric(
+                "nat",
+                f"KL(p ‖ q), p: the dense model's final prediction, q: {_LENS}; large in early blocks of any model, "
+                f"whose states are not yet in the basis that the head reads; {_OVER_SAMPLED}",
+            ),
+            "kl_change": Metric(
+                "nat", "kl minus that of the dense model's prediction after the same block, paired by position; as kl"
+            ),
+            "entropy": Metric("nat", f"entropy of the prediction after a block; {_OVER_SAMPLED}"),
+            "next_token_loss": Metric(
+                "nat", f"negative log-probability of the text's next token in it; {_OVER_SAMPLED}"
+            ),
+            "agreement": Metric(
+                "", f"share of positions whose most likely token is that of the dense model's end; {_OVER_SAMPLED}"
+            ),
+            "token_share": Metric(
+                "",
+                "probability that the prediction after a block gives to tokens of other_language: those with two "
+                "thirds or more of their frequency (relative to the length of the text, smoothed) in it, counted in "
+                "the fitting text; shared: tokens of no single language; unseen: tokens that do not occur there, "
+                f"special ones among them; {_OVER_SAMPLED}",
+            ),
+            "vocabulary_share": Metric(
+                "",
+                "share of the vocabulary's tokens that are of other_language, which is the token_share of a prediction "
+                "that knows nothing (dense model; no language, no layer)",
+            ),
+            "token_share_change": Metric(
+                "", "token_share minus that of the dense model after the same block, paired by position; as above"
+            ),
+            "token_share_lead": Metric(
+                "", "token_share of other_language minus that of the text's own language, same prediction; as above"
             ),
         },
     ),

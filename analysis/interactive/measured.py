@@ -14,6 +14,7 @@ from probes import (
     HeldoutStream,
     Item,
     ItemSource,
+    LensReadings,
     QuestionStream,
     Readings,
     Session,
@@ -140,6 +141,11 @@ class InMemory(Measured):
     def readings(self) -> dict[tuple[str, str], Readings]:
         """``(model, language)`` to what was read of the held-out text."""
         return self._read[0]
+
+    @property
+    def lens(self) -> dict[tuple[str, str], LensReadings]:
+        """No predictions after each block: they are read by :func:`probes.read_lens`."""
+        return {}
 
     @property
     def subspaces(self) -> list[LSAR]:

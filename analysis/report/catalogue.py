@@ -16,7 +16,7 @@ from ..frames import Frames, labels, recipes_of
 from ..metrics import recovery
 from ..metrics.recovery_frame import named_causes
 from .facts import ReportFacts, described_text
-from .recipe_figures import GROUPS, RecipeFigures
+from .recipe_figures import GROUPS, RecipeFigures, sampled
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class ReportFigure:
 
 
 ALL_MODELS = "All models"
-_PERPLEXITY, _LANGUAGES = "perplexity", "routing-languages"
+_PERPLEXITY, _LANGUAGES, _LENS = OF_ALL_MODELS = ("perplexity", "routing-languages", "lens-languages")
 #: Every kind of figure of a study, in the order of the report.
-KINDS = (_PERPLEXITY, _LANGUAGES, *(kind for _, kinds in GROUPS.values() for kind in kinds))
+KINDS = (*OF_ALL_MODELS, *(kind for _, kinds in GROUPS.values() for kind in kinds))
 
 
 def section_of(recipe: Mapping[str, Any]) -> str:
@@ -61,7 +61,7 @@ def section_of(recipe: Mapping[str, Any]) -> str:
 
 def study_figures(frames: Frames, facts: ReportFacts) -> Iterator[ReportFigure]:
     """Yield every figure that the frames have data for, in the order of the report."""
-    yield from _of_all_models(frames, facts, (_PERPLEXITY, _LANGUAGES))
+    yield from _of_all_models(frames, facts, OF_ALL_MODELS)
     for recipe in recipes_of(frames["signal"]):
         own = RecipeFigures(frames, facts, recipe)
         for group in GROUPS:
@@ -100,6 +100,18 @@ def _of_all_models(frames: Frames, facts: ReportFacts, kinds: tuple[str, ...]) -
             f"common. Estimated without the bias of sampling noise. On {text}.",
             lambda **settings: plots.routing.languages(frames["routing"], **settings),
             _LANGUAGES,
+        )
+    if _LENS in kinds and len(frames["lens"]):
+        encoder = labels.encoder_blocks(frames["signal"])
+        yield ReportFigure(
+            ALL_MODELS,
+            _LENS,
+            "Languages of the tokens that the dense model would predict after each block (logit lens): probability of "
+            "tokens of each language, a panel a language of the text. A token is of the language that has two thirds "
+            "or more of its frequency in the fitting text; the rest of the probability is on tokens that languages "
+            f"share, or that do not occur there. Bands: 95 % bootstrap intervals over segments. {sampled(frames)}",
+            lambda **settings: plots.lens.languages(frames["lens"], encoder=encoder, **settings),
+            _LENS,
         )
 
 

@@ -17,6 +17,7 @@ from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from .catalogue import ALL_MODELS, section_of
 from .geometry import geometry_of_dense, geometry_of_recipe
+from .lens import lens_of_dense, lens_of_recipe
 from .routing import routing_of_dense, routing_of_recipe
 
 
@@ -42,7 +43,8 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
         "languages and calibration sets."
     )
     dense_only = (_knowledge(frames["subspaces"]), geometry_of_dense(frames["geometry"]))
-    yield ALL_MODELS, [before, after, *chain(*dense_only, routing_of_dense(frames["routing"]))]
+    read = (routing_of_dense(frames["routing"]), lens_of_dense(frames["lens"]))
+    yield ALL_MODELS, [before, after, *chain(*dense_only, *read)]
     for recipe in recipes_of(perplexity):
         sentences = [sentence for part in _PARTS for sentence in part(frames, recipe)]
         yield section_of(recipe), sentences
@@ -311,6 +313,7 @@ _PARTS = (
     geometry_of_recipe,
     _masks,
     routing_of_recipe,
+    lens_of_recipe,
     _neurons,
 )
 

@@ -18,7 +18,7 @@ from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS
 from ..metrics.firing import FEWEST_ROUTED
 from ..stats.crossed import OWN_VARIANCE
-from .facts import ReportFacts, described_text
+from .facts import ReportFacts, described_text, from_to
 
 
 @dataclass(frozen=True)
@@ -305,6 +305,32 @@ def _routing(of: RecipeFigures) -> Iterator[Drawn]:
         )
 
 
+def _lens(of: RecipeFigures) -> Iterator[Drawn]:
+    """Yield what models would predict after each block."""
+    if len(of_recipe(of.frames["lens"], of.recipe)):
+        yield Drawn(
+            "lens",
+            "What the model would predict after each block, if no block followed (logit lens): KL divergence from the "
+            "dense model's final prediction. Black: the dense model's own, large in early blocks, where states are "
+            "not yet in the basis that the head reads; what pruning did is the difference from it. Bands: 95 % "
+            f"bootstrap intervals over segments. {sampled(of.frames)}",
+            of.drawing(plots.lens.layers, "lens", encoder=of.encoder),
+        )
+        yield Drawn(
+            "lens-tokens",
+            "Does it still think in the same language? Probability of tokens of the text's own language, and of the "
+            "other language with most in any block of the dense model, in the prediction after each block. Solid: "
+            "dense; dashed: pruned, mean and range over calibration sets. The frame lens holds the intervals.",
+            of.drawing(plots.lens.tokens, "lens", encoder=of.encoder),
+        )
+
+
+def sampled(frames: Frames) -> str:
+    """Say at how many segments of text a lens was read."""
+    segments = from_to(frames["lens"]["n"].dropna().astype(int).tolist())
+    return f"Read at the same sampled positions in all models, in {segments} held-out segments per language."
+
+
 def _neurons(of: RecipeFigures) -> Iterator[Drawn]:
     """Yield what happened to the language-specific neurons."""
     chosen = of_recipe(of.frames["neuron_selection"], of.recipe)
@@ -379,5 +405,6 @@ GROUPS: dict[str, tuple[Callable[[RecipeFigures], Iterator[Drawn]], tuple[str, .
         ("mask-overlap", "mask-overlap-roles", "code-agreement", "code-agreement-roles", "corrections"),
     ),
     "routing": (_routing, ("routing", "routing-layers")),
+    "lens": (_lens, ("lens", "lens-tokens")),
     "neuron_selection": (_neurons, ("neurons-kept", "neurons-layers", "neurons-entropy", "neurons-shift")),
 }

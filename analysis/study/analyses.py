@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from probes import ChoiceScores, Item, Readings
+from probes import ChoiceScores, Item, LensReadings, Readings
 from pruning import Anatomy, Segment, Variant
 
 from ..frames import Frames, joined
@@ -18,6 +18,7 @@ from ..metrics import (
     contrasts,
     geometry,
     lape,
+    lens,
     lsar,
     mask_overlap,
     perplexity,
@@ -43,6 +44,8 @@ class Measured(ABC):
         Of the dense model.
     readings
         ``(model, language)`` to what was read of the held-out text.
+    lens
+        ``(model, language)`` to the predictions after each block; none without a lens.
     subspaces
         Of the dense model after each block; those of rank `rank` (languages - 1, if that is ``None``).
     heldout
@@ -74,6 +77,11 @@ class Measured(ABC):
     @abstractmethod
     def readings(self) -> Mapping[tuple[str, str], Readings]:
         """What was read of the held-out text."""
+
+    @property
+    @abstractmethod
+    def lens(self) -> Mapping[tuple[str, str], LensReadings]:
+        """Predictions after each block."""
 
     @property
     @abstractmethod
@@ -152,6 +160,10 @@ def _routing(of: Measured) -> Analyzed:
     return {"routing": routing.analyze(of.readings, of.columns, _ids(of))}
 
 
+def _lens(of: Measured) -> Analyzed:
+    return {"lens": lens.analyze(of.lens, of.columns)}
+
+
 def _neurons(of: Measured) -> Analyzed:
     by_language, selection = lape.analyze(of.readings, of.columns)
     return {"language_neurons": by_language, "neuron_selection": selection}
@@ -190,6 +202,7 @@ ANALYSES: dict[tuple[str, ...], Callable[[Measured], Analyzed]] = {
     ("geometry",): _geometry,
     ("mask_overlap",): _mask_overlap,
     ("routing",): _routing,
+    ("lens",): _lens,
     ("language_neurons", "neuron_selection"): _neurons,
     ("neuron_entropy", "neuron_shift"): _distributions,
     ("contrasts",): _contrasts,

@@ -20,7 +20,16 @@ from pruning.text.languages import language_tags, named
 from pruning.text.sources import BUNDLED_LANGUAGES
 
 from .published import Checkpoint, Imported, all_checkpoints
-from .sections import NO_ITEMS, CalibrationConfig, EvaluationConfig, RecipeGrid, Section, TasksConfig, TextConfig
+from .sections import (
+    NO_ITEMS,
+    CalibrationConfig,
+    EvaluationConfig,
+    LensConfig,
+    RecipeGrid,
+    Section,
+    TasksConfig,
+    TextConfig,
+)
 
 _NAME = re.compile(r"\w[\w.+=-]*")
 #: Maximum length of the name of a model pruned elsewhere, which is also a folder name.
@@ -46,6 +55,7 @@ class StudyConfig(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     recipes: tuple[RecipeGrid, ...] = (RecipeGrid(method="wanda"),)
     evaluation: EvaluationConfig = EvaluationConfig()
+    lens: LensConfig = LensConfig()
     tasks: TasksConfig = TasksConfig()
     imported: dict[str, Imported] = Field(
         default={}, description="models made elsewhere: name and checkpoint, or name and template of a collection"

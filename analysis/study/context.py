@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from probes import TokenLanguages
+
 from .configuration import StudyConfig
 from .model import DescribedModel, StudyModel
 from .records import Records
@@ -58,6 +60,11 @@ class Context:
         """The dense model, loaded on first use."""
         kind: type[StudyModel] = DescribedModel if self.described else StudyModel
         return kind(self.study, self.records, self.memory, self.device_memory, self.whole, self.tell)
+
+    @cached_property
+    def token_languages(self) -> TokenLanguages:
+        """Which language each token of the model's vocabulary is of, by the fitting text."""
+        return TokenLanguages.of(self.model.session, self.texts.fitting)
 
     @cached_property
     def variants(self) -> StudyVariants:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from probes import DENSE, ChoiceScores, Item, StoredReadings
+from probes import DENSE, ChoiceScores, Item, LensReadings, StoredReadings
 from pruning import Anatomy, Segment, Variant
 from pruning.code_version import code_version
 from pruning.files import content_sha256
@@ -21,6 +21,8 @@ from .analyses import ANALYSES, MADE_FROM, NAMES, Measured
 from .context import Context
 from .read import (
     fitting_key,
+    lens_key,
+    lens_readings,
     questions_file,
     questions_key,
     readings_finished,
@@ -72,6 +74,9 @@ def frame_key(context: Context, name: str) -> str:
         inputs += [questions_key(context, model, lang) for model in models for lang in context.texts.items]
         inputs += [key for _, key, _, _ in benchmark.results(context)]
         inputs.append(context.texts.task)
+    elif name == "lens":
+        used = models if context.study.lens.tokens else ()
+        inputs += [lens_key(context, model, lang) for model in used for lang in languages]
     elif name == "task_contrasts":
         inputs += [frame_key(context, other) for other in MADE_FROM[name,]]
     elif name in ("mask_overlap", "sparsity"):
@@ -147,6 +152,11 @@ class StudyMeasured(Measured):
     def readings(self) -> StoredReadings:
         """All readings of held-out text."""
         return stored_readings(self.context, self.context.variants.models)
+
+    @property
+    def lens(self) -> dict[tuple[str, str], LensReadings]:
+        """Predictions after each block; none without a lens."""
+        return lens_readings(self.context)
 
     @property
     def subspaces(self) -> list[LSAR]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -13,15 +13,20 @@ from probes import (
     DENSE,
     FittingStream,
     HeldoutStream,
+    LensReadings,
+    LensStream,
     QuestionStream,
     ReadingPlan,
     StoredReadings,
+    Together,
     item_questions,
     plan_reading,
     read_streams,
 )
+from probes.readers.lens import LENS_SUMS
 from probes.scoring import Question
-from pruning import Segment
+from probes.streams import Stream
+from pruning import Segment, Variant
 from pruning.code_version import code_version
 from pruning.files import content_sha256, whole_file
 
@@ -31,11 +36,14 @@ from .units import Advance, Output, Unit
 
 #: Languages are grouped up to this many tokens, so that the cost of applying a variant's block is negligible.
 _TOKENS = 4096
-_HELDOUT, _FITTING, _QUESTIONS = "readings", "fitting", "questions"
+_HELDOUT, _FITTING, _QUESTIONS, _LENS = "readings", "fitting", "questions", "lens"
 
 
 class Read:
-    """A unit is a group of languages, with all their unread held-out text, fitting text and questions."""
+    """A unit is a group of languages, with all their unread held-out text, fitting text and questions.
+
+    For a lens, the dense model reads the held-out text once before, alone.
+    """
 
     name = "read"
 
@@ -50,13 +58,22 @@ class Read:
         began = time.monotonic()
         parts = _parts_of(unit)
         streams = [_Streams.of(context, part) for part in parts]
-        every = [stream for of_language in streams for stream in of_language.every]
         names = dict.fromkeys(model for part in parts for model in part.models if model != DENSE)
         variants = {name: context.variants.open(name) for name in names}
         plan = _plan(context, streams, trial=True)
         context.tell(str(plan))
         work = unit.work / plan.tokens
-        read_streams(context.model.session, every, variants, plan, lambda tokens: advance(tokens * work))
+
+        def read(streams: Sequence[Stream], variants: Mapping[str, Variant]) -> None:
+            read_streams(context.model.session, streams, variants, plan, lambda tokens: advance(tokens * work))
+
+        lenses = [of_language.lens for of_language in streams if of_language.lens is not None]
+        if lenses:
+            references = [lens.reference() for lens in lenses]
+            read(references, {})
+            for lens, reference in zip(lenses, references, strict=True):
+                lens.prepare(reference, context.token_languages)
+        read([stream for of_language in streams for stream in of_language.every], variants)
         for part, of_language in zip(parts, streams, strict=True):
             of_language.save(context, part)
         seconds = (time.monotonic() - began) / len(unit.outputs)
@@ -65,7 +82,9 @@ class Read:
 
     def planned(self, context: Context, unit: Unit, *, trial: bool) -> ReadingPlan:
         """Return what a unit will need; with a trial, how long it will take, too."""
-        return _plan(context, [_Streams.of(context, part) for part in _parts_of(unit)], trial=trial)
+        plan = _plan(context, [_Streams.of(context, part) for part in _parts_of(unit)], trial=trial)
+        lenses = sum(output.name.startswith(f"{_LENS}/") for output in unit.outputs)
+        return replace(plan, kept=plan.kept + lenses * _lens_bytes(context))
 
     def _unit(self, context: Context, group: Sequence[_Left], number: int, of: int) -> Unit:
         facts = context.model.facts
@@ -77,6 +96,7 @@ class Read:
             work += len(part.heldout) * _tokens(context, texts.heldout[part.language]) * (facts.body + facts.head)
             work += part.fitting * _tokens(context, texts.fitting[part.language]) * facts.body
             work += len(part.questions) * _question_tokens(context, part.language) * facts.body
+            work += _lens_work(context, part)
         languages = ", ".join(part.language for part in group)
         title = f"reading {languages} with {models} model{'s' * (models > 1)}"
         title += f" ({number} of {of})" if of > 1 else ""
@@ -109,6 +129,23 @@ def questions_key(context: Context, model: str, language: str) -> str:
     return content_sha256([_reading_key(context), items, context.variants.key(model)])
 
 
+def lens_key(context: Context, model: str, language: str) -> str:
+    """Return a hash of everything that a model's predictions after each block depend on in one language."""
+    of_tokens = [(lang, context.texts.fitting_fingerprints[lang]) for lang in context.study.languages]
+    lens = context.study.lens.model_dump()
+    return content_sha256([readings_key(context, model, language), lens, of_tokens])
+
+
+def lens_readings(context: Context) -> dict[tuple[str, str], LensReadings]:
+    """Return the predictions of every model after each block, by model and language; none without a lens."""
+    models = context.variants.models if context.study.lens.tokens else ()
+    return {
+        (model, language): LensReadings.open(_file(context, f"{_LENS}/{model}/{language}"))
+        for model in models
+        for language in context.study.languages
+    }
+
+
 def readings_file(context: Context, model: str, language: str) -> Path:
     """Return the file of one model's readings in one language."""
     return _file(context, f"{_HELDOUT}/{model}/{language}")
@@ -136,7 +173,7 @@ def _reading_key(context: Context) -> str:
 
 def _file(context: Context, result: str) -> Path:
     kind, model, language = result.split("/")
-    suffix = {_HELDOUT: "", _FITTING: "-fitting", _QUESTIONS: "-items"}[kind]
+    suffix = {_HELDOUT: "", _FITTING: "-fitting", _QUESTIONS: "-items", _LENS: "-lens"}[kind]
     return context.folder / "readings" / model / f"{language}{suffix}.safetensors"
 
 
@@ -149,8 +186,9 @@ class _Left:
 
     Attributes
     ----------
-    heldout, questions
-        Models that have yet to read the held-out text and the questions.
+    heldout, questions, lens
+        Models that have yet to read the held-out text and the questions, and those whose predictions after each block
+        have yet to be read.
     fitting
         Whether the dense model has yet to read the fitting text.
     """
@@ -158,11 +196,12 @@ class _Left:
     language: str
     heldout: list[str] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
+    lens: list[str] = field(default_factory=list)
     fitting: bool = False
 
     @property
     def models(self) -> list[str]:
-        return list(dict.fromkeys([*self.heldout, *self.questions, *([DENSE] * self.fitting)]))
+        return list(dict.fromkeys([*self.heldout, *self.questions, *self.lens, *([DENSE] * self.fitting)]))
 
     @property
     def anything(self) -> bool:
@@ -179,6 +218,8 @@ def _left(context: Context, language: str) -> _Left:
             f"{_QUESTIONS}/{model}/{language}", questions_key(context, model, language)
         ):
             left.questions.append(model)
+        if context.study.lens.tokens and not done(f"{_LENS}/{model}/{language}", lens_key(context, model, language)):
+            left.lens.append(model)
     left.fitting = not done(f"{_FITTING}/{DENSE}/{language}", fitting_key(context, language))
     return left
 
@@ -192,6 +233,8 @@ def _results(context: Context, left: _Left) -> Iterator[tuple[str, str]]:
         yield f"{_FITTING}/{DENSE}/{language}", fitting_key(context, language)
     for model in left.questions:
         yield f"{_QUESTIONS}/{model}/{language}", questions_key(context, model, language)
+    for model in left.lens:
+        yield f"{_LENS}/{model}/{language}", lens_key(context, model, language)
 
 
 def _parts_of(unit: Unit) -> list[_Left]:
@@ -203,7 +246,7 @@ def _parts_of(unit: Unit) -> list[_Left]:
         if kind == _FITTING:
             part.fitting = True
         else:
-            (part.heldout if kind == _HELDOUT else part.questions).append(model)
+            {_HELDOUT: part.heldout, _QUESTIONS: part.questions, _LENS: part.lens}[kind].append(model)
     return list(parts.values())
 
 
@@ -219,7 +262,7 @@ def _grouped(context: Context, left: Sequence[_Left]) -> Iterator[list[_Left]]:
             yield group
             group, tokens = [], 0
         group.append(part)
-        tokens += _tokens(context, context.texts.heldout[part.language]) if part.heldout else 0
+        tokens += _tokens(context, context.texts.heldout[part.language]) if part.heldout or part.lens else 0
         tokens += _question_tokens(context, part.language) if part.questions else 0
     if group:
         yield group
@@ -233,7 +276,7 @@ def _fits(context: Context, group: Sequence[_Left]) -> bool:
 def _plan(context: Context, streams: Sequence[_Streams], *, trial: bool = False) -> ReadingPlan:
     return plan_reading(
         context.model.session,
-        [stream for of_language in streams for stream in of_language.every],
+        [stream for of_language in streams for stream in of_language.planned],
         memory=context.memory,
         device_memory=context.device_memory,
         trial=trial,
@@ -248,35 +291,63 @@ def _question_tokens(context: Context, language: str) -> int:
     return sum(question.tokens for question in _questions(context, language)) if context.texts.items else 0
 
 
+def _lens_work(context: Context, left: _Left) -> float:
+    """Return the multiply-adds of a lens: its products with the head, and passes over the text that are its own."""
+    if not left.lens:
+        return 0.0
+    facts, config = context.model.facts, context.study.lens
+    tokens = _tokens(context, context.texts.heldout[left.language])
+    alone = 0 if left.heldout == left.lens else len(left.lens)
+    positions = 2 * min(config.tokens, tokens) * (facts.blocks - facts.encoder_blocks)
+    return len(left.lens) * positions * facts.head + (1 + alone) * tokens * facts.body
+
+
+def _lens_bytes(context: Context) -> int:
+    """Return the size of the file of one model's predictions in one language."""
+    facts, study = context.model.facts, context.study
+    values = len(LENS_SUMS) + len(study.languages) + 2
+    return (facts.blocks - facts.encoder_blocks) * study.evaluation.segments * values * 8
+
+
 def _questions(context: Context, language: str) -> list[Question]:
     return item_questions(context.model.session, context.texts.items[language])
 
 
 @dataclass(frozen=True)
 class _Streams:
-    """The streams to read in one language, one per kind of text."""
+    """The streams to read in one language, one per kind of text; of a lens, its own beside those that are read."""
 
-    heldout: HeldoutStream | None = None
+    every: list[Stream] = field(default_factory=list)
     fitting: FittingStream | None = None
     questions: QuestionStream | None = None
+    lens: LensStream | None = None
 
     @classmethod
     def of(cls, context: Context, left: _Left) -> _Streams:
         """Return the streams; readings of held-out text are written to their files block by block."""
         session, texts, language = context.model.session, context.texts, left.language
-        heldout = fitting = questions = None
+        every: list[Stream] = []
+        fitting = questions = lens = None
+        if left.lens:
+            config = context.study.lens
+            lens = LensStream(session, texts.heldout[language], left.lens, tokens=config.tokens, seed=config.seed)
         if left.heldout:
             files = {model: readings_file(context, model, language) for model in left.heldout}
             heldout = HeldoutStream(session, texts.heldout[language], left.heldout, files)
+            in_one = lens is not None and left.lens == left.heldout
+            every.append(Together(heldout, lens) if lens is not None and in_one else heldout)
+        if lens is not None and left.lens != left.heldout:
+            every.append(lens)
         if left.fitting:
-            fitting = FittingStream(session, texts.fitting[language])
+            every.append(fitting := FittingStream(session, texts.fitting[language]))
         if left.questions:
-            questions = QuestionStream(session, _questions(context, language), left.questions)
-        return cls(heldout, fitting, questions)
+            every.append(questions := QuestionStream(session, _questions(context, language), left.questions))
+        return cls(every, fitting, questions, lens)
 
     @property
-    def every(self) -> list[HeldoutStream | FittingStream | QuestionStream]:
-        return [stream for stream in (self.heldout, self.fitting, self.questions) if stream is not None]
+    def planned(self) -> list[Stream]:
+        """All streams, and the one that is read before, as if it were read with them."""
+        return [*self.every, *([self.lens.reference()] if self.lens is not None else [])]
 
     def save(self, context: Context, left: _Left) -> None:
         """Write the results that are not yet on disk."""
@@ -286,6 +357,9 @@ class _Streams:
         for model in left.questions if self.questions is not None else ():
             assert self.questions is not None
             self.questions.scores[model].save(questions_file(context, model, left.language))
+        for model in left.lens if self.lens is not None else ():
+            assert self.lens is not None
+            self.lens.readings[model].save(_file(context, f"{_LENS}/{model}/{left.language}"))
 
 
 def stored_readings(context: Context, models: Sequence[str]) -> StoredReadings:

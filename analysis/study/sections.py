@@ -169,6 +169,22 @@ class EvaluationConfig(Section):
     rank: int | None = Field(default=None, ge=1, description="rank of the LSAR subspaces (languages - 1)")
 
 
+class LensConfig(Section):
+    """What models would predict after every block, at a sample of positions of the held-out text (logit lens).
+
+    Attributes
+    ----------
+    tokens
+        Positions of each language, the same ones for all models; 0: no lens. Each costs two products with the head a
+        block and model.
+    seed
+        Of the draw of positions.
+    """
+
+    tokens: int = Field(default=0, ge=0, description="positions per language; 0: no lens")
+    seed: int = Field(default=0, ge=0)
+
+
 class TasksConfig(Section):
     """Questions that the models are asked.
 

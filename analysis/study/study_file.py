@@ -17,7 +17,7 @@ from pruning.text.sources import HubDataset
 from .configuration import StudyConfig
 from .presets import preset_names, preset_text
 from .published import Published
-from .sections import CalibrationConfig, EvaluationConfig, RecipeGrid, TasksConfig, TextConfig
+from .sections import CalibrationConfig, EvaluationConfig, LensConfig, RecipeGrid, TasksConfig, TextConfig
 
 
 def load_study(path: Path) -> StudyConfig:
@@ -134,6 +134,7 @@ def _keys(section: str) -> list[str]:
         "recipes": RecipeGrid,
         "evaluation": EvaluationConfig,
         "tasks": TasksConfig,
+        "lens": LensConfig,
     }
     first = section.split(".")[0]
     return list(sections[first].model_fields) if first in sections else list(HubDataset.model_fields)

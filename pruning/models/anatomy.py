@@ -228,6 +228,11 @@ class Anatomy:
         output: Tensor = norm(hidden.to(self.device))
         return output
 
+    def normed(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        """Apply the final norm, whose output the head reads, to states after any block; it must be loaded."""
+        output: Tensor = self.model.get_submodule(self.final_norm_path)(hidden)
+        return output
+
     def module(self, layer: int, path: str) -> nn.Module:
         """Return the module at a path below a block."""
         return self.blocks[layer].get_submodule(path)

@@ -31,6 +31,7 @@ from probes import (
 )
 from probes.readers.firing import FOLDS
 from probes.readers.signal import SIGNAL_SITES
+from probes.streams import AtHead
 from pruning import MaskSet, Recipe, Segment, load_model, prune
 from pruning.errors import ModelError, TextError
 from pruning.models.anatomy import ROLES
@@ -121,6 +122,7 @@ class Recorded:
     """A stream that records everything in every model."""
 
     compares = False
+    at_head = AtHead()
 
     def __init__(self, session, segments, models):
         self.files = {}

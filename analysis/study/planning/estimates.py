@@ -70,7 +70,7 @@ def estimates(context: Context, pace: Pace) -> list[Estimate]:
     spent = sum(
         record.seconds
         for name, record in context.records.everything().items()
-        if name.partition("/")[0] in ("variants", "readings", "fitting", "questions", "benchmark")
+        if name.partition("/")[0] in ("variants", "readings", "fitting", "questions", "lens", "benchmark")
     )
     whole = (spent + sum(one.seconds for one in measuring)) / (1 - sum(SHARES.values()))
     return [*measuring, *_reporting(context, whole, anything=bool(measuring))]

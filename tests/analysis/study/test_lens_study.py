@@ -1,0 +1,87 @@
+"""A study with a lens: what it reads, what it costs, and what adding one to a finished study reads again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from studies import STUDY
+
+from analysis.study.context import Context
+from analysis.study.frames import MakeFrames
+from analysis.study.planning.estimates import by_stage
+from analysis.study.planning.plan import plan_study
+from analysis.study.prune import Prune
+from analysis.study.read import Read, lens_readings
+from analysis.study.study_file import load_study
+from probes import DENSE
+
+LENS = "[lens]\ntokens = 40\n"
+SMALL = STUDY.replace('"en", "sw", "zh"]', '"en", "sw"]').replace('["en", "sw", "all"]', '["en"]')
+SMALL = SMALL.replace('extra = [["sw", 1]]\n', "").replace("per_category = 2", 'items = "none"')
+
+
+def run(study, folder, *stages):
+    """Run stages without figures or a report; return the context and the names of results, unit by unit."""
+    context = Context(study, folder)
+    made = []
+    for stage in stages:
+        for unit in stage.units(context):
+            done = []
+            stage.run(context, unit, done.append)
+            made.append({output.name for output in unit.outputs})
+    return context, made
+
+
+def study(place, folder, more=""):
+    (folder / "study.toml").write_text(SMALL.replace('model = "model"', f'model = "{place / "model"}"') + more)
+    return load_study(folder / "study.toml")
+
+
+def test_a_lens_that_is_added_later_is_read_alone_and_gives_the_same(place, tmp_path):
+    for name in ("first", "later"):
+        (tmp_path / name).mkdir()
+    with_lens = study(place, tmp_path, LENS)
+    folder = tmp_path / "first"
+    planned = by_stage(plan_study(with_lens, folder).estimates)
+    context, made = run(with_lens, folder, Prune(), Read())
+    names = set().union(*made)
+    models = [DENSE, *context.variants.names]
+    expected = {f"{kind}/{model}/{lang}" for model in models for lang in ("en", "sw") for kind in ("readings", "lens")}
+    assert names >= expected
+    taken = sum(path.stat().st_size for path in (folder / "readings").rglob("*.safetensors"))
+    assert sum(one.kept for one in planned["read"]) == pytest.approx(taken, rel=0.15)
+    together = lens_readings(context)
+
+    without = study(place, tmp_path)
+    before, made = run(without, tmp_path / "later", Prune(), Read())
+    assert not any(name.startswith("lens/") for names in made for name in names)
+    assert lens_readings(before) == {}
+    after, made = run(with_lens, tmp_path / "later", Read())
+    assert set().union(*made) == {name for name in expected if name.startswith("lens/")}
+    alone = lens_readings(after)
+    assert alone.keys() == together.keys()
+    for key, read in together.items():
+        torch.testing.assert_close(read.sums, alone[key].sums)
+        torch.testing.assert_close(read.mass, alone[key].mass)
+
+    _, again = run(with_lens, folder, Read())
+    assert again == []
+    context, _ = run(with_lens, folder, MakeFrames())
+    frame = context.folder / "frames" / "lens.parquet"
+    assert frame.is_file()
+    _, made = run(study(place, tmp_path, LENS.replace("40", "30")), folder, MakeFrames(), Read())
+    assert {name.partition("/")[0] for names in made for name in names} == {"frames", "lens"}
+
+
+def test_a_lens_costs_what_its_products_with_the_head_cost(place, tmp_path):
+    reading = [
+        sum(unit.work for unit in Read().units(Context(study(place, tmp_path, more), tmp_path / "none", written=False)))
+        for more in ("", LENS)
+    ]
+    context = Context(study(place, tmp_path, LENS), tmp_path / "none", written=False)
+    facts, models = context.model.facts, len(context.variants.models)
+    tokens = sum(
+        batch.n_tokens for text in context.texts.heldout.values() for batch in context.model.session.batches(text)
+    )
+    at_head = 2 * models * 2 * 40 * facts.blocks * facts.head
+    assert reading[1] - reading[0] == pytest.approx(at_head + tokens * facts.body)
