@@ -9,7 +9,7 @@ from pruning.code_version import code_version
 from pruning.files import content_sha256
 
 from ..frames import read_frame
-from ..report import diagnosis_findings, write_report
+from ..report import write_report
 from .context import Context
 from .diagnose import diagnoses
 from .figures import FOLDER as FIGURES_FOLDER
@@ -44,7 +44,7 @@ class WriteReport:
         began = time.monotonic()
         (output,) = unit.outputs
         path = context.folder / REPORT_FILE
-        said = {d.request.title: diagnosis_findings(read_frame(d.frame)) for d in diagnoses(context)}
+        found = {d.request.title: (d.request.name, read_frame(d.frame)) for d in diagnoses(context)}
         write_report(
             path,
             StudyFrames(context),
@@ -52,6 +52,6 @@ class WriteReport:
             context.folder / FIGURES_FOLDER,
             report_facts(context),
             list(tables(context)),
-            said,
+            found,
         )
         context.records.finish(output.name, output.key, [path], time.monotonic() - began)

@@ -7,6 +7,7 @@ import re
 import pytest
 from checkpoints import saved
 from command_line import expect_one_line, nothing_was_made, prunescope
+from pages import written
 
 from analysis import read_frame
 from pruning import Recipe, load_model, prune
@@ -32,7 +33,7 @@ def test_two_checkpoints_are_compared_without_a_study_file(place, pruned_by_some
     assert set(frame["method"]) == {"dense", "pruned_by_somebody"}
     assert set(frame["language"]) == {"en", "sw", "zh"}
     assert len(read_frame(out / "frames" / "contrasts.parquet")) == 0
-    page = (out / "report.html").read_text(encoding="utf-8")
+    page = written(out / "report.html")
     assert not re.search(r"\b(nan|None)\b", page)
 
 

@@ -9,6 +9,7 @@ import pytest
 from checkpoints import saved
 from command_line import prunescope
 from conftest import tiny_model
+from pages import written
 
 from analysis import read_frame
 from analysis.frames import STUDY_FRAMES, labels
@@ -89,7 +90,7 @@ def test_an_encoder_decoder_is_pruned_read_asked_and_diagnosed(place, tmp_path):
     assert set(frames["mask_overlap"]["role"].astype(str)) == (SELF | CROSS) - {"residual"}
     assert len(frames["items"]) > 0
     assert np.isfinite(frames["perplexity"]["value"]).all()
-    page = (out / "report.html").read_text(encoding="utf-8")
+    page = written(out / "report.html")
     assert not re.search(r"\b(nan|None)\b", page)
     assert "each read whole by the encoder; the decoder predicts its second half" in page
     assert "The SNR of the residual stream of the encoder is" in page
@@ -109,7 +110,7 @@ def test_an_encoder_decoder_is_pruned_read_asked_and_diagnosed(place, tmp_path):
     everything = curve[(curve["layer"] == 3) & (curve["estimated_on"] == "all")]["value"].iloc[0]
     assert lost > 0
     assert everything == pytest.approx(lost, rel=1e-3)  # the whole stream after the last block is the dense model
-    assert f"diagnosis-curves-{VARIANT}-sw-all" in (out / "report.html").read_text(encoding="utf-8")
+    assert f"diagnosis-curves-{VARIANT}-sw-all" in written(out / "report.html")
 
     exported = tmp_path / "exported"
     assert prunescope("export", out, exported, "--variant", VARIANT).returncode == 0

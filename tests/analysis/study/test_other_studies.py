@@ -7,6 +7,7 @@ import re
 import pytest
 from checkpoints import CORPUS, checkpoint, saved
 from command_line import prunescope
+from pages import written
 from studies import STUDY
 
 from analysis import read_frame
@@ -33,7 +34,7 @@ def test_studies_of_other_shapes_run_too(place, tmp_path, change):
     (place / "other.toml").write_text(text)
     result = prunescope("run", place / "other.toml", "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert not re.search(r"\bnan\b", (tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert not re.search(r"\bnan\b", written(tmp_path / "out" / "report.html"))
 
 
 def small(place, tmp_path, model, *lines):
@@ -45,7 +46,7 @@ def small(place, tmp_path, model, *lines):
     (tmp_path / "study.toml").write_text(text + "\n".join(lines))
     result = prunescope("run", tmp_path / "study.toml", "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = written(tmp_path / "out" / "report.html")
     assert not re.search(r"\b(nan|None)\b", page)
     return tmp_path / "out"
 
@@ -66,7 +67,7 @@ def test_models_without_gates_or_with_experts_are_read_too(place, tmp_path, kind
     assert (len(frames["routing"]) > 0) == (kind != "gpt2")
     drawn = {re.sub("-(wanda|magnitude).*", "", path.stem) for path in (out / "figures").glob("routing*.png")}
     assert drawn == ({"routing", "routing-layers", "routing-languages"} if kind != "gpt2" else set())
-    page = (out / "report.html").read_text(encoding="utf-8")
+    page = written(out / "report.html")
     assert ("of its top-k slots to experts that the dense model does not choose" in page) == (kind != "gpt2")
     kinds = {role.partition(".")[0] for role in frames["mask_overlap"]["role"]}
     assert kinds >= roles
@@ -93,7 +94,7 @@ def test_quantized_models_are_measured_beside_pruned_ones_without_masks(place, t
     noise = frames["signal"].query("metric == 'snr_db' and role == 'residual' and layer == 2")
     quality = noise.groupby(["method", "pattern"], observed=True)["value"].mean()
     assert quality["gptq", "4bit-g16"] > quality["rtn", "4bit-g16"] > quality["rtn", "2bit-g16"]
-    page = (out / "report.html").read_text(encoding="utf-8")
+    page = written(out / "report.html")
     assert "GPTQ, 4 bits, groups of 16" in page
     lens = frames["lens"].groupby("metric", observed=True)["method"].unique().map(set).to_dict()
     assert lens["kl"] == {"dense", "wanda", "magnitude", "rtn", "gptq"}
@@ -146,5 +147,5 @@ def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_pat
     assert by_method.loc["llm-toolbox", ["sparsity", "pattern", "calibration"]].tolist() == [0.25, "unknown", "none"]
     assert (by_method["model"] == str(place / "model")).all()
     assert {"llm-toolbox", "mine"} <= {path.name for path in (out / "variants").iterdir()}
-    html = (out / "report.html").read_text(encoding="utf-8")
+    html = written(out / "report.html")
     assert "Llm-toolbox, sparsity 0.25, pruned elsewhere" in html

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from command_line import COMMAND, expect_one_line, nothing_was_made, prunescope
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from pages import written
 from studies import STUDY
 
 from analysis import lape, load_study, open_readings, plots, read_frame
@@ -33,11 +34,21 @@ const page = document.querySelector("iframe").contentDocument;
 const table = [...page.querySelectorAll("table.sortable")].find(t => t.textContent.includes("× dense"));
 const column = () => [...table.rows].slice(1).map(row => Number(row.cells[2].dataset.value));
 const before = column();
-table.rows[0].cells[2].click();
+table.rows[0].cells[2].querySelector("button").click();
 const rising = column();
-table.rows[0].cells[2].click();
+table.rows[0].cells[2].querySelector("button").click();
 const falling = column();
+const menu = page.getElementById("filters").elements.language;
+menu.value = "sw";
+menu.dispatchEvent(new Event("change", { bubbles: true }));
+const rows = page.querySelector('details.rows[data-chart="perplexity"]');
+rows.open = true;
+rows.dispatchEvent(new Event("toggle"));
+const cells = [...rows.querySelectorAll("tbody tr")].map(row => [...row.cells].map(cell => cell.textContent));
 document.title = "found" + JSON.stringify({
+  charts: page.querySelectorAll(".plot svg").length,
+  places: page.querySelectorAll(".plot").length,
+  cells,
   before, rising, falling,
   sorted: table.rows[0].cells[2].getAttribute("aria-sort"),
   images: page.images.length,
@@ -144,9 +155,9 @@ def test_neurons_are_made_of_the_readings_when_asked_for(finished):
 
 
 def test_report_stands_alone(finished):
-    page = (finished / "report.html").read_text(encoding="utf-8")
+    page = written(finished / "report.html")
     figures = list((finished / "figures").glob("*.png"))
-    assert page.count("<img") == page.count("data:image/png;base64,") == len(figures) == 1 + 17 + 8 + 3
+    assert page.count("<img") == page.count('"data:image"') == len(figures) == 1 + 17 + 8 + 3
     assert not re.search("https?:", page)  # images in base64 have no colon, but may hold the letters by chance
     assert not re.search(r"\bnan\b", page)
 
@@ -156,7 +167,7 @@ def test_report_works_in_a_browser_at_the_width_of_a_phone(finished, tmp_path):
     page = (finished / "report.html").read_text(encoding="utf-8")
     frame = f'<iframe style="width: 375px; height: 800px" srcdoc="{html.escape(page)}"></iframe>'
     outside = tmp_path / "outside.html"
-    script = f"<script>addEventListener('load', () => {{ {LOOK} }})</script>"
+    script = f"<script>addEventListener('load', () => setTimeout(() => {{ {LOOK} }}, 8000))</script>"
     outside.write_text(f"<!doctype html><meta charset=utf-8><title></title>{frame}{script}", encoding="utf-8")
     done = subprocess.run(
         [
@@ -181,6 +192,12 @@ def test_report_works_in_a_browser_at_the_width_of_a_phone(finished, tmp_path):
     assert not said
     found = json.loads(html.unescape(re.search(r"<title>found(.*?)</title>", done.stdout, re.DOTALL)[1]))
     assert found["images"] == found["whole"] == len(list((finished / "figures").glob("*.png")))
+    assert found["charts"] == found["places"] == 7
+    shown = read_frame(finished / "frames" / "perplexity.parquet")
+    shown = shown[(shown["metric"] == "perplexity") & (shown["method"] == "wanda") & (shown["language"] == "sw")]
+    means = shown.groupby("calibration", observed=True)["value"].mean()
+    assert {row[1]: float(row[3]) for row in found["cells"]} == pytest.approx(dict(means), rel=1e-3)
+    assert {row[2] for row in found["cells"]} == {"sw"}
     assert found["missing"] == 0
     assert found["wide"] <= 0
     assert found["rising"] == sorted(found["before"])
@@ -189,7 +206,7 @@ def test_report_works_in_a_browser_at_the_width_of_a_phone(finished, tmp_path):
 
 
 def test_every_figure_has_a_caption_that_says_what_was_measured(finished):
-    page = (finished / "report.html").read_text(encoding="utf-8")
+    page = written(finished / "report.html")
     captions = re.findall(r"<figcaption>(.*?)<small>", page, re.DOTALL)
     assert len(captions) == page.count("<img")
     assert min(map(len, captions)) > 60
@@ -209,7 +226,7 @@ def test_tables_are_there_as_csv_and_latex_and_on_the_page(finished):
     kinds = {"perplexity", "bits-per-byte", "snr", "specific-error", "agnostic-error", "mask-overlap", "contrasts"}
     kinds |= {f"accuracy-bundled-{category}" for category in ("reasoning", "knowledge", "commonsense", "fluency")}
     assert {f"{kind}-wanda-0.5-row-pruned" for kind in kinds} <= names
-    page = (finished / "report.html").read_text(encoding="utf-8")
+    page = written(finished / "report.html")
     assert all(page.count(f'"tables/{name}.{kind}"') == 1 for name in names for kind in ("csv", "tex"))
     frame = read_frame(finished / "frames" / "perplexity.parquet")
     drawn = frame[(frame["metric"] == "perplexity") & (frame["method"] == "wanda") & (frame["calibration"] == "sw")]
@@ -354,7 +371,7 @@ def test_counting_the_first_token_reads_again_and_is_on_record(place, finished, 
     assert "] pruning" not in result.stderr
     records = [json.loads((folder / "provenance.json").read_text())["skip_first"] for folder in (finished, out)]
     assert records == [True, False]
-    assert "(BOS, if there is one) included" in (out / "report.html").read_text(encoding="utf-8")
+    assert "(BOS, if there is one) included" in written(out / "report.html")
     before, after = (read_frame(folder / "frames" / "signal.parquet")["value"] for folder in (finished, out))
     assert (before != after).mean() > 0.9
 
@@ -371,7 +388,7 @@ def test_a_variant_that_cannot_be_made_keeps_no_other_from_being_read(place, tmp
         read = read_frame(tmp_path / "out" / "frames" / "perplexity.parquet")
         assert set(read.method) == {"dense", "wanda", "magnitude"}
         assert set(read.sparsity) == {0.0, 0.3, 0.5}
-        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        page = written(tmp_path / "out" / "report.html")
         assert "wanda-0.01-row-owl-pruned-en-s0 could not be made: sparsity 0.01 with a spread" in page
     assert {path.name for path in (tmp_path / "out" / "variants").iterdir()} == {
         "magnitude-0.3-matrix",
