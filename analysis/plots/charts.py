@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -107,7 +108,7 @@ def heatmaps(
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a panel, with a band around it where `low` and `high` are given."""
+    """One line of a panel, with a band around it where `low` and `high` are given; or separate points, with bars."""
 
     label: str
     x: Sequence[float | int]
@@ -116,6 +117,7 @@ class Line:
     style: str = "-"
     low: Sequence[float | int] | None = None
     high: Sequence[float | int] | None = None
+    points: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,12 @@ def line_panels(
                 axes.axvline(encoder - 0.5, color=GREY, linewidth=0.6)
             for line in panel.lines:
                 if not len(line.x):
+                    continue
+                if line.points and line.low is not None and line.high is not None:
+                    y = np.asarray(line.y, dtype=float)
+                    bars = np.clip([y - np.asarray(line.low), np.asarray(line.high) - y], 0, None)
+                    handle = axes.errorbar(line.x, y, bars, fmt="o", color=line.colour, markersize=2.5, linewidth=0.8)
+                    handles.setdefault(line.label, handle)
                     continue
                 marker = "o" if len(line.x) == 1 else None
                 (handle,) = axes.plot(line.x, line.y, line.style, color=line.colour, marker=marker, markersize=2)

@@ -57,7 +57,7 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the recovery from restoring the residual stream, or a part of it, after each block.
 
     As shares of the drop, or in nats (of accuracy: as it is) if the drop is not significant. Bands of controls are the
-    range of their draws: as gradients estimate it after every block, and exactly, as a marked line, where they were
+    range of their draws: as gradients estimate it after every block, and exactly, as points with bars, where they were
     patched.
     """
     shares = shares_known(frame)
@@ -69,7 +69,7 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         "residual": ("whole residual stream", style.GREY, "-"),
         "agnostic": ("language-agnostic part", style.TWO_COLOURS[1], "-"),
         "specific": ("language-specific part", style.TWO_COLOURS[0], "-"),
-        "random": ("matched random subspaces, range of draws", style.TWO_COLOURS[0], ":"),
+        "random": ("matched random subspaces, range of draws", style.BLACK, ""),
     }
     drawn = exact[exact["component"].isin(names) & exact["metric"].isin(titles)]["value"]
     shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1)) if shares else None
@@ -81,7 +81,8 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
             low, high = rows["low"].tolist(), rows["high"].tolist()
             if kind == "residual":
                 low = high = None
-            lines.append(charts.Line(label, rows["layer"].tolist(), rows["value"].tolist(), colour, dash, low, high))
+            x, y = rows["layer"].tolist(), rows["value"].tolist()
+            lines.append(charts.Line(label, x, y, colour, dash, low, high, points=kind == "random"))
         if metric == main_metric(frame, what):
             rows = exact[(exact["metric"] == _attributed(shares)) & (exact["component"] == "random")]
             x, y, low, high = (rows.sort_values("layer")[name].tolist() for name in ("layer", "value", "low", "high"))

@@ -78,7 +78,7 @@ def write_report(
     environment.filters |= {"digits": labels.three_digits, "factor": labels.short}
     diagnoses = diagnoses or {}
     said = {heading: diagnosis_findings(frame) for heading, (_, frame) in diagnoses.items()}
-    explored = list(charts(frames))
+    explored = list(charts(frames, diagnoses))
     html = environment.get_template("report.html.j2").render(
         facts=facts,
         top=summary(frames, diagnoses, [figure.name for figure in shown]),

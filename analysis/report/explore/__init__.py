@@ -6,7 +6,7 @@ templates, where there are several the range of the draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import pandas as pd
 from ...frames import Frames, labels
 from .answers import accuracy
 from .chart import CALIBRATION, EVERYTHING, LANGUAGE, LAYER, RECIPE, ROLE, Chart
+from .diagnosis import recovery
 from .sets import contrasts, masks, neurons
 from .text import perplexity, signal, subspaces
 
@@ -25,10 +26,10 @@ MOST_ROWS = 150_000
 __all__ = ["CALIBRATION", "EVERYTHING", "LANGUAGE", "LAYER", "RECIPE", "ROLE", "Chart", "charts", "columns_of", "menus"]
 
 
-def charts(frames: Frames) -> Iterator[Chart]:
-    """Yield every chart that the frames have data for."""
-    for make in (perplexity, signal, subspaces, masks, accuracy, contrasts, neurons):
-        chart = make(frames)
+def charts(frames: Frames, diagnoses: Mapping[str, tuple[str, pd.DataFrame]] | None = None) -> Iterator[Chart]:
+    """Yield every chart that the frames, and those of the diagnoses, have data for."""
+    makers = (perplexity, signal, subspaces, masks, accuracy, contrasts, neurons)
+    for chart in (recovery(diagnoses or {}), *(make(frames) for make in makers)):
         if chart is not None and len(chart.data):
             yield _for_a_page(chart)
 
@@ -36,7 +37,7 @@ def charts(frames: Frames) -> Iterator[Chart]:
 def _for_a_page(chart: Chart) -> Chart:
     """Leave out calibration sets, the last first, while there are more rows than a page should hold."""
     data, left_out = chart.data, []
-    while len(data) > MOST_ROWS and data[CALIBRATION].nunique() > 1:
+    while len(data) > MOST_ROWS and CALIBRATION in data and data[CALIBRATION].nunique() > 1:
         left_out.append(max(data[CALIBRATION].unique(), key=labels.calibration_rank))
         data = data[data[CALIBRATION] != left_out[-1]]
     said = f" Not in this chart, which would be too large: {', '.join(reversed(left_out))}." if left_out else ""

@@ -139,12 +139,10 @@ def neurons(frames: Frames) -> Chart | None:
         return None
     filters = (RECIPE, CALIBRATION, LANGUAGE)
     data = over_draws(rows, filters)
-    order = [*sets_of(data), *labels.in_order(data[LANGUAGE].unique())]
+    languages = labels.in_order(data[LANGUAGE].unique())
     base = filtered("neurons", data, filters).encode(
-        x=alt.X(
-            f"{LANGUAGE}:N", title="language of the neurons", sort=order, axis=alt.Axis(labelAngle=0, orient="top")
-        ),
-        y=alt.Y(f"{CALIBRATION}:N", title="calibrated on", sort=order),
+        x=alt.X(f"{LANGUAGE}:N", title="neurons of", sort=languages, axis=alt.Axis(labelAngle=0, orient="top")),
+        y=alt.Y(f"{CALIBRATION}:N", title="calibrated on", sort=sets_of(data)),
         tooltip=tooltip(
             (f"{CALIBRATION}:N", "calibrated on"), (f"{LANGUAGE}:N", "neurons of"), ("value:Q", "share"), *SPREAD
         ),

@@ -45,15 +45,15 @@ def perplexity(frames: Frames) -> Chart | None:
     data = over_draws(rows, filters)
     data["factor"] = data["value"] / data[LANGUAGE].map({str(k): v for k, v in dense.items()}).astype(float)
     data["doublings"] = np.log2(data["factor"])
-    order = [*sets_of(data), *labels.in_order(data[LANGUAGE].unique())]
+    languages = labels.in_order(data[LANGUAGE].unique())
     chart = filtered("perplexity", data, filters)
     more = tooltip(
         (f"{CALIBRATION}:N", "calibrated on"), (f"{LANGUAGE}:N", "language"), ("value:Q", "perplexity"), *SPREAD,
         ("factor:Q", "× dense"),
     )  # fmt: skip
     base = chart.encode(
-        x=alt.X(f"{LANGUAGE}:N", title="evaluated in", sort=order, axis=alt.Axis(labelAngle=0, orient="top")),
-        y=alt.Y(f"{CALIBRATION}:N", title="calibrated on", sort=order),
+        x=alt.X(f"{LANGUAGE}:N", title="evaluated in", sort=languages, axis=alt.Axis(labelAngle=0, orient="top")),
+        y=alt.Y(f"{CALIBRATION}:N", title="calibrated on", sort=sets_of(data)),
         tooltip=more,
     )
     cells = base.mark_rect().encode(color=alt.Color("doublings:Q", title="log2 × dense", scale=shades("oranges")))

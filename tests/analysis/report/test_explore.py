@@ -129,3 +129,22 @@ def test_what_is_too_large_for_a_page_is_left_out_and_said(monkeypatch, variants
     assert set(shown["signal"].data["calibration"]) == {"en", "sw"}
     assert shown["signal"].note.endswith("Not in this chart, which would be too large: all.")
     assert set(shown["perplexity"].data["calibration"]) == {"en", "sw", "all"}
+
+
+def recovered(component, layer, value, metric="loss_recovery", role=None):
+    place = WANDA | {"calibration": "sw", "seed": 0, "language": "en", "task": "text", "category": "text"}
+    found = {"component": component, "layer": layer, "role": role, "metric": metric, "value": value}
+    return place | {"direction": "restore", "estimated_on": "all", "low": value - 0.1, "high": value + 0.1} | found
+
+
+def test_a_diagnosis_has_a_chart_of_exact_parts_and_estimated_roles():
+    rows = [recovered("residual", layer, 0.1 * layer) for layer in range(3)]
+    rows += [recovered("weights", 1, 0.3, "attributed_recovery", "down")]
+    rows += [{**rows[0], "estimated_on": "first", "value": 9.0}, {**rows[0], "direction": "damage", "value": 9.0}]
+    frames = frames_of([])
+    (chart,) = (c for c in charts(frames, {"a heading": ("name", tidy("recovery", rows))}) if c.name == "recovery")
+    data = chart.data.set_index(["kind", "component", "block"])["value"]
+    assert data.loc["parts of the stream", "whole stream"].tolist() == pytest.approx([0, 0.1, 0.2])
+    assert data.loc["weights", "down", 1] == 0.3
+    assert len(data) == 4
+    assert set(chart.data["unit"]) == {"share of the drop"}
