@@ -8,14 +8,14 @@ of every model's encoder is kept for the blocks of its decoder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pruning.engine.streams import Arguments
+from pruning.engine.streams import Arguments, StackStarter
 from pruning.errors import ModelError
 from pruning.models.anatomy import Stack
 from pruning.variants.owner import Block
@@ -45,8 +45,8 @@ class _Passage:
     memory
         Model to the output of its encoder, for the decoder of an encoder-decoder, likewise.
     arguments
-        The other arguments of each block of the current stack; the same for all models but for the encoder's output,
-        in whose place is :data:`_MEMORY`.
+        Model to the other arguments of each block of the current stack, without the encoder's output, in whose place is
+        :data:`_MEMORY`. They are the same objects for all models unless a variant has other tables of positions.
     dense
         Site to the dense model's activations in the current block, while variants are compared with them.
     """
@@ -55,7 +55,7 @@ class _Passage:
     number: int
     hidden: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
-    arguments: list[Arguments] = field(default_factory=list)
+    arguments: dict[str, list[Arguments]] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -135,8 +135,7 @@ class _Wave:
                 return
             if not any(passage.stream.at_head.positions for passage in self.passages):
                 end.enter_context(self.anatomy.loaded_for_end())
-            for passage in self.passages:
-                self._end(passage)
+            self._end(self.passages)
 
     def _run_blocks(self) -> bool:
         """Run all blocks; return whether anything comes to their end."""
@@ -154,20 +153,34 @@ class _Wave:
         return True
 
     def _begin(self, stack: Stack, passages: Sequence[_Passage]) -> None:
-        """Start the states of all models, which are the same, and find the arguments of the stack's blocks."""
+        """Start the states of all models, and find the arguments of the stack's blocks.
+
+        They are the same for all models but those with embeddings of their own.
+        """
+        owner = self.session.owner
+        apart = [name for name, variant in self.variants.items() if not owner.starts_alike(variant, stack)]
         with self.anatomy.loaded(stack.first, to_read=True), self.anatomy.loaded_for_start():
             starter = self.session.starter(stack)
             for passage in passages:
-                memory = next(iter(passage.memory.values()), None)
-                if memory is not None:
-                    memory = memory.to(self.anatomy.device)
-                inputs = self.session.stack_inputs(passage.batch, stack, memory)
-                hidden, arguments = starter.begin(**inputs)
-                if memory is not None:
-                    self._check_handed_on(memory, arguments)
-                    arguments = [call.replaced(memory, _MEMORY) for call in arguments]
-                passage.arguments = arguments
-                passage.hidden = dict.fromkeys(passage.stream.models, self._held(hidden))
+                hidden, arguments = self._started(starter, stack, passage)
+                alike = [model for model in passage.stream.models if model not in apart]
+                passage.arguments = dict.fromkeys(alike, arguments)
+                passage.hidden = dict.fromkeys(alike, hidden)
+            for model in apart:
+                with owner.beside(self.variants[model], owner.names_at_start(stack)):
+                    for passage in passages:
+                        if model in passage.stream.models:
+                            passage.hidden[model], passage.arguments[model] = self._started(starter, stack, passage)
+
+    def _started(self, starter: StackStarter, stack: Stack, passage: _Passage) -> tuple[Tensor, list[Arguments]]:
+        memory = next(iter(passage.memory.values()), None)
+        if memory is not None:
+            memory = memory.to(self.anatomy.device)
+        hidden, arguments = starter.begin(**self.session.stack_inputs(passage.batch, stack, memory))
+        if memory is not None:
+            self._check_handed_on(memory, arguments)
+            arguments = [call.replaced(memory, _MEMORY) for call in arguments]
+        return self._held(hidden), arguments
 
     def _check_handed_on(self, memory: Tensor, arguments: Sequence[Arguments]) -> None:
         if not all(memory in call for call in arguments):
@@ -179,12 +192,17 @@ class _Wave:
     def _encode(self, passages: Sequence[_Passage]) -> None:
         """Keep the encoder's output of every model for the decoder."""
         with torch.no_grad(), self.anatomy.loaded_for_start():
-            for passage in passages:
-                if passage.batch.decoder is not None:
-                    passage.memory = {
-                        model: self._held(self.anatomy.encoded(hidden)) for model, hidden in passage.hidden.items()
-                    }
-                passage.hidden, passage.arguments = {}, []
+            for model in (DENSE, *self.variants):
+                with self._beside(model, self.anatomy.names_for_encoded()):
+                    for passage in passages:
+                        if passage.batch.decoder is not None and model in passage.hidden:
+                            passage.memory[model] = self._held(self.anatomy.encoded(passage.hidden[model]))
+        for passage in passages:
+            passage.hidden, passage.arguments = {}, {}
+
+    def _beside(self, model: str, names: Collection[str]) -> AbstractContextManager[None]:
+        """Context manager in which loaded parameters outside the blocks are those of a model."""
+        return nullcontext() if model == DENSE else self.session.owner.beside(self.variants[model], names)
 
     def _groups(self, layer: int, passages: Sequence[_Passage]) -> Iterator[list[_Passage]]:
         """Yield groups of passages whose dense activations in a block, kept for the comparison, fit into memory."""
@@ -214,15 +232,17 @@ class _Wave:
                 readers = passage.readers(model) if self._reads(passage, layer) else ()
                 used |= {id(reader): reader for reader in readers}
                 self._read_passage(layer, model, passage, readers)
-            for reader in used.values():
-                reader.flush()
+            at_head = any(passage.stream.at_head.positions for passage in reading)
+            with self._beside(model, self.anatomy.names_for_end() if at_head else ()):
+                for reader in used.values():
+                    reader.flush()
         for passage in group:
             passage.dense = {}
 
     def _read_passage(self, layer: int, model: str, passage: _Passage, readers: Sequence[Reader]) -> None:
         hidden = passage.hidden[model].to(self.anatomy.device, non_blocking=True)
         keep = Keep(SIGNAL_SITES if model == DENSE and self._compares(passage, layer) else ())
-        arguments = passage.arguments[layer - self.anatomy.stack_of(layer).first]
+        arguments = passage.arguments[model][layer - self.anatomy.stack_of(layer).first]
         if passage.memory:
             arguments = arguments.replaced(_MEMORY, passage.memory[model].to(self.anatomy.device, non_blocking=True))
         after = self.session.read_block(layer, hidden, arguments, passage.batch, [*readers, keep], passage.dense)
@@ -231,15 +251,20 @@ class _Wave:
         passage.hidden[model] = self._held(after)
         self._advance(passage, layer)
 
-    def _end(self, passage: _Passage) -> None:
-        for model in tuple(passage.hidden):
-            hidden = passage.hidden.pop(model).to(self.anatomy.device, non_blocking=True)
-            readers = passage.readers(model)
-            self.session.read_final(hidden, passage.batch, readers)
-            for reader in readers:
-                reader.flush()
-            self._advance(passage, len(self.anatomy.blocks))
-        passage.arguments, passage.memory = [], {}
+    def _end(self, passages: Sequence[_Passage]) -> None:
+        """Read the states after the last block, with the final norm and head of each model."""
+        for model in (DENSE, *self.variants):
+            with self._beside(model, self.anatomy.names_for_end()):
+                for passage in passages:
+                    if model in passage.hidden:
+                        hidden = passage.hidden.pop(model).to(self.anatomy.device, non_blocking=True)
+                        readers = passage.readers(model)
+                        self.session.read_final(hidden, passage.batch, readers)
+                        for reader in readers:
+                            reader.flush()
+                        self._advance(passage, len(self.anatomy.blocks))
+        for passage in passages:
+            passage.arguments, passage.memory = {}, {}
 
     def _advance(self, passage: _Passage, layer: int) -> None:
         """Report a block, or the end, as a share of the tokens that are read."""

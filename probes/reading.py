@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pruning.text.sources import Segment
+from pruning.variants.others import numel_of
 from pruning.variants.variant import Variant
 
 from .lens import LensReadings, LensStream, TokenLanguages
@@ -42,7 +43,8 @@ def read_against_dense(
         ``"dense"`` and every variant's id to its readings.
     """
     stream = HeldoutStream(session, segments, [variant.id for variant in variants])
-    plan = plan_reading(session, [stream], trial=False)
+    replaced = max((numel_of(variant.others) for variant in variants), default=0)
+    plan = plan_reading(session, [stream], trial=False, replaced=replaced)
     read_streams(session, [stream], {variant.id: variant for variant in variants}, plan, progress)
     return stream.readings
 

@@ -102,6 +102,7 @@ def plan_reading(
     memory: int | None = None,
     device_memory: int | None = None,
     trial: bool = True,
+    replaced: int = 0,
 ) -> ReadingPlan:
     """Estimate what reading will need, and split it into waves that keep within the memory cap.
 
@@ -115,13 +116,16 @@ def plan_reading(
         The same for a GPU's memory.
     trial
         Whether to time one batch in order to estimate the total time.
+    replaced
+        Number of values that the variant with most of them has of its own beside the projections, such as embeddings:
+        they are held beside the dense model's.
 
     Raises
     ------
     MemoryCapError
         If one block and one batch do not fit under the cap.
     """
-    needs = _Needs(session, streams)
+    needs = _Needs(session, streams, replaced)
     on_device = session.anatomy.device.type != "cpu"
     if device_memory is not None and not on_device:
         raise MemoryCapError("there is no device memory to cap: the model is on the CPU; use --memory")
@@ -176,10 +180,11 @@ def _refuse(cap: int, device_cap: int, needed: float, device_needed: float, on_d
 class _Needs:
     """Estimates for one model and some streams, in bytes unless stated otherwise."""
 
-    def __init__(self, session: Session, streams: Sequence[Stream]) -> None:
+    def __init__(self, session: Session, streams: Sequence[Stream], replaced: int) -> None:
         self.session = session
         self.anatomy = anatomy = session.anatomy
         self.streams = streams
+        self.replaced = replaced
         self.element = anatomy.element_size
         self.variants = len({model for stream in streams for model in stream.models} - {DENSE})
         self.widest = max(anatomy.shape(*key)[0] for key in anatomy)
@@ -192,7 +197,7 @@ class _Needs:
         sizes = [sum(p.numel() for p in block.parameters()) * self.element for block in anatomy.blocks]
         beside = anatomy.other_numel * self.element
         weights = (max(sizes) + beside) if anatomy.streamed else sum(sizes) + beside
-        weights += max(sizes) if self.variants else 0
+        weights += max(sizes) + self.replaced * self.element if self.variants else 0
         working = self._passing() + self._scoring()
         unpacking = max((out * inputs // 8 for out, inputs in (anatomy.shape(*key) for key in anatomy)), default=0)
         results = sum(map(self._results, self.streams))

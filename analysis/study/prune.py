@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -106,8 +107,9 @@ def _take_over(context: Context, name: str) -> None:
     checkpoint, _ = imports.found[name]
     folder = str(imports.folder(name))
     pruned = load_weights(folder, dtype=study.dtype, device=study.device, stream=anatomy.streamed)
+    place = context.variants.place(name)
     try:
-        variant = Variant.between(anatomy.model, pruned, name)
+        variant = Variant.between(anatomy.model, pruned, name, place)
     except VariantError as error:
         if not _imported_others(context, checkpoint.collection):
             raise VariantError(f"{checkpoint.source}: {error}") from error
@@ -116,8 +118,12 @@ def _take_over(context: Context, name: str) -> None:
     variant = replace(variant, record=variant.record.model_copy(update={"model": study.model_name}))
     if checkpoint.collection:
         variant = variant.described(checkpoint.stated)
-    _check_unlike_others(context, variant)
-    variant.save(context.variants.place(name))
+    try:
+        _check_unlike_others(context, variant)
+    except VariantError:
+        shutil.rmtree(place)  # written by Variant.between
+        raise
+    variant.record.save(place)
     if variant.record.found:
         context.tell(f"{name}: {variant.record.found}")
     _record(context, name, time.monotonic() - began)

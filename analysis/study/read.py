@@ -274,12 +274,14 @@ def _fits(context: Context, group: Sequence[_Left]) -> bool:
 
 
 def _plan(context: Context, streams: Sequence[_Streams], *, trial: bool = False) -> ReadingPlan:
+    every = [stream for of_language in streams for stream in of_language.planned]
     return plan_reading(
         context.model.session,
-        [stream for of_language in streams for stream in of_language.planned],
+        every,
         memory=context.memory,
         device_memory=context.device_memory,
         trial=trial,
+        replaced=context.variants.replaced({model for stream in every for model in stream.models}),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pruning.errors import RecipeError
 from pruning.files import content_sha256
 from pruning.memory import free_memory
 from pruning.runner import VARIANTS, PruningRun, job_key
+from pruning.variants.others import numel_of
 
 from ..frames import dense_columns
 from .configuration import StudyConfig
@@ -60,6 +61,7 @@ class StudyVariants:
         self._tell = tell
         self._described = described
         self.jobs = {job.id: job for job in study.jobs()}
+        self._others: dict[str, int] = {}
         self.imports = StudyImports(study, tell, weights=not described)
 
     @cached_property
@@ -123,6 +125,20 @@ class StudyVariants:
     def open(self, name: str) -> Variant:
         """Open a finished variant."""
         return Variant.open(self.place(name), self._model.facts.fingerprint)
+
+    def replaced(self, names: Collection[str]) -> int:
+        """Return the largest number of values that a finished variant has of its own beside the projections.
+
+        Only models made elsewhere have such values.
+        """
+        return max(
+            (self._replaced(name) for name in names if name in self.imports.found and self.finished(name)), default=0
+        )
+
+    def _replaced(self, name: str) -> int:
+        if name not in self._others:
+            self._others[name] = 0 if name in self.set_aside else numel_of(self.open(name).others)
+        return self._others[name]
 
     def columns(self) -> dict[str, dict[str, Any]]:
         """Return the columns that describe each model in frames."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pruning.models.anatomy import Anatomy
 from pruning.models.arithmetic import fast_float32
+from pruning.variants.others import dense_again, is_replaced
 
 from .loss import tile_rows
 from .sampled import Sample, SampledStates
@@ -142,12 +143,19 @@ def predictions(
         Float64 ``[positions, sums + kinds]``: :data:`LENS_SUMS`, then the probability of each kind.
     """
     both = torch.cat([states, reference.states])
+    end = anatomy.names_for_end()
+    apart = end if is_replaced(anatomy, end) else []  # the reference goes through the dense model's head
     numbers = torch.arange(n_kinds, device=states.device)
     crossed = torch.zeros(2, len(states), dtype=torch.float64, device=states.device)  # Σ p (log p − logit), and Σ p
     wanted = torch.zeros(len(states), dtype=torch.float64, device=states.device)
     highest, tops, totals = [], [], []
     for tile in _tiles(anatomy, states):
-        logits, dense = _logits(anatomy, both, tile).chunk(2)
+        if apart:
+            with dense_again(anatomy, apart):
+                dense = _logits(anatomy, reference.states, tile)
+            logits = _logits(anatomy, states, tile)
+        else:
+            logits, dense = _logits(anatomy, both, tile).chunk(2)
         logs = dense - reference.log_total[:, None].to(dense.dtype)
         shares = logs.exp()
         crossed += torch.stack([(shares * (logs - logits)).sum(dim=1), shares.sum(dim=1)])

@@ -253,11 +253,11 @@ class Anatomy:
 
     def loaded_for_start(self) -> AbstractContextManager[None]:
         """Context manager that loads everything but the blocks and the head: embeddings and norms."""
-        return residence_of(self.model).present(self._names_for_start(), to_read=True)
+        return residence_of(self.model).present(self.names_for_start(), to_read=True)
 
     def loaded_for_end(self) -> AbstractContextManager[None]:
         """Context manager that loads what follows the last block: the final norm and the head."""
-        return residence_of(self.model).present(self._names_for_end(), to_read=True)
+        return residence_of(self.model).present(self.names_for_end(), to_read=True)
 
     def parameter_names(self, layer: int) -> list[str]:
         """Return the paths, from the model's root, of all parameters of a block, pruned or not."""
@@ -268,11 +268,31 @@ class Anatomy:
         inside = {name for layer in range(len(self.blocks)) for name in self.parameter_names(layer)}
         return [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in inside]
 
+    def names_for_start(self) -> list[str]:
+        """Return the paths of all parameters that :meth:`loaded_for_start` loads."""
+        head = {name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()}  # type: ignore[operator]
+        return [name for name in self.other_names() if name.rpartition(".")[0] not in head]
+
+    def names_for_end(self) -> list[str]:
+        """Return the paths of all parameters that :meth:`loaded_for_end` loads."""
+        after = (self.model.get_submodule(self.final_norm_path), head_of(self.model))
+        places = {name for name, module in self.model.named_modules() if any(module is one for one in after)}
+        return [name for name in self.other_names() if name.rpartition(".")[0] in places]
+
+    def names_for_encoded(self) -> list[str]:
+        """Return the paths of the parameters of the first stack's final norm, which :meth:`encoded` applies."""
+        norm = f"{self.stacks[0].path}.{self.stacks[0].norm}"
+        return [name for name in self.other_names() if name.rpartition(".")[0] == norm]
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Paths of parameters that are tied to another one, such as the head to the embeddings, with that one's."""
+        return getattr(self.model, "all_tied_weights_keys", None) or {}
+
     @property
     def other_numel(self) -> int:
         """Number of values in the parameters outside the blocks; tied ones count once."""
-        tied = getattr(self.model, "all_tied_weights_keys", None) or ()
-        return sum(self.model.get_parameter(name).numel() for name in self.other_names() if name not in tied)
+        return sum(self.model.get_parameter(name).numel() for name in self.other_names() if name not in self.ties)
 
     @property
     def element_size(self) -> int:
@@ -601,15 +621,6 @@ class Anatomy:
                     digest.update(f"{layer}.{role}.{tuple(weight.shape)}".encode())
                     digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
-
-    def _names_for_start(self) -> list[str]:
-        head = {name for name, module in self.model.named_modules() if module is self.model.get_output_embeddings()}  # type: ignore[operator]
-        return [name for name in self.other_names() if name.rpartition(".")[0] not in head]
-
-    def _names_for_end(self) -> list[str]:
-        after = (self.model.get_submodule(self.final_norm_path), head_of(self.model))
-        places = {name for name, module in self.model.named_modules() if any(module is one for one in after)}
-        return [name for name in self.other_names() if name.rpartition(".")[0] in places]
 
     def _parameter(self, layer: int, role: str) -> str:
         """Return the path, from the model's root, of the parameter that stores a projection."""

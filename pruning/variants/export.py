@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..models.streaming import Streamed, residence_of
 from ..projections import Key
 from ..text.languages import named
 from .masks import MaskSet
+from .others import replaced, unties
 from .smaller import needs_biases, rebuilt, smallest
 from .store import VariantRecord
 
@@ -57,6 +58,10 @@ class Exportable(Protocol):
     @property
     def biases(self) -> Mapping[Key, Tensor]:
         """Biases that differ from the dense model's."""
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """Parameters beside the projections that differ from the dense model's."""
 
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
@@ -100,15 +105,44 @@ def write_checkpoint(variant: Exportable, anatomy: Anatomy, tokenizer: Any, fold
         with no_progress_bars():
             own.save_pretrained(folder)
     elif isinstance(residence, Streamed):
+        if unties(anatomy, variant.others):
+            raise VariantError(
+                f'"{variant.record.id}" has a head or embeddings of its own, which are tied in the dense model; export '
+                "it without --stream"
+            )
         _copy_the_rest(residence.shards.folder, folder)
         model.config.save_pretrained(folder)  # not copied, since the dtype may differ
         _write_shards(variant, anatomy, residence, folder)
     else:
-        with variant.applied(model), no_progress_bars():
+        with variant.applied(model), _untied(anatomy, variant), no_progress_bars():
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_text(folder / CARD_FILE, model_card(variant, said))
     return said
+
+
+@contextmanager
+def _untied(anatomy: Anatomy, variant: Exportable) -> Iterator[None]:
+    """Context manager in which a model is saved with all parameters, if the variant's are not tied as the dense ones.
+
+    Otherwise transformers would leave out those that are tied in the dense model.
+    """
+    if not unties(anatomy, variant.others):
+        yield
+        return
+    model: Any = anatomy.model
+    configs = list({id(config): config for config in (model.config, anatomy.config)}.values())
+    before = [config.tie_word_embeddings for config in configs]
+    ties = model.all_tied_weights_keys
+    try:
+        for config in configs:
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {name: own for name, own in ties.items() if name not in variant.others}
+        yield
+    finally:
+        for config, tied in zip(configs, before, strict=True):
+            config.tie_word_embeddings = tied
+        model.all_tied_weights_keys = ties
 
 
 def model_card(variant: Exportable, said: str = "") -> str:
@@ -135,6 +169,7 @@ def model_card(variant: Exportable, said: str = "") -> str:
         corrected=bool(variant.values),
         said=said,
         biases=len(variant.biases),
+        others=len(variant.others),
         version=version("prunescope"),
     )
 
@@ -159,8 +194,9 @@ def _write_shards(variant: Exportable, anatomy: Anatomy, residence: Streamed, fo
                     anatomy.set_weight(layer, role, variant.weight((layer, role), anatomy.weight(layer, role)))
                 if (layer, role) in variant.biases:
                     anatomy.set_bias(layer, role, variant.biases[layer, role])
-            state = model.state_dict()
-            tensors = revert_weight_conversion(model, {name: state[name] for name in names})
+            with replaced(anatomy, variant.others, [name for name in names if name in parameters]):
+                state = model.state_dict()
+                tensors = revert_weight_conversion(model, {name: state[name] for name in names})
         shard = f"model-{layer + 1:05d}-of-{layers + 1:05d}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / shard, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)

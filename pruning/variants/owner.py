@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..models.anatomy import Anatomy
+from ..models.anatomy import Anatomy, Stack
 from ..projections import Key
 from .biases import biased
+from .others import reaching, replaced
 from .variant import Variant
 
 
@@ -68,6 +69,21 @@ class DenseModel:
             finally:
                 block.restore()
 
+    def beside(self, variant: Variant, names: Collection[str]) -> AbstractContextManager[None]:
+        """Context manager in which parameters outside the blocks, which must be loaded, are those of a variant."""
+        return replaced(self.anatomy, variant.others, names)
+
+    def starts_alike(self, variant: Variant, stack: Stack) -> bool:
+        """Whether a variant has the dense model's embeddings, and all else that precedes a stack's first block."""
+        return not reaching(self.anatomy, variant.others, self.names_at_start(stack))
+
+    def names_at_start(self, stack: Stack) -> list[str]:
+        """Return the paths of all that decides what reaches the blocks of a stack: also of tables in its first block.
+
+        T5's first block has the position biases of all.
+        """
+        return [*self.anatomy.names_for_start(), *self.anatomy.parameter_names(stack.first)]
+
     # -- the whole model -------------------------------------------------------------------------------------
 
     @cached_property
@@ -100,7 +116,7 @@ class DenseModel:
         try:
             for key in variant.projections:
                 write_weight(self.anatomy, key, variant, dense[key])
-            with biased(self.anatomy, variant.biases):
+            with biased(self.anatomy, variant.biases), replaced(self.anatomy, variant.others):
                 yield
         finally:
             for key in variant.projections:
@@ -133,7 +149,7 @@ class Block:
         self._anatomy = anatomy
         self._layer = layer
         self._changed: set[str] = set()
-        self._biases = ExitStack()
+        self._beside = ExitStack()
         roles = anatomy.roles(layer) if changes else ()
         self._dense = {role: anatomy.weight(layer, role).clone() for role in roles}
 
@@ -145,16 +161,17 @@ class Block:
         for role in changed:
             write_weight(self._anatomy, (self._layer, role), variant, self._dense[role])
         self._changed = changed
-        self._biases.close()
+        self._beside.close()
         own = {key: bias for key, bias in variant.biases.items() if key[0] == self._layer}
-        self._biases.enter_context(biased(self._anatomy, own))
+        self._beside.enter_context(biased(self._anatomy, own))
+        self._beside.enter_context(replaced(self._anatomy, variant.others, self._anatomy.parameter_names(self._layer)))
 
     def restore(self) -> None:
         """Restore the dense block bit for bit."""
         for role in self._changed:
             self._anatomy.set_weight(self._layer, role, self._dense[role])
         self._changed = set()
-        self._biases.close()
+        self._beside.close()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from ..models.layouts import role_kind
 from ..patterns import BLOCKS, HEADS, NEURONS
 from ..projections import Key
 from .masks import MaskSet
+from .others import replaced
 
 #: Names of a configuration's number of neurons: of an MLP, of every expert, of a shared expert.
 _WIDTHS = {
@@ -41,6 +43,10 @@ class Shrinkable(Protocol):
     @property
     def biases(self) -> Any:
         """Biases that differ from the dense model's."""
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """Parameters beside the projections that differ from the dense model's."""
 
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
@@ -99,7 +105,8 @@ def rebuilt(variant: Shrinkable, anatomy: Anatomy, structure: tuple[str, ...]) -
                 model = type(dense)._from_config(config, dtype=dense.dtype).to(anatomy.device).eval()
             except (ValueError, RuntimeError, AttributeError) as error:
                 raise _Unfit(f"{anatomy.kind} has no such sizes") from error
-        cut.fill(model)
+        with replaced(anatomy, variant.others):
+            cut.fill(model)
         _compare(variant, anatomy, model)
     except _Unfit as reason:
         return None, str(reason)

@@ -1,8 +1,8 @@
 """A variant on disk: ``recipe.json`` and what was done to each projection.
 
 ``masks.safetensors`` says which weights were kept, ``weights.safetensors`` has their values if they were updated, and
-``codes.safetensors`` has quantized projections, which have no mask; ``biases.safetensors`` has biases that differ from
-the dense model's.
+``codes.safetensors`` has quantized projections, which have no mask; ``biases.safetensors`` has their biases, and
+``others.safetensors`` the parameters beside the projections, as far as they differ from the dense model's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..text.calibration import CalibrationSet, Drawn
 from .biases import BIASES_FILE, GrowingBiases
 from .codes import CodeSet, GrowingCodes, PackedCodes
 from .masks import GrowingMasks, MaskSet, is_mask_file
+from .others import OTHERS_FILE, OTHERS_FORMAT
 from .stated import STATED_DIGITS, Stated
 from .tensors import GrowingTensors, StoredTensors, damaged, room_for
 
@@ -153,7 +154,7 @@ def _reason(error: ValueError) -> str:
 def is_variant(folder: Path) -> bool:
     """Whether a folder holds a variant that prunescope wrote, complete or not, and nothing else."""
     names = {path.name for path in folder.iterdir()}
-    if not names <= {RECIPE_FILE, MASKS_FILE, WEIGHTS_FILE, CODES_FILE, BIASES_FILE}:
+    if not names <= {RECIPE_FILE, MASKS_FILE, WEIGHTS_FILE, CODES_FILE, BIASES_FILE, OTHERS_FILE}:
         return False
     try:
         content = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
@@ -167,19 +168,39 @@ def is_variant(folder: Path) -> bool:
 class VariantWriter:
     """Writes the parts of a variant into a folder, one projection at a time; see :meth:`at`."""
 
-    def __init__(self, masks: GrowingMasks, values: GrowingTensors, codes: GrowingCodes, biases: GrowingBiases) -> None:
+    def __init__(
+        self,
+        masks: GrowingMasks,
+        values: GrowingTensors,
+        codes: GrowingCodes,
+        biases: GrowingBiases,
+        others: GrowingTensors,
+    ) -> None:
         self._masks = masks
         self._values = values
         self._codes = codes
         self._biases = biases
+        self._others = others
 
     @classmethod
-    def at(cls, folder: Path, shapes: Mapping[Key, Shape]) -> VariantWriter:
-        """Start in an existing folder; `shapes` are those of all projections that may be written."""
+    def at(cls, folder: Path, shapes: Mapping[Key, Shape], others: Mapping[str, int] | None = None) -> VariantWriter:
+        """Start in an existing folder.
+
+        Parameters
+        ----------
+        folder
+            The folder.
+        shapes
+            Shapes of all projections that may be written.
+        others
+            Paths of all other parameters that may be written, and their numbers of values.
+        """
         sizes = {name_of(key): outputs * inputs for key, (outputs, inputs) in shapes.items()}
         room = room_for(sizes, {_WEIGHTS_FORMAT: "0" * 64})
         masks, values = GrowingMasks.at(folder / MASKS_FILE, shapes), GrowingTensors(folder / WEIGHTS_FILE, room)
-        return cls(masks, values, GrowingCodes.at(folder / CODES_FILE, shapes), GrowingBiases.at(folder, shapes))
+        beside = GrowingTensors(folder / OTHERS_FILE, room_for(others or {}, {OTHERS_FORMAT: "0" * 64}))
+        codes, biases = GrowingCodes.at(folder / CODES_FILE, shapes), GrowingBiases.at(folder, shapes)
+        return cls(masks, values, codes, biases, beside)
 
     def add(self, key: Key, packed: Tensor, inputs: int, values: Tensor | None = None) -> None:
         """Write one pruned projection.
@@ -209,6 +230,10 @@ class VariantWriter:
         """Write the bias of one projection, if it differs from the dense model's."""
         self._biases.add(key, bias)
 
+    def add_other(self, name: str, value: Tensor) -> None:
+        """Write a parameter beside the projections, by its path, if it differs from the dense model's."""
+        self._others.add(name, value)
+
     def state(self) -> dict[str, Any]:
         """Flush to disk, and return the state that :meth:`resumed` needs."""
         return {
@@ -216,6 +241,7 @@ class VariantWriter:
             "values": self._values.state(),
             "codes": self._codes.state(),
             "biases": self._biases.file.state(),
+            "others": self._others.state(),
         }
 
     @classmethod
@@ -225,9 +251,10 @@ class VariantWriter:
         values = GrowingTensors.resumed(folder / WEIGHTS_FILE, state["values"])
         codes = GrowingCodes.resumed(folder / CODES_FILE, state["codes"])
         biases = GrowingTensors.resumed(folder / BIASES_FILE, state["biases"])
-        if masks is None or values is None or codes is None or biases is None:
+        others = GrowingTensors.resumed(folder / OTHERS_FILE, state["others"])
+        if masks is None or values is None or codes is None or biases is None or others is None:
             return None
-        return cls(masks, values, codes, GrowingBiases(biases))
+        return cls(masks, values, codes, GrowingBiases(biases), others)
 
     def finish(self, model_fingerprint: str) -> None:
         """Complete the files."""
@@ -238,6 +265,8 @@ class VariantWriter:
         if len(self._values):
             self._values.finish({_WEIGHTS_FORMAT: model_fingerprint})
         self._biases.finish(model_fingerprint)
+        if len(self._others):
+            self._others.finish({OTHERS_FORMAT: model_fingerprint})
 
 
 def open_codes(folder: Path, model_fingerprint: str) -> CodeSet:

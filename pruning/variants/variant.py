@@ -20,8 +20,9 @@ from .apply import write_pruned
 from .biases import biased, open_biases
 from .codes import CodeSet
 from .export import write_checkpoint
-from .imported import difference
+from .imported import Held, difference
 from .masks import MaskSet
+from .others import open_others, replace_others, replaced
 from .size import DENSE_BITS, pruned_bits
 from .stated import Stated
 from .store import (
@@ -54,6 +55,9 @@ class Variant:
         Quantized projections, which have no mask.
     biases
         Biases that differ from the dense model's, by projection; a projection may have none in the dense model.
+    others
+        Other parameters that differ, of a model made elsewhere: norms, embeddings, the head and so on, by their path in
+        the model. What is tied to one in the dense model follows it, unless it has an entry of its own.
     """
 
     record: VariantRecord
@@ -61,6 +65,7 @@ class Variant:
     values: Mapping[Key, Tensor]
     codes: CodeSet = field(default_factory=CodeSet)
     biases: Mapping[Key, Tensor] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -104,7 +109,7 @@ class Variant:
                 number = math.prod(shape_of_values(self.values, key))
                 size = number * DENSE_BITS
             total, weights = total + size, weights + number
-        return total / weights
+        return total / weights if weights else DENSE_BITS
 
     def weight(self, key: Key, dense: Tensor) -> Tensor:
         """Return the weight of one projection, given the dense model's."""
@@ -156,7 +161,7 @@ class Variant:
             yield mask, weight
 
     def save(self, folder: Path) -> None:
-        """Write ``recipe.json``, masks, values, codes and biases, as far as there are any.
+        """Write ``recipe.json``, masks, values, codes, biases and others, as far as there are any.
 
         Raises
         ------
@@ -170,7 +175,8 @@ class Variant:
                 if key not in self.masks:
                     outputs, inputs = shape_of_values(self.values, key)
                     others[key] = (outputs, inputs)
-            writer = VariantWriter.at(partial, shapes | others)
+            beside = {name: self.others[name].numel() for name in self.others}
+            writer = VariantWriter.at(partial, shapes | others, beside)
             for key, (_, inputs) in shapes.items():
                 writer.add(key, torch.from_numpy(self.masks.packed(key)), inputs, self.values.get(key))
             for key in self.codes:
@@ -180,6 +186,8 @@ class Variant:
                     writer.add_values(key, self.values[key])
             for key, bias in self.biases.items():
                 writer.add_bias(key, bias)
+            for name in self.others:
+                writer.add_other(name, self.others[name])
             writer.finish(self.record.model_fingerprint)
             self.record.save(partial)
 
@@ -200,15 +208,16 @@ class Variant:
         model = record.model_fingerprint
         masks = open_masks(folder, model)
         values, codes = open_values(folder, masks, model), open_codes(folder, model)
-        return cls(record, masks, values, codes, open_biases(folder, model))
+        return cls(record, masks, values, codes, open_biases(folder, model), open_others(folder, model))
 
     @classmethod
-    def between(cls, dense: nn.Module, pruned: nn.Module, name: str) -> Variant:
+    def between(cls, dense: nn.Module, pruned: nn.Module, name: str, folder: Path | None = None) -> Variant:
         """Import a model that was pruned, quantized or trained elsewhere, as a variant of its dense parent.
 
         Where it has zeros that the dense model has not, weights count as removed, and masks are imported, with the
         other values where these differ too. Where it has none, or is quantized, all values are imported, and there is
-        no mask. ``record.found`` says in words what was found. The recipe is unknown, unless the model was loaded from
+        no mask. Norms, embeddings, biases and the head are imported where they differ by more than rounding to 16 bits.
+        ``record.found`` says in words what was found. The recipe is unknown, unless the model was loaded from
         a folder that :meth:`export` wrote: then the variant gets the recipe, calibration set and remarks stored next to
         the checkpoint, so that frames show its actual method (``wanda``, and so on) rather than its new name.
 
@@ -218,14 +227,29 @@ class Variant:
             Models of the same architecture and size; either may be streamed from its checkpoint.
         name
             Name of the variant.
+        folder
+            Where to write it, a projection at a time, so that no more than one is held in memory; the variant is then
+            opened from there. Without it, all that differs is held in memory.
 
         Raises
         ------
         VariantError
-            If the models do not match, nothing was changed, or the model differs in more than its projections.
+            If the models do not match, or nothing was changed.
+        DiskError
+            If the folder holds anything but a variant, or cannot be written.
         """
-        record, masks, values, biases = difference(dense, pruned, name)
-        return cls(record, masks, values, biases=biases)
+        if folder is None:
+            held = Held()
+            record = difference(dense, pruned, name, held)
+            return cls(record, held.masks, held.values, biases=held.biases, others=held.others)
+        parent = Anatomy(dense)
+        others = {path: parameter.numel() for path, parameter in dense.named_parameters(remove_duplicate=False)}
+        with whole_folder(folder, is_variant) as partial:
+            writer = VariantWriter.at(partial, {key: parent.shape(*key) for key in parent}, others)
+            record = difference(dense, pruned, name, writer)
+            writer.finish(record.model_fingerprint)
+            record.save(partial)
+        return cls.open(folder)
 
     def described(self, stated: Stated) -> Variant:
         """Return this model, made elsewhere, with what its name states of it.
@@ -264,7 +288,7 @@ class Variant:
         try:
             for key, weight in dense.items():
                 anatomy.set_weight(*key, self.weight(key, weight))
-            with biased(anatomy, self.biases):
+            with biased(anatomy, self.biases), replaced(anatomy, self.others):
                 yield
         finally:
             for key, weight in dense.items():
@@ -285,6 +309,7 @@ class Variant:
             anatomy.set_weight(*key, self.weight(key, anatomy.weight(*key)))
         for key, bias in self.biases.items():
             anatomy.set_bias(*key, bias)
+        replace_others(anatomy, self.others, copy=True)
 
     def export(self, model: Any, tokenizer: Any, folder: Path) -> str:
         """Write an ordinary checkpoint for ``from_pretrained``, together with the recipe and a model card.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from checkpoints import CORPUS, checkpoint, saved
 from command_line import prunescope
 from pages import written
@@ -12,7 +13,8 @@ from studies import STUDY
 
 from analysis import read_frame
 from analysis.frames import STUDY_FRAMES
-from pruning import CalibrationSet, Recipe, load_model, prune
+from probes import Readings, Session, read_against_dense
+from pruning import CalibrationSet, Recipe, Variant, load_model, prune
 
 pytestmark = pytest.mark.usefixtures("sketched")
 
@@ -149,3 +151,30 @@ def test_models_pruned_elsewhere_are_measured_beside_the_variants(place, tmp_pat
     assert {"llm-toolbox", "mine"} <= {path.name for path in (out / "variants").iterdir()}
     html = written(out / "report.html")
     assert "Llm-toolbox, sparsity 0.25, pruned elsewhere" in html
+
+
+def test_a_model_trained_elsewhere_in_all_its_parts_is_measured_as_it_is(place, tmp_path):
+    other, tokenizer = load_model(str(place / "model"), dtype="float32", device="cpu")
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
+    saved(other, tmp_path / "theirs")
+    out = small(place, tmp_path, place / "model", "[imported]", 'tuned = "theirs"')
+    frame = read_frame(out / "frames" / "perplexity.parquet")
+    assert set(frame[frame["method"] == "tuned"]["pattern"]) == {"changed"}
+    variant = Variant.open(out / "variants" / "tuned")
+    assert (out / "variants" / "tuned" / "others.safetensors").is_file()
+    for language in ("en", "sw"):
+        readings = Readings.open(out / "readings" / "tuned" / f"{language}.safetensors")
+        segments = CORPUS.take("heldout", language, len(readings.nll))
+        alone = read_against_dense(Session(other, tokenizer, max_length=40), segments)["dense"]
+        torch.testing.assert_close(readings.nll, alone.nll, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(readings.pooled, alone.pooled, rtol=1e-4, atol=1e-5)
+    assert "also changed: 7 of 7 norm parameters (by " in (out / "report.html").read_text(encoding="utf-8")
+    result = prunescope("export", out, tmp_path / "exported", "--variant", "tuned")
+    assert result.returncode == 0, result.stderr
+    again, _ = load_model(str(tmp_path / "exported"), dtype="float32", device="cpu")
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+    assert variant.others.keys() >= {"lm_head.weight", "model.norm.weight"}
