@@ -346,6 +346,13 @@ class Recipe(BaseModel):
         return self.recover != NONE
 
     @property
+    def unrecovered(self) -> Recipe:
+        """The recipe without fine-tuning in the end: what it chooses, this one trains."""
+        known = recovery_named(self.recover).parameters
+        parameters = tuple((name, value) for name, value in self.parameters if name not in known)
+        return self.model_copy(update={"recover": NONE, "parameters": parameters})
+
+    @property
     def whole(self) -> str:
         """What needs the whole model in memory, in words that a message starts with; empty if nothing does."""
         if self.scoring.differentiates:

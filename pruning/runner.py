@@ -17,6 +17,7 @@ from typing import Any
 
 from .code_version import code_version
 from .engine import Job, check_fits, planned_jobs, sweep
+from .engine.jobs import choices
 from .engine.plan import Plan, make_plan
 from .engine.recovering import recovering, recovery_work
 from .engine.streams import Progress
@@ -262,6 +263,7 @@ class PruningRun:
                 begun=self._begun(pending),
                 in_folder=folder is not None,
                 trial=trial,
+                there=self._chosen(pending),
             )
 
     @property
@@ -311,23 +313,29 @@ class PruningRun:
         """
         self._check_places(wave)
         workspace = self._workspace(wave)
+        there = self._chosen(wave.jobs)
         swept = sweep(
             self.anatomy,
-            wave.jobs,
+            choices(wave.jobs, there),
             self.text,
             batch_tokens=self._batch_tokens,
             workspace=workspace,
             progress=progress,
             exponents=self._exponents,
         )
-        reasons = {job.id: reason for job, reason in swept.set_aside.items()}
+        reasons = {job.id: swept.set_aside[job.choice] for job in wave.jobs if job.choice in swept.set_aside}
         owner = DenseModel(self.anatomy.model)  # its copy of the dense weights is shared, and freed in the end
-        for job in wave.jobs:
+        for job in sorted(wave.jobs, key=lambda job: not job.recipe.recovers):  # others move what these start from
             if job.id in reasons or self.finished(job.id):  # finished: it was moved there before a kill
                 if job.recipe.recovers:
                     progress(recovery_work(self.anatomy, [job]))
                 continue
-            variant = Variant(self.record(job, workspace.remarks(job.id)), *workspace.results(job.id))
+            if job.choice in there:
+                start = self.open(job.choice.id)
+                variant = replace(start, record=self.record(job, start.record.remarks))
+            else:
+                name = job.choice.id
+                variant = Variant(self.record(job, workspace.remarks(name)), *workspace.results(name))
             if job.recipe.recovers:
                 reasons |= self._recover(owner, variant, progress)
             elif self.folder is None:
@@ -354,8 +362,14 @@ class PruningRun:
             return {variant.id: str(error)}
         return {}
 
+    def _chosen(self, jobs: Sequence[Job]) -> set[Job]:
+        """Return the choices, for jobs that fine-tune in the end, that are among the finished variants."""
+        found = {job.choice for job in jobs if job.recipe.recovers}
+        return {choice for choice in found if self.jobs.get(choice.id) == choice and self.finished(choice.id)}
+
     def _work(self, jobs: Sequence[Job]) -> int:
-        return sweep_work(self.anatomy, jobs, self.text) + recovery_work(self.anatomy, jobs)
+        chosen = choices(jobs, self._chosen(jobs))
+        return sweep_work(self.anatomy, chosen, self.text) + recovery_work(self.anatomy, jobs)
 
     def close(self) -> None:
         """Remove temporary files, including those of waves that are no longer needed."""

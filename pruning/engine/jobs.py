@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -32,6 +32,27 @@ class Job:
     def id(self) -> str:
         """Name of the variant."""
         return self.recipe.variant_id(self.calibration)
+
+    @property
+    def choice(self) -> Job:
+        """The job that chooses what this one keeps: itself, or, if it fine-tunes in the end, the same without."""
+        if not self.recipe.recovers:
+            return self
+        recipe = self.recipe.unrecovered
+        return Job(recipe, self.calibration if recipe.calibrated else None)
+
+
+def choices(jobs: Iterable[Job], there: Collection[Job] = ()) -> list[Job]:
+    """Return what is to be chosen for some jobs, once where they differ only in the fine-tuning that follows.
+
+    Parameters
+    ----------
+    jobs
+        The jobs.
+    there
+        Choices that were made before.
+    """
+    return [choice for choice in dict.fromkeys(job.choice for job in jobs) if choice not in there]
 
 
 def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> list[Job]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
 from ..variants.masks import pack_bits
-from .jobs import Job, Schedule, covered_shapes
+from .jobs import Job, Schedule, choices, covered_shapes
 from .loss import GRADIENT_TOKENS
 from .recovering import recovery_memory, recovery_tokens
 from .shelves import Place
@@ -129,6 +129,7 @@ def make_plan(
     begun: Sequence[tuple[Job, ...]] = (),
     in_folder: bool = True,
     trial: bool = True,
+    there: Collection[Job] = (),
 ) -> Plan:
     """Estimate what jobs will need, and split them into waves that stay within the caps.
 
@@ -146,6 +147,8 @@ def make_plan(
         Whether variants and hidden states may go to disk. If not, all variants are made in one wave and held in memory.
     trial
         Whether to time a block in order to estimate the time; only if variants go to a folder.
+    there
+        Finished variants that jobs fine-tune, without choosing anew.
 
     Raises
     ------
@@ -153,7 +156,7 @@ def make_plan(
         If even one job at a time, with hidden states on disk, exceeds the caps; or if there is a device cap but the
         device has no memory of its own.
     """
-    needed = _Needs(anatomy, text, batch_tokens, in_folder=in_folder)
+    needed = _Needs(anatomy, text, batch_tokens, in_folder=in_folder, there=there)
     if device_memory is not None and not needed.apart:
         raise MemoryCapError(
             f"this model runs on the {anatomy.device.type}, which has no memory of its own to cap; "
@@ -181,7 +184,7 @@ def make_plan(
     costs = tuple(
         WaveCost(
             *most,
-            needed.states(wave) + sum(map(needed.kept, wave)) if in_folder else 0,
+            needed.states(choices(wave, there)) + sum(map(needed.kept, wave)) if in_folder else 0,
             sum(map(needed.kept, wave)) if in_folder else 0,
             needed.tokens_a_block(wave) if text is not None and any(job.recipe.calibrated for job in wave) else 0.0,
             own,
@@ -278,9 +281,16 @@ def _halvings(jobs: int) -> Iterable[int]:
 
 
 def _cut(jobs: Sequence[Job], count: int) -> list[tuple[Job, ...]]:
-    """Split jobs into `count` waves, keeping their order, so that jobs of one calibration set stay together."""
-    size = max(-(-len(jobs) // count), 1)
-    return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
+    """Split jobs into `count` waves, keeping their order, so that jobs of one calibration set stay together.
+
+    Those that fine-tune the same choice are in one wave.
+    """
+    alike: dict[Job, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault(job.choice, []).append(job)
+    together = list(alike.values())
+    size = max(-(-len(together) // count), 1)
+    return [tuple(job for one in together[i : i + size] for job in one) for i in range(0, len(together), size)]
 
 
 def _size(number: float | int) -> str:
@@ -291,9 +301,16 @@ class _Needs:
     """Estimates for one model and text, in bytes unless stated otherwise."""
 
     def __init__(
-        self, anatomy: Anatomy, text: CalibrationText | None, batch_tokens: int, *, in_folder: bool = True
+        self,
+        anatomy: Anatomy,
+        text: CalibrationText | None,
+        batch_tokens: int,
+        *,
+        in_folder: bool = True,
+        there: Collection[Job] = (),
     ) -> None:
         self.anatomy = anatomy
+        self.there = there
         self.apart = anatomy.device.type not in ("cpu", "mps")
         self.in_folder = in_folder
         self.text = text
@@ -317,6 +334,9 @@ class _Needs:
         weights = self.whole
         if self.anatomy.streamed:
             weights = self.largest_block + self.beside_blocks
+        held, passed = recovery_memory(self.anatomy, jobs)
+        results = 0 if self.in_folder else sum(map(self.kept, jobs))
+        jobs = choices(jobs, self.there)
         working = self._statistics(jobs) + self._choosing(jobs) + self._passing()
         working += self._encoded(jobs) + self._surveyed(jobs)
         differentiating = [job for job in jobs if job.recipe.scoring.differentiates]
@@ -328,8 +348,6 @@ class _Needs:
             sets = len({job.calibration for job in differentiating if job.recipe.scoring.of_inputs})
             kept = self._weights() * _FLOAT
             working = max(working + sets * kept, self._differentiating(differentiating) + max(sets - 1, 0) * kept)
-        held, passed = recovery_memory(self.anatomy, jobs)
-        results = 0 if self.in_folder else sum(map(self.kept, jobs))
         on_host = waiting + results + self.largest_matrix * (self.element + 1)
         if not self.apart:
             most = max(_SLACK * (working + on_host), held + _SLACK * (passed + on_host - waiting))
@@ -433,10 +451,11 @@ class _Needs:
 
     def tokens_a_block(self, jobs: Sequence[Job]) -> float:
         """Return the tokens that pass through a block, with the jobs' other work counted as additional tokens."""
+        recovering, jobs = jobs, choices(jobs, self.there)
         total, blocks = float(differentiated_tokens(jobs)), len(self.anatomy.blocks)
         total += Schedule(self.anatomy, list(surveyed(jobs)), self.text).work / blocks
         head = self.anatomy.vocabulary * self.anatomy.hidden_size / self._weights()
-        total += sum(map(recovery_tokens, jobs)) * (1 + head)
+        total += sum(map(recovery_tokens, recovering)) * (1 + head)
         for solves in (False, True):
             some = [job for job in streaming(jobs) if job.recipe.updates == solves]
             total += Schedule(self.anatomy, some, self.text).work / blocks * _OVERHEAD[solves]
@@ -456,9 +475,10 @@ class _Needs:
         spectra = self.seconds_for_spectra([job for wave in waves for job in wave])
         times = []
         for wave in waves:
+            chosen = choices(wave, self.there)
             passing = a_token * self.tokens_a_block(wave) if calibrated else 0.0
-            times.append(blocks * (loading + passing) + a_weight * sum(map(self.removable, wave)))
-            if spectra and self._weighed(wave):
+            times.append(blocks * (loading + passing) + a_weight * sum(map(self.removable, chosen)))
+            if spectra and self._weighed(chosen):
                 times[-1] += spectra
                 spectra = 0.0
         return times

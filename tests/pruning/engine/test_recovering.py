@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from pairwise import pairwise
 from torch.func import functional_call
 
 from pruning import Anatomy, CalibrationSet, Corpus, Recipe, SetAsideWarning, Variant, load_model, prune
-from pruning.engine import jobs, planned_jobs, recovering
+from pruning.engine import jobs, plan, planned_jobs, recovering
 from pruning.engine.recovering import recovery_work
 from pruning.errors import RecipeError, TextError
 from pruning.runner import PruningRun
@@ -20,6 +21,7 @@ from pruning.text.calibration import CalibrationText
 from pruning.text.sources import FileText
 from pruning.variants.owner import DenseModel
 
+sweep = import_module("pruning.engine.sweep")  # the function of this name hides it
 EN = CalibrationSet.named("en", samples=6, length=24, seed=1)
 RECOVERIES = ["lora", "fine-tune"]
 
@@ -151,6 +153,62 @@ def test_training_starts_from_the_weights_that_other_steps_made(model, tokenizer
         before, after = weights(plain, model), weights(recovered, model)
         for key, weight in after.items():
             torch.testing.assert_close(weight, before[key], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude", "snip"])
+def test_what_is_fine_tuned_in_several_ways_is_chosen_once(tokenizer, tmp_path, monkeypatch, method, in_folder):
+    """The choice is that of each recipe alone, whether it is made together, before, or not kept at all."""
+    model, real, calls = tiny_model(), sweep.choose, []
+
+    def counted(anatomy, layer, chosen, *more):
+        calls.append((layer, chosen.method_label))
+        return real(anatomy, layer, chosen, *more)
+
+    monkeypatch.setattr(sweep, "choose", counted)
+    tuned = [recipe("lora", method), recipe("fine-tune", method), recipe("lora", method, parameters={"steps": 2})]
+    alone = [prune(model, tokenizer, one, CORPUS, EN)[0] for one in tuned]
+    plain = Recipe(method=method, sparsity=0.5)
+    for recipes in (tuned, [*tuned, plain], [plain, *tuned]):
+        calls.clear()
+        place = {"folder": tmp_path / str(len(recipes)) / recipes[0].method_label} if in_folder else {}
+        made = {v.record.recipe: v for v in prune(model, tokenizer, recipes, CORPUS, EN, **place)}
+        assert sorted(calls) == [(layer, method) for layer in range(3)]
+        for one, expected in zip(tuned, alone, strict=True):
+            assert made[one].masks == expected.masks
+            assert made[one].record.remarks == expected.record.remarks
+            assert made[one].values.keys() == expected.values.keys()
+            assert all(torch.equal(made[one].values[key], value) for key, value in expected.values.items())
+        if plain in recipes:
+            assert made[plain].masks == alone[0].masks
+            assert not made[plain].record.recipe.recovers
+
+
+def test_a_finished_variant_is_fine_tuned_without_choosing_anew(model, tokenizer, tmp_path, monkeypatch):
+    plain, tuned = Recipe(method="sparsegpt", sparsity=0.5), recipe("fine-tune", "sparsegpt")
+    (expected,) = prune(model, tokenizer, tuned, CORPUS, EN)
+    (first,) = prune(model, tokenizer, plain, CORPUS, EN, folder=tmp_path)
+
+    def never(*arguments):
+        raise AssertionError
+
+    monkeypatch.setattr(sweep, "choose", never)
+    ticks: list[int] = []
+    _, second = prune(model, tokenizer, [plain, tuned], CORPUS, EN, folder=tmp_path, progress=ticks.append)
+    assert second.masks == expected.masks == first.masks
+    assert all(torch.equal(second.values[key], value) for key, value in expected.values.items())
+    assert sum(ticks) == recovery_work(Anatomy(model), planned_jobs([tuned], [EN]))
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_cap_does_not_part_what_is_fine_tuned_from_one_choice():
+    recipes = [Recipe(method="wanda", sparsity=0.5), Recipe(method="ria", sparsity=0.5), recipe("lora", "ria")]
+    planned = planned_jobs([*recipes, recipe("lora")], [EN, SHORT])
+    for count in (1, 2, 4, 8):
+        waves = plan._cut(planned, count)
+        assert len(waves) == min(count, 4)
+        assert sorted(job.id for wave in waves for job in wave) == sorted(job.id for job in planned)
+        assert len(jobs.choices(planned)) == sum(len(jobs.choices(wave)) for wave in waves) == 4
 
 
 def test_steps_that_bfloat16_cannot_hold_are_not_lost_in_it(tokenizer):
