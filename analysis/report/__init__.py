@@ -9,6 +9,7 @@ from .findings import study_findings
 from .latex import document, latex
 from .page import write_report
 from .paper_tables import study_tables
+from .paragraph import methods_latex, methods_paragraph, references
 from .recovery import diagnosis_findings
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "document",
     "figures_of_kind",
     "latex",
+    "methods_latex",
+    "methods_paragraph",
+    "references",
     "study_figures",
     "study_findings",
     "study_tables",

@@ -27,6 +27,7 @@ from .cells import ReportTable
 from .explore import CALIBRATION, EVERYTHING, LANGUAGE, LAYER, RECIPE, ROLE, Chart, charts, columns_of, menus
 from .facts import ReportFacts
 from .findings import study_findings
+from .paragraph import methods_paragraph, methods_plain
 from .recovery import diagnosis_findings
 from .summary import summary
 from .tables import contrast_table, dense_table, model_table
@@ -91,6 +92,7 @@ def write_report(
         vega=_vega() if explored else "",
         css=_part("report.css"),
         js=_part("report.js"),
+        methods=methods_plain(methods_paragraph(facts, frames, bool(diagnoses))),
         dense=dense_table(frames["perplexity"], facts),
         models=model_table(frames),
         contrasts=contrast_table(frames["contrasts"]),

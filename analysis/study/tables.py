@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pruning.code_version import code_version
 from pruning.files import content_sha256, write_text
 
-from ..report import ReportTable, document, latex, study_tables
+from ..report import ReportTable, document, latex, methods_latex, methods_paragraph, references, study_tables
 from .analyses import NAMES
 from .context import Context
+from .diagnose import diagnoses
 from .figures import report_facts, versions
 from .frames import StudyFrames, frame_key, frames_finished
 from .units import Advance, Output, Unit
@@ -18,6 +19,8 @@ from .units import Advance, Output, Unit
 FOLDER = "tables"
 #: A document of all tables.
 PREVIEW = "preview"
+#: A paragraph on what was done, and the works that it cites.
+METHODS, REFERENCES = "methods", "references"
 
 
 class WriteTables:
@@ -42,7 +45,13 @@ class WriteTables:
             began = time.monotonic()
             name = output.name.partition("/")[2]
             written = {f"{name}.tex": document(list(shown))}
-            if name != PREVIEW:
+            if name == METHODS:
+                paragraph = methods_paragraph(report_facts(context), StudyFrames(context), any(diagnoses(context)))
+                written = {
+                    f"{METHODS}.tex": methods_latex(paragraph, source),
+                    f"{REFERENCES}.bib": references(paragraph),
+                }
+            elif name != PREVIEW:
                 made = shown[name].make()
                 written = {
                     f"{name}.csv": made.numbers.to_csv(index=False),
@@ -60,8 +69,9 @@ def tables(context: Context) -> Iterator[ReportTable]:
 
 
 def table_keys(context: Context) -> dict[str, str]:
-    """Return a hash of everything that each table depends on, by name; that of the preview comes last."""
+    """Return a hash of everything that each table, the paragraph and the preview depend on, by name."""
     code = code_version("analysis.report", "analysis.frames")
     of_frames = content_sha256([code, [frame_key(context, name) for name in NAMES]])
     found = {table.name: content_sha256([of_frames, table.name, table.caption]) for table in tables(context)}
-    return found | {PREVIEW: content_sha256([code, list(found)])}
+    said = [of_frames, context.study.to_toml(), [one.key for one in diagnoses(context)]]
+    return found | {METHODS: content_sha256(said), PREVIEW: content_sha256([code, list(found)])}

@@ -221,7 +221,7 @@ def test_figures_are_there_as_pdf_and_png(finished):
 def test_tables_are_there_as_csv_and_latex_and_on_the_page(finished):
     folder = finished / "tables"
     names = {path.stem for path in folder.glob("*.csv")}
-    assert {path.stem for path in folder.iterdir()} == {*names, "preview"}
+    assert {path.stem for path in folder.iterdir()} == {*names, "preview", "methods", "references"}
     assert set(re.findall(r"\\input\{(.*)\.tex\}", (folder / "preview.tex").read_text())) == names
     kinds = {"perplexity", "bits-per-byte", "snr", "specific-error", "agnostic-error", "mask-overlap", "contrasts"}
     kinds |= {f"accuracy-bundled-{category}" for category in ("reasoning", "knowledge", "commonsense", "fluency")}
