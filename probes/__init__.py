@@ -14,13 +14,14 @@ from .readers.keep import Keep
 from .readers.loss import TokenLoss
 from .readers.routing import RouterChoices
 from .readers.signal import SignalError, SignalPower
-from .reading import pooled_states, read_against_dense, read_lens
+from .reading import fit_translators, pooled_states, read_against_dense, read_lens
 from .reading_plan import ReadingPlan, plan_reading
 from .readings import Readings, StoredReadings
 from .routing import Routed
 from .scoring import ChoiceScores, item_questions, score, text_questions
 from .session import Session
 from .streams import DENSE, FittingStream, HeldoutStream, QuestionStream, Together
+from .translators import Translators
 
 __all__ = [
     "DENSE",
@@ -50,7 +51,9 @@ __all__ = [
     "Together",
     "TokenLanguages",
     "TokenLoss",
+    "Translators",
     "attribute",
+    "fit_translators",
     "item_questions",
     "patch",
     "plan_reading",

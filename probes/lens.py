@@ -28,7 +28,10 @@ from .readers.lens import LENS_SUMS, BlockPredictions, Reference
 from .readers.sampled import Sample, SampledStates, decoded
 from .session import Session
 from .streams import DENSE, AtHead
+from .translators import Translators
 
+#: What states are read through: as they are, and translated (:mod:`probes.translators`).
+LENSES = ("logit", "tuned")
 #: Kinds of tokens that are of no single language: common to several, and not seen in the text.
 SHARED, UNSEEN = "shared", "unseen"
 #: Where kinds of tokens are in the metadata of a file.
@@ -86,7 +89,7 @@ class TokenLanguages:
 class LensReadings:
     """What one model would predict after each block, as sums over the sampled positions of each segment.
 
-    For 32 blocks, 128 segments and seven languages they take 425 kB.
+    For 32 blocks, 128 segments and seven languages they take 425 kB a lens.
 
     Attributes
     ----------
@@ -96,17 +99,22 @@ class LensReadings:
         The blocks, int64 ``[layers]``: all, or those of the decoder.
     vocabulary
         Number of tokens of each kind in the vocabulary, int64 ``[kinds]``.
+    explained
+        How well the translator of each block was fitted (:attr:`probes.translators.Translator.explained`), float64
+        ``[layers]``; empty without a tuned lens.
     sampled
         Number of positions sampled of each segment, int64 ``[segments]``.
     sums
-        As in :data:`probes.readers.lens.LENS_SUMS`, float64 ``[layers, segments, sums]``.
+        As in :data:`probes.readers.lens.LENS_SUMS`, for the first, or both, of
+        :data:`LENSES`, float64 ``[lenses, layers, segments, sums]``.
     mass
-        Probability of each kind of tokens, float64 ``[layers, segments, kinds]``.
+        Probability of each kind of tokens, float64 ``[lenses, layers, segments, kinds]``.
     """
 
     kinds: tuple[str, ...]
     layers: Tensor
     vocabulary: Tensor
+    explained: Tensor
     sampled: Tensor
     sums: Tensor
     mass: Tensor
@@ -149,6 +157,8 @@ class LensStream:
         Ids of variants, and :data:`DENSE` if wanted.
     tokens, seed
         Number of positions, the same ones for all models, and seed of their draw.
+    tuned
+        Whether states are also read through a tuned lens.
 
     Attributes
     ----------
@@ -167,9 +177,17 @@ class LensStream:
     files: Mapping[str, Path] = {}
 
     def __init__(
-        self, session: Session, segments: Sequence[Segment], models: Sequence[str], *, tokens: int, seed: int = 0
+        self,
+        session: Session,
+        segments: Sequence[Segment],
+        models: Sequence[str],
+        *,
+        tokens: int,
+        seed: int = 0,
+        tuned: bool = False,
     ) -> None:
         self.models = tuple(models)
+        self._lenses = LENSES[: 1 + tuned]
         self._anatomy = session.anatomy
         batches = session.batches(segments)
         self.sample = Sample.of(batches, tokens, seed)
@@ -182,30 +200,48 @@ class LensStream:
     def at_head(self) -> AtHead:
         """See :class:`probes.streams.Stream`."""
         stack = self._anatomy.stacks[-1]
-        return AtHead(len(self.sample), stack.stop - stack.first, all_tokens=False)
+        return AtHead(len(self.sample), stack.stop - stack.first, len(self._lenses), all_tokens=False)
 
     def reference(self) -> ReferenceStream:
         """Return what is to be read first, by the dense model alone."""
         return ReferenceStream(self)
 
-    def prepare(self, reference: ReferenceStream, languages: TokenLanguages) -> None:
-        """Prepare for reading: give it what the dense model predicts in the end, and the languages of tokens."""
+    def prepare(
+        self, reference: ReferenceStream, languages: TokenLanguages, translators: Translators | None = None
+    ) -> None:
+        """Prepare for reading.
+
+        Parameters
+        ----------
+        reference
+            What :meth:`reference` returned, after it was read.
+        languages
+            Of tokens.
+        translators
+            Of the dense model; only for a tuned lens.
+        """
+        lenses = [_as_it_is, *([translators.translate] if translators is not None else [])]
+        assert len(lenses) == len(self._lenses)
         anatomy, stack = self._anatomy, self._anatomy.stacks[-1]
         with anatomy.loaded_for_end():
             final = Reference.of(anatomy, reference.states())
         vocabulary = torch.bincount(languages.kinds, minlength=len(languages.names))
         kinds, layers = languages.kinds.to(anatomy.device), torch.arange(stack.first, stack.stop)
+        shares = {} if translators is None else translators.explained() | {stack.stop - 1: 1.0}
+        explained = torch.tensor([shares[layer] for layer in sorted(shares)], dtype=torch.float64)
+        shape = (len(lenses), len(layers), self._segments)
         for model in self.models:
             found = LensReadings(
                 kinds=languages.names,
                 layers=layers,
                 vocabulary=vocabulary,
+                explained=explained,
                 sampled=torch.bincount(self.sample.segment, minlength=self._segments),
-                sums=torch.zeros(len(layers), self._segments, len(LENS_SUMS), dtype=torch.float64),
-                mass=torch.zeros(len(layers), self._segments, len(languages.names), dtype=torch.float64),
+                sums=torch.zeros(*shape, len(LENS_SUMS), dtype=torch.float64),
+                mass=torch.zeros(*shape, len(languages.names), dtype=torch.float64),
             )
             self.readings[model] = found
-            reader = BlockPredictions(anatomy, self.sample, final, kinds, found.sums, found.mass, stack.first)
+            reader = BlockPredictions(anatomy, self.sample, final, kinds, found.sums, found.mass, lenses, stack.first)
             self._readers[model] = [reader]
 
     def opened(self) -> AbstractContextManager[object]:
@@ -215,6 +251,10 @@ class LensStream:
     def readers(self, model: str, batch: int) -> Sequence[Reader]:
         """See :class:`probes.streams.Stream`; they find the batch by its segments."""
         return self._readers[model]
+
+
+def _as_it_is(layer: int, states: Tensor) -> Tensor:
+    return states
 
 
 class ReferenceStream:

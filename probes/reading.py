@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from .reading_plan import plan_reading
 from .readings import Readings
 from .session import Session
 from .streams import DENSE, FittingStream, HeldoutStream
+from .translators import Translators, fit_all, translator_files, translator_streams
 
 
 def read_against_dense(
@@ -70,6 +72,7 @@ def read_lens(
     *,
     tokens: int = 256,
     seed: int = 0,
+    translators: Translators | None = None,
     progress: Progress = lambda tokens: None,
 ) -> dict[str, LensReadings]:
     """Read what the dense model and its variants would predict after every block, at a sample of positions.
@@ -86,6 +89,8 @@ def read_lens(
         Of the same model.
     tokens, seed
         Number of positions, the same ones for all models, and seed of their draw.
+    translators
+        As from :func:`fit_translators`, to read through the tuned lens, too.
     progress
         Told of the tokens as they are read.
 
@@ -99,10 +104,47 @@ def read_lens(
     TextError
         If the text has no position to sample.
     """
-    stream = LensStream(session, segments, [DENSE, *(variant.id for variant in variants)], tokens=tokens, seed=seed)
+    models = [DENSE, *(variant.id for variant in variants)]
+    stream = LensStream(session, segments, models, tokens=tokens, seed=seed, tuned=translators is not None)
     reference = stream.reference()
-    plan = plan_reading(session, [stream, reference], trial=False)
+    replaced = max((numel_of(variant.others) for variant in variants), default=0)
+    plan = plan_reading(session, [stream, reference], trial=False, replaced=replaced)
     read_streams(session, [reference], {}, plan, progress)
-    stream.prepare(reference, languages)
+    stream.prepare(reference, languages, translators)
     read_streams(session, [stream], {variant.id: variant for variant in variants}, plan, progress)
     return stream.readings
+
+
+def fit_translators(
+    session: Session,
+    text: Mapping[str, Sequence[Segment]],
+    folder: Path,
+    *,
+    seed: int = 0,
+    progress: Progress = lambda tokens: None,
+) -> Translators:
+    """Fit the affine maps of a tuned lens on the dense model.
+
+    Parameters
+    ----------
+    session
+        Of the dense model.
+    text
+        By language; not what is evaluated.
+    folder
+        Where they are written, one file a block.
+    seed
+        Of the draw of positions.
+    progress
+        Told of the tokens as they are read.
+
+    Raises
+    ------
+    TextError
+        If there is too little text.
+    """
+    streams = translator_streams(session, text, seed)
+    plan = plan_reading(session, streams, trial=False)
+    files = translator_files(session.anatomy, folder)
+    fit_all(session, streams, lambda some: read_streams(session, some, {}, plan, progress), files)
+    return Translators(files, session.anatomy.device)

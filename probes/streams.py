@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -37,20 +37,22 @@ class AtHead:
 
     Attributes
     ----------
-    positions, blocks
-        Number of positions whose states do so after every block, and of these blocks; none by default.
+    positions, blocks, lenses
+        Number of positions whose states do so after every block, of these blocks, and of the lenses that they do it
+        through; none by default.
     all_tokens
         Whether those of all tokens do so after the last block.
     """
 
     positions: int = 0
     blocks: int = 0
+    lenses: int = 1
     all_tokens: bool = True
 
     @property
     def products(self) -> int:
         """States that are multiplied by the head for the positions: each beside the dense model's final one."""
-        return 2 * self.positions * self.blocks
+        return 2 * self.positions * self.blocks * self.lenses
 
 
 @runtime_checkable
@@ -312,8 +314,7 @@ class Together:
         self.batches = whole.batches
         self.compares = whole.compares
         self.files = whole.files
-        added = part.at_head
-        self.at_head = AtHead(added.positions, added.blocks, all_tokens=whole.at_head.all_tokens)
+        self.at_head = replace(part.at_head, all_tokens=whole.at_head.all_tokens)
 
     def opened(self) -> AbstractContextManager[object]:
         """See :class:`Stream`."""

@@ -159,7 +159,10 @@ _RETRIEVAL = (
     "share of segments whose nearest neighbour in another language, by cosine similarity of {what}, is their "
     f"translation; mean over the other languages; chance: 1/n; {_OVER}"
 )
-_LENS = "the prediction after a block: its states at sampled positions through the final norm and the head (logit lens)"
+_LENS = (
+    "the prediction after a block: its states at sampled positions through the final norm and the head, as they are "
+    "(lens: logit) or translated by an affine map fitted on the dense model (lens: tuned)"
+)
 _OVER_SAMPLED = "mean over the sampled positions, the same for all models; 95 % bootstrap interval over their segments"
 _PAIRED = "mean over segments (paired) and draws; interval over both"
 _DROPS = "mean over templates and draws; interval over both"
@@ -307,8 +310,8 @@ FRAMES: dict[str, FrameSpec] = {
         {
             "kl": Metric(
                 "nat",
-                f"KL(p ‖ q), p: the dense model's final prediction, q: {_LENS}; large in early blocks of any model, "
-                f"whose states are not yet in the basis that the head reads; {_OVER_SAMPLED}",
+                f"KL(p ‖ q), p: the dense model's final prediction, q: {_LENS}; with the logit lens large in early "
+                f"blocks of any model, whose states are not yet in the basis that the head reads; {_OVER_SAMPLED}",
             ),
             "kl_change": Metric(
                 "nat", "kl minus that of the dense model's prediction after the same block, paired by position; as kl"
@@ -331,6 +334,11 @@ FRAMES: dict[str, FrameSpec] = {
                 "",
                 "share of the vocabulary's tokens that are of other_language, which is the token_share of a prediction "
                 "that knows nothing (dense model; no language, no layer)",
+            ),
+            "translated_share": Metric(
+                "",
+                "share of the variance of the dense model's final states that translated ones explain, mean over "
+                "dimensions, on segments of the fitting text that were left out of the fit (tuned lens; no language)",
             ),
             "token_share_change": Metric(
                 "", "token_share minus that of the dense model after the same block, paired by position; as above"

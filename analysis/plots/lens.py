@@ -1,4 +1,4 @@
-"""Figures of the logit lens: what models would predict after each block, and in which language."""
+"""Figures of the logit lens and the tuned lens: what models would predict after each block, and in which language."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from probes import DENSE
-from probes.lens import SHARED, UNSEEN
+from probes.lens import LENSES, SHARED, UNSEEN
 
 from ..frames import labels, of_recipe
 from . import charts, style
 
 
 def layers(
-    frame: pd.DataFrame, recipe: Mapping[str, Any], *, encoder: int = 0, width: float = style.PAGE_WIDTH
+    frame: pd.DataFrame,
+    recipe: Mapping[str, Any],
+    *,
+    lens: str = LENSES[0],
+    encoder: int = 0,
+    width: float = style.PAGE_WIDTH,
 ) -> Figure:
     """Draw the divergence from the dense model's final prediction by block; a panel a language."""
-    kl = frame[frame["metric"] == "kl"]
+    kl = frame[(frame["metric"] == "kl") & (frame["lens"] == lens)]
     panels = []
     for language in labels.in_order(kl["language"].unique()):
         own = kl[kl["language"] == language]
@@ -27,7 +32,8 @@ def layers(
         panels.append(charts.Panel(labels.language_title(language), [*charts.set_lines(of_recipe(own, recipe)), dense]))
     return charts.line_panels(
         panels,
-        title=f"Predictions after each block, from the dense model's final ones ({labels.recipe_label(recipe)})",
+        title=f"Predictions after each block against the dense model's final ones: {lens} lens "
+        f"({labels.recipe_label(recipe)})",
         x_label="layer",
         encoder=encoder,
         y_label="KL divergence (nat)",
@@ -36,10 +42,15 @@ def layers(
 
 
 def tokens(
-    frame: pd.DataFrame, recipe: Mapping[str, Any], *, encoder: int = 0, width: float = style.PAGE_WIDTH
+    frame: pd.DataFrame,
+    recipe: Mapping[str, Any],
+    *,
+    lens: str = LENSES[0],
+    encoder: int = 0,
+    width: float = style.PAGE_WIDTH,
 ) -> Figure:
     """Draw the probability of tokens of the text's own language and of one other, dense and pruned, by block."""
-    shares = frame[frame["metric"] == "token_share"]
+    shares = frame[(frame["metric"] == "token_share") & (frame["lens"] == lens)]
     dense, pruned = shares[shares["method"] == DENSE], of_recipe(shares, recipe)
     panels = []
     for language in labels.in_order(shares["language"].unique()):
@@ -54,7 +65,7 @@ def tokens(
         panels.append(charts.Panel(f"text: {labels.language_title(language)}", lines))
     return charts.line_panels(
         panels,
-        title=f"Languages of the tokens predicted after each block ({labels.recipe_label(recipe)})",
+        title=f"Languages of the tokens predicted after each block: {lens} lens ({labels.recipe_label(recipe)})",
         x_label="layer",
         encoder=encoder,
         y_label="probability",
@@ -62,9 +73,11 @@ def tokens(
     )
 
 
-def languages(frame: pd.DataFrame, *, encoder: int = 0, width: float = style.PAGE_WIDTH) -> Figure:
+def languages(
+    frame: pd.DataFrame, *, lens: str = LENSES[0], encoder: int = 0, width: float = style.PAGE_WIDTH
+) -> Figure:
     """Draw the probability of tokens of every language by block of the dense model; a panel a language of the text."""
-    shares = frame[(frame["metric"] == "token_share") & (frame["method"] == DENSE)]
+    shares = frame[(frame["metric"] == "token_share") & (frame["lens"] == lens) & (frame["method"] == DENSE)]
     named = labels.in_order(set(shares["other_language"].astype(str)) - {SHARED, UNSEEN})
     panels = []
     for language in labels.in_order(shares["language"].unique()):
@@ -76,7 +89,7 @@ def languages(frame: pd.DataFrame, *, encoder: int = 0, width: float = style.PAG
         panels.append(charts.Panel(f"text: {labels.language_title(language)}", lines))
     return charts.line_panels(
         panels,
-        title="Languages of the tokens predicted after each block (dense)",
+        title=f"Languages of the tokens predicted after each block: {lens} lens (dense)",
         x_label="layer",
         encoder=encoder,
         y_label="probability",

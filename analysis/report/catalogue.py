@@ -16,7 +16,7 @@ from ..frames import Frames, labels, recipes_of
 from ..metrics import recovery
 from ..metrics.recovery_frame import named_causes
 from .facts import ReportFacts, described_text
-from .recipe_figures import GROUPS, RecipeFigures, sampled
+from .recipe_figures import GROUPS, OF_LENSES, RecipeFigures, sampled
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,12 @@ class ReportFigure:
 
 
 ALL_MODELS = "All models"
-_PERPLEXITY, _LANGUAGES, _LENS = OF_ALL_MODELS = ("perplexity", "routing-languages", "lens-languages")
+_PERPLEXITY, _LANGUAGES = "perplexity", "routing-languages"
+#: Lens to the kind of its figure.
+_LENSES = {lens: f"{figure}-languages" for lens, figure in OF_LENSES.items()}
+_OF_ALL_MODELS = (_PERPLEXITY, _LANGUAGES, *_LENSES.values())
 #: Every kind of figure of a study, in the order of the report.
-KINDS = (*OF_ALL_MODELS, *(kind for _, kinds in GROUPS.values() for kind in kinds))
+KINDS = (*_OF_ALL_MODELS, *(kind for _, kinds in GROUPS.values() for kind in kinds))
 
 
 def section_of(recipe: Mapping[str, Any]) -> str:
@@ -61,7 +64,7 @@ def section_of(recipe: Mapping[str, Any]) -> str:
 
 def study_figures(frames: Frames, facts: ReportFacts) -> Iterator[ReportFigure]:
     """Yield every figure that the frames have data for, in the order of the report."""
-    yield from _of_all_models(frames, facts, OF_ALL_MODELS)
+    yield from _of_all_models(frames, facts, _OF_ALL_MODELS)
     for recipe in recipes_of(frames["signal"]):
         own = RecipeFigures(frames, facts, recipe)
         for group in GROUPS:
@@ -101,18 +104,23 @@ def _of_all_models(frames: Frames, facts: ReportFacts, kinds: tuple[str, ...]) -
             lambda **settings: plots.routing.languages(frames["routing"], **settings),
             _LANGUAGES,
         )
-    if _LENS in kinds and len(frames["lens"]):
-        encoder = labels.encoder_blocks(frames["signal"])
-        yield ReportFigure(
-            ALL_MODELS,
-            _LENS,
-            "Languages of the tokens that the dense model would predict after each block (logit lens): probability of "
-            "tokens of each language, a panel a language of the text. A token is of the language that has two thirds "
-            "or more of its frequency in the fitting text; the rest of the probability is on tokens that languages "
-            f"share, or that do not occur there. Bands: 95 % bootstrap intervals over segments. {sampled(frames)}",
-            lambda **settings: plots.lens.languages(frames["lens"], encoder=encoder, **settings),
-            _LENS,
-        )
+    for lens, kind in _LENSES.items():
+        if kind in kinds and (frames["lens"]["lens"] == lens).any():
+            yield _languages_of_tokens(frames, lens, kind)
+
+
+def _languages_of_tokens(frames: Frames, lens: str, kind: str) -> ReportFigure:
+    encoder = labels.encoder_blocks(frames["signal"])
+    return ReportFigure(
+        ALL_MODELS,
+        kind,
+        f"Languages of the tokens that the dense model would predict after each block ({lens} lens): probability of "
+        "tokens of each language, a panel a language of the text. A token is of the language that has two thirds or "
+        "more of its frequency in the fitting text; the rest of the probability is on tokens that languages share, or "
+        f"that do not occur there. Bands: 95 % bootstrap intervals over segments. {sampled(frames)}",
+        lambda **settings: plots.lens.languages(frames["lens"], lens=lens, encoder=encoder, **settings),
+        kind,
+    )
 
 
 def _of_recipe(own: RecipeFigures, group: str) -> Iterator[ReportFigure]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from probes import DENSE
+from probes.lens import LENSES
 from pruning.text.languages import language_name
 
 from ..frames import Frames, labels, of_recipe
@@ -16,7 +17,8 @@ from ..frames import Frames, labels, of_recipe
 
 def lens_of_dense(frame: pd.DataFrame) -> Iterator[str]:
     """Yield after which blocks the dense model's predictions are in another language than the text."""
-    rows = frame[(frame["method"] == DENSE) & (frame["metric"] == "token_share_lead")]
+    lens, rows = _best(frame)
+    rows = rows[(rows["method"] == DENSE) & (rows["metric"] == "token_share_lead")]
     if not len(rows):
         return
     vocabulary = frame[frame["metric"] == "vocabulary_share"].set_index("other_language")["value"]
@@ -34,20 +36,20 @@ def lens_of_dense(frame: pd.DataFrame) -> Iterator[str]:
     none = f" Of text in {', '.join(map(language_name, others))} this holds after no block." if others and said else ""
     if said:
         yield (
-            "By the logit lens, tokens of another language have more probability in the dense model than those of the "
-            f"text's own, and more than the numbers of these tokens in the vocabulary account for (95 % intervals over "
-            f"segments, not corrected for their number), in {'; '.join(said)}.{none}"
+            f"By the {lens} lens, tokens of another language have more probability in the dense model than those of "
+            f"the text's own, and more than the numbers of these tokens in the vocabulary account for (95 % intervals "
+            f"over segments, not corrected for their number), in {'; '.join(said)}.{none}"
         )
     else:
         yield (
-            "By the logit lens, the tokens of no other language have clearly more probability than those of the "
+            f"By the {lens} lens, the tokens of no other language have clearly more probability than those of the "
             "text's own language after any block of the dense model."
         )
 
 
 def lens_of_recipe(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     """Yield how far the final prediction is from the dense one, and whether languages of tokens have changed."""
-    rows = of_recipe(frames["lens"], recipe)
+    lens, rows = _best(of_recipe(frames["lens"], recipe))
     if not len(rows):
         return
     kl = rows[rows["metric"] == "kl"]
@@ -56,12 +58,19 @@ def lens_of_recipe(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     farther, nearer = int((change["low"] > 0).sum()), int((change["high"] < 0).sum())
     yield (
         f"The final prediction is {last.mean():.2f} nats from the dense model's (KL, mean over languages and models; "
-        f"most in {language_name(str(last.idxmax()))}: {last.max():.2f}). Through the logit lens, predictions are "
+        f"most in {language_name(str(last.idxmax()))}: {last.max():.2f}). Through the {lens} lens, predictions are "
         f"farther from it than the dense model's after the same block in {farther} of {len(change)} "
         f"cases (each block, language and model) and nearer in {nearer}. Only cases count whose 95 % interval is on "
         "one side of zero; by chance alone, one in 40 would be on either side."
     )
     yield from _languages_of_tokens(rows)
+
+
+def _best(frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """Return the tuned lens with its rows, or the logit lens if there is no other."""
+    there = set(frame["lens"].dropna().astype(str))
+    lens = next((name for name in reversed(LENSES) if name in there), LENSES[0])
+    return lens, frame[frame["lens"] == lens]
 
 
 def _languages_of_tokens(rows: pd.DataFrame) -> Iterator[str]:

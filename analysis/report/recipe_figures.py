@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from probes.lens import LENSES
 from pruning.recipes import UNCALIBRATED
 
 from .. import plots
@@ -19,6 +20,9 @@ from ..metrics.contrasts import OTHERS
 from ..metrics.firing import FEWEST_ROUTED
 from ..stats.crossed import OWN_VARIANCE
 from .facts import ReportFacts, described_text, from_to
+
+#: Lens to the kind of its figures.
+OF_LENSES = dict(zip(LENSES, ("lens", "lens-tuned"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -305,24 +309,32 @@ def _routing(of: RecipeFigures) -> Iterator[Drawn]:
         )
 
 
-def _lens(of: RecipeFigures) -> Iterator[Drawn]:
+def _lenses(of: RecipeFigures) -> Iterator[Drawn]:
     """Yield what models would predict after each block."""
-    if len(of_recipe(of.frames["lens"], of.recipe)):
-        yield Drawn(
-            "lens",
-            "What the model would predict after each block, if no block followed (logit lens): KL divergence from the "
-            "dense model's final prediction. Black: the dense model's own, large in early blocks, where states are "
-            "not yet in the basis that the head reads; what pruning did is the difference from it. Bands: 95 % "
-            f"bootstrap intervals over segments. {sampled(of.frames)}",
-            of.drawing(plots.lens.layers, "lens", encoder=of.encoder),
-        )
-        yield Drawn(
-            "lens-tokens",
-            "Does it still think in the same language? Probability of tokens of the text's own language, and of the "
-            "other language with most in any block of the dense model, in the prediction after each block. Solid: "
-            "dense; dashed: pruned, mean and range over calibration sets. The frame lens holds the intervals.",
-            of.drawing(plots.lens.tokens, "lens", encoder=of.encoder),
-        )
+    there = set(of_recipe(of.frames["lens"], of.recipe)["lens"])
+    for lens, kind in OF_LENSES.items():
+        if lens in there:
+            yield from _of_lens(of, lens, kind)
+
+
+def _of_lens(of: RecipeFigures, lens: str, kind: str) -> Iterator[Drawn]:
+    tuned = lens == LENSES[1]
+    translated = ", which translates states by an affine map for each block, fitted on the dense model" * tuned
+    early = "" if tuned else ", large in early blocks, where states are not yet in the basis that the head reads"
+    yield Drawn(
+        kind,
+        f"What the model would predict after each block, if no block followed ({lens} lens{translated}): KL divergence "
+        f"from the dense model's final prediction. Black: the dense model's own{early}; what pruning did is the "
+        f"difference from it. Bands: 95 % bootstrap intervals over segments. {sampled(of.frames)}",
+        of.drawing(plots.lens.layers, "lens", lens=lens, encoder=of.encoder),
+    )
+    yield Drawn(
+        f"{kind}-tokens",
+        "Does it still think in the same language? Probability of tokens of the text's own language, and of the other "
+        f"language with most in any block of the dense model, in the prediction after each block ({lens} lens). Solid: "
+        "dense; dashed: pruned, mean and range over calibration sets. The frame lens holds the intervals.",
+        of.drawing(plots.lens.tokens, "lens", lens=lens, encoder=of.encoder),
+    )
 
 
 def sampled(frames: Frames) -> str:
@@ -405,6 +417,6 @@ GROUPS: dict[str, tuple[Callable[[RecipeFigures], Iterator[Drawn]], tuple[str, .
         ("mask-overlap", "mask-overlap-roles", "code-agreement", "code-agreement-roles", "corrections"),
     ),
     "routing": (_routing, ("routing", "routing-layers")),
-    "lens": (_lens, ("lens", "lens-tokens")),
+    "lens": (_lenses, tuple(kind for lens in OF_LENSES.values() for kind in (lens, f"{lens}-tokens"))),
     "neuron_selection": (_neurons, ("neurons-kept", "neurons-layers", "neurons-entropy", "neurons-shift")),
 }

@@ -23,7 +23,6 @@ from probes import (
     plan_reading,
     read_streams,
 )
-from probes.readers.lens import LENS_SUMS
 from probes.scoring import Question
 from probes.streams import Stream
 from pruning import Segment, Variant
@@ -32,6 +31,7 @@ from pruning.files import content_sha256, whole_file
 
 from ..metrics.lsar import LSAR, fit_layers
 from .context import Context
+from .lenses import TunedLens, lens_bytes, lens_stream, lens_work
 from .units import Advance, Output, Unit
 
 #: Languages are grouped up to this many tokens, so that the cost of applying a variant's block is negligible.
@@ -60,7 +60,8 @@ class Read:
         streams = [_Streams.of(context, part) for part in parts]
         names = dict.fromkeys(model for part in parts for model in part.models if model != DENSE)
         variants = {name: context.variants.open(name) for name in names}
-        plan = _plan(context, streams, trial=True)
+        tuned = _to_be_fitted(context, parts)
+        plan = _plan(context, streams, tuned.streams() if tuned else (), trial=True)
         context.tell(str(plan))
         work = unit.work / plan.tokens
 
@@ -71,8 +72,9 @@ class Read:
         if lenses:
             references = [lens.reference() for lens in lenses]
             read(references, {})
+            translators = TunedLens(context, _reading_key(context)).fitted(lambda streams: read(streams, {}))
             for lens, reference in zip(lenses, references, strict=True):
-                lens.prepare(reference, context.token_languages)
+                lens.prepare(reference, context.token_languages, translators)
         read([stream for of_language in streams for stream in of_language.every], variants)
         for part, of_language in zip(parts, streams, strict=True):
             of_language.save(context, part)
@@ -82,9 +84,18 @@ class Read:
 
     def planned(self, context: Context, unit: Unit, *, trial: bool) -> ReadingPlan:
         """Return what a unit will need; with a trial, how long it will take, too."""
-        plan = _plan(context, [_Streams.of(context, part) for part in _parts_of(unit)], trial=trial)
+        parts = _parts_of(unit)
+        tuned = _to_be_fitted(context, parts)
+        streams = [_Streams.of(context, part) for part in parts]
+        plan = _plan(context, streams, tuned.streams() if tuned else (), trial=trial)
         lenses = sum(output.name.startswith(f"{_LENS}/") for output in unit.outputs)
-        return replace(plan, kept=plan.kept + lenses * _lens_bytes(context))
+        kept = lenses * lens_bytes(context) + (tuned.kept if tuned else 0)
+        return replace(plan, kept=plan.kept + kept)
+
+    def scratch(self, context: Context, unit: Unit) -> int:
+        """Return the bytes on disk that a unit needs for a while: states that a tuned lens is fitted on."""
+        tuned = _to_be_fitted(context, _parts_of(unit))
+        return tuned.scratch if tuned else 0
 
     def _unit(self, context: Context, group: Sequence[_Left], number: int, of: int) -> Unit:
         facts = context.model.facts
@@ -96,7 +107,11 @@ class Read:
             work += len(part.heldout) * _tokens(context, texts.heldout[part.language]) * (facts.body + facts.head)
             work += part.fitting * _tokens(context, texts.fitting[part.language]) * facts.body
             work += len(part.questions) * _question_tokens(context, part.language) * facts.body
-            work += _lens_work(context, part)
+            if part.lens:
+                tokens = _tokens(context, texts.heldout[part.language])
+                work += lens_work(context, len(part.lens), tokens, alone=part.lens != part.heldout)
+        tuned = _to_be_fitted(context, group)
+        work += tuned.work if tuned else 0
         languages = ", ".join(part.language for part in group)
         title = f"reading {languages} with {models} model{'s' * (models > 1)}"
         title += f" ({number} of {of})" if of > 1 else ""
@@ -273,8 +288,10 @@ def _fits(context: Context, group: Sequence[_Left]) -> bool:
     return _plan(context, [_Streams.of(context, part) for part in group]).waves <= 1
 
 
-def _plan(context: Context, streams: Sequence[_Streams], *, trial: bool = False) -> ReadingPlan:
-    every = [stream for of_language in streams for stream in of_language.planned]
+def _plan(
+    context: Context, streams: Sequence[_Streams], more: Sequence[Stream] = (), *, trial: bool = False
+) -> ReadingPlan:
+    every = [*(stream for of_language in streams for stream in of_language.planned), *more]
     return plan_reading(
         context.model.session,
         every,
@@ -293,22 +310,13 @@ def _question_tokens(context: Context, language: str) -> int:
     return sum(question.tokens for question in _questions(context, language)) if context.texts.items else 0
 
 
-def _lens_work(context: Context, left: _Left) -> float:
-    """Return the multiply-adds of a lens: its products with the head, and passes over the text that are its own."""
-    if not left.lens:
-        return 0.0
-    facts, config = context.model.facts, context.study.lens
-    tokens = _tokens(context, context.texts.heldout[left.language])
-    alone = 0 if left.heldout == left.lens else len(left.lens)
-    positions = 2 * min(config.tokens, tokens) * (facts.blocks - facts.encoder_blocks)
-    return len(left.lens) * positions * facts.head + (1 + alone) * tokens * facts.body
-
-
-def _lens_bytes(context: Context) -> int:
-    """Return the size of the file of one model's predictions in one language."""
-    facts, study = context.model.facts, context.study
-    values = len(LENS_SUMS) + len(study.languages) + 2
-    return (facts.blocks - facts.encoder_blocks) * study.evaluation.segments * values * 8
+def _to_be_fitted(context: Context, parts: Sequence[_Left]) -> TunedLens | None:
+    """Return the tuned lens if it is to be fitted with these, as is planned: with the study's first language."""
+    first = context.study.languages[0]
+    if not any(part.lens and part.language == first for part in parts):
+        return None
+    tuned = TunedLens(context, _reading_key(context))
+    return tuned if tuned.missing else None
 
 
 def _questions(context: Context, language: str) -> list[Question]:
@@ -331,8 +339,7 @@ class _Streams:
         every: list[Stream] = []
         fitting = questions = lens = None
         if left.lens:
-            config = context.study.lens
-            lens = LensStream(session, texts.heldout[language], left.lens, tokens=config.tokens, seed=config.seed)
+            lens = lens_stream(context, language, left.lens)
         if left.heldout:
             files = {model: readings_file(context, model, language) for model in left.heldout}
             heldout = HeldoutStream(session, texts.heldout[language], left.heldout, files)

@@ -179,10 +179,19 @@ class LensConfig(Section):
         block and model.
     seed
         Of the draw of positions.
+    tuned
+        Whether states are also read translated: through a tuned lens, fitted on the dense model and the fitting text.
     """
 
     tokens: int = Field(default=0, ge=0, description="positions per language; 0: no lens")
     seed: int = Field(default=0, ge=0)
+    tuned: bool = False
+
+    @model_validator(mode="after")
+    def _of_some_tokens(self) -> LensConfig:
+        if self.tuned and not self.tokens:
+            raise ValueError("tuned = true reads nothing without tokens; add tokens = 256, for example")
+        return self
 
 
 class TasksConfig(Section):

@@ -1,14 +1,15 @@
 """Reader: what a model would predict after every block, against the dense model's final prediction.
 
 The logit lens (nostalgebraist 2020): the states after a block go through the final norm and the head as if no block
-followed. The head costs vocabulary × width for each of them, which is why only a sample of positions is read, and
-logits exist for a slice of the vocabulary at a time, as for the loss. Beside the logits of a block those of the dense
-model's final states are computed again, slice by slice: kept, they would take 1 MiB a position at a vocabulary of
-262 k.
+followed. A tuned lens translates them before (:mod:`probes.translators`). The head costs vocabulary × width for each of
+them, which is why only a sample of positions is read, and logits exist for a slice of the vocabulary at a time, as for
+the loss. Beside the logits of a block those of the dense model's final states are computed again, slice by slice: kept,
+they would take 1 MiB a position at a vocabulary of 262 k.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ from .sampled import Sample, SampledStates
 #: entropy of this one, in nats; the loss of the token that follows, in nats; and whether both have the same most likely
 #: token.
 LENS_SUMS = ("kl", "entropy", "loss", "agreement")
+#: Turns the states after a block, ``[positions, hidden]``, into what the final norm is given.
+Lens = Callable[[int, Tensor], Tensor]
 #: Positions whose logits exist at a time.
 AT_ONCE = 1024
 
@@ -72,9 +75,11 @@ class BlockPredictions(SampledStates):
     kinds
         Kind of every token of the vocabulary, by which probability is summed, int64 ``[vocabulary]``.
     sums
-        Added to, float64 ``[layers, segments, sums]``, as in :data:`LENS_SUMS`.
+        Added to, float64 ``[lenses, layers, segments, sums]``, as in :data:`LENS_SUMS`.
     mass
-        Likewise with the probability of each kind of token, float64 ``[layers, segments, kinds]``.
+        Likewise with the probability of each kind of token, float64 ``[lenses, layers, segments, kinds]``.
+    lenses
+        The lenses that states are read through; by default the logit lens, which changes nothing.
     first
         The first block that is read, which is the first of `sums` and `mass`.
     """
@@ -87,12 +92,14 @@ class BlockPredictions(SampledStates):
         kinds: Tensor,
         sums: Tensor,
         mass: Tensor,
+        lenses: Sequence[Lens] = (lambda layer, states: states,),
         first: int = 0,
     ) -> None:
         super().__init__(sample, "residual", first)
         self._anatomy = anatomy
         self._reference = reference
         self._kinds = kinds
+        self._lenses = lenses
         self.sums = sums
         self.mass = mass
 
@@ -100,22 +107,22 @@ class BlockPredictions(SampledStates):
     def flush(self) -> None:
         """Predict from the states that were gathered, and add up by segment."""
         for layer, index, states in self.taken():
-            found = torch.cat(
-                [
-                    predictions(
-                        self._anatomy,
-                        self._anatomy.normed(some),
-                        self._reference.at(where),
-                        self.sample.following[where],
-                        self._kinds,
-                        self.mass.shape[-1],
-                    )
-                    for some, where in zip(states.split(AT_ONCE), index.split(AT_ONCE), strict=True)
-                ]
-            ).cpu()
             segments, place = self.sample.segment[index.cpu()], layer - self._first
-            self.sums[place].index_add_(0, segments, found[:, : len(LENS_SUMS)])
-            self.mass[place].index_add_(0, segments, found[:, len(LENS_SUMS) :])
+            for sums, mass, lens in zip(self.sums, self.mass, self._lenses, strict=True):
+                parts = zip(states.split(AT_ONCE), index.split(AT_ONCE), strict=True)
+                found = torch.cat([self._predicted(lens(layer, some), where) for some, where in parts]).cpu()
+                sums[place].index_add_(0, segments, found[:, : len(LENS_SUMS)])
+                mass[place].index_add_(0, segments, found[:, len(LENS_SUMS) :])
+
+    def _predicted(self, states: Tensor, where: Tensor) -> Tensor:
+        return predictions(
+            self._anatomy,
+            self._anatomy.normed(states),
+            self._reference.at(where),
+            self.sample.following[where],
+            self._kinds,
+            self.mass.shape[-1],
+        )
 
 
 @torch.no_grad()

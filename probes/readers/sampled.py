@@ -126,3 +126,26 @@ class SampledStates(Reader):
         for layer, parts in self._waiting.items():
             yield layer, torch.cat([index for index, _ in parts]), torch.cat([states for _, states in parts])
         self._waiting = {}
+
+
+class StoredStates(SampledStates):
+    """Writes the states after every block at the positions of a sample to a tensor.
+
+    Parameters
+    ----------
+    sample
+        The positions.
+    states
+        Filled in, ``[layers, positions, hidden]``.
+    first
+        The first block, which is the first of `states`.
+    """
+
+    def __init__(self, sample: Sample, states: Tensor, first: int = 0) -> None:
+        super().__init__(sample, "residual", first)
+        self.states = states
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        for layer, index, found in self.taken():
+            self.states[layer - self._first, index.cpu()] = found.to("cpu", self.states.dtype)

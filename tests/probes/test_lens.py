@@ -86,14 +86,14 @@ def test_predictions_equal_those_of_plain_hooks(make_model, kind, padding, token
     assert len(sample) == 40
     for name, read in found.items():
         sums, mass = by_hand(model, anatomy, tokenizer, segments, sample, kinds, None if name == DENSE else variant)
-        torch.testing.assert_close(read.sums, sums, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(read.mass, mass, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(read.mass.sum(dim=-1), read.sampled.double().expand(3, -1))
+        torch.testing.assert_close(read.sums[0], sums, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(read.mass[0], mass, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(read.mass.sum(dim=-1), read.sampled.double().expand(1, 3, -1))
         assert read.layers.tolist() == [0, 1, 2]
         assert read.sampled.tolist() == torch.bincount(sample.segment, minlength=len(segments)).tolist()
-    assert found[DENSE].sums[-1, :, KL].abs().max() < 1e-4
-    assert torch.equal(found[DENSE].sums[-1, :, AGREEMENT], found[DENSE].sampled.double())
-    assert found[variant.id].sums[-1, :, KL].sum() > 1e-3
+    assert found[DENSE].sums[0, -1, :, KL].abs().max() < 1e-4
+    assert torch.equal(found[DENSE].sums[0, -1, :, AGREEMENT], found[DENSE].sampled.double())
+    assert found[variant.id].sums[0, -1, :, KL].sum() > 1e-3
 
 
 def test_the_decoder_of_an_encoder_decoder_is_read(make_model, tokenizer, segments):
@@ -109,14 +109,14 @@ def test_the_decoder_of_an_encoder_decoder_is_read(make_model, tokenizer, segmen
     for name, read in found.items():
         assert read.layers.tolist() == [2, 3]
         torch.testing.assert_close(lens.readings[name].sums, read.sums)
-    assert found[DENSE].sums[-1, :, KL].abs().max() < 1e-4
+    assert found[DENSE].sums[0, -1, :, KL].abs().max() < 1e-4
     everything = LensStream(session, segments[:3], [DENSE], tokens=10_000)
     read_streams(session, [reference := everything.reference()], {}, plan)
     everything.prepare(reference, languages_of())
     read_streams(session, [everything], {}, plan)
     dense = stream.readings[DENSE]  # whose loss also is of the token after the start token
     assert everything.readings[DENSE].sampled.tolist() == (dense.predicted - 1).tolist()
-    assert (everything.readings[DENSE].sums[-1, :, LOSS] < dense.nll).all()
+    assert (everything.readings[DENSE].sums[0, -1, :, LOSS] < dense.nll).all()
 
 
 def test_in_one_pass_with_the_text_no_number_changes(make_model, tokenizer, segments):
@@ -165,10 +165,10 @@ def silenced(model, layers):
 
 def test_where_later_blocks_add_nothing_the_prediction_is_final(model, tokenizer, segments):
     session = Session(silenced(model, [1, 2]), tokenizer)
-    kl = read_lens(session, segments, languages_of(), tokens=30)[DENSE].sums[..., KL].sum(dim=1) / 30
+    kl = read_lens(session, segments, languages_of(), tokens=30)[DENSE].sums[0, ..., KL].sum(dim=1) / 30
     assert kl[:3].abs().max() < 1e-6
     session = Session(silenced(tiny_model(), [2]), tokenizer)
-    kl = read_lens(session, segments, languages_of(), tokens=30)[DENSE].sums[..., KL].sum(dim=1) / 30
+    kl = read_lens(session, segments, languages_of(), tokens=30)[DENSE].sums[0, ..., KL].sum(dim=1) / 30
     assert kl[1:].abs().max() < 1e-6
     assert kl[0] > 0.01
 
@@ -176,7 +176,7 @@ def test_where_later_blocks_add_nothing_the_prediction_is_final(model, tokenizer
 def test_a_variant_departs_from_the_block_that_was_damaged(model, tokenizer, segments):
     variant = pruned(model, tokenizer, blocks="1:2")
     found = read_lens(Session(model, tokenizer), segments, languages_of(), [variant], tokens=30)
-    change = (found[variant.id].sums - found[DENSE].sums).abs().sum(dim=(1, 2))
+    change = (found[variant.id].sums - found[DENSE].sums).abs().sum(dim=(0, 2, 3))
     assert change[0] == 0
     assert (change[1:] > 0.1).all()
 

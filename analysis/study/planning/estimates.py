@@ -23,6 +23,10 @@ from .pace import Pace
 STAGES = ("prune", "read", "benchmark", "frames", "figures", "tables", "report")
 
 
+#: Kinds of results of the stages whose time is measured.
+_MEASURED = ("variants", "readings", "fitting", "questions", "lens", "translators", "benchmark")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """One unit, or all units of a stage that cannot be listed before an earlier stage is finished.
@@ -68,9 +72,7 @@ def estimates(context: Context, pace: Pace) -> list[Estimate]:
     """
     measuring = [*_pruning(context, pace), *_reading(context, pace), *_asking(context, pace)]
     spent = sum(
-        record.seconds
-        for name, record in context.records.everything().items()
-        if name.partition("/")[0] in ("variants", "readings", "fitting", "questions", "lens", "benchmark")
+        record.seconds for name, record in context.records.everything().items() if name.partition("/")[0] in _MEASURED
     )
     whole = (spent + sum(one.seconds for one in measuring)) / (1 - sum(SHARES.values()))
     return [*measuring, *_reporting(context, whole, anything=bool(measuring))]
@@ -109,6 +111,7 @@ def _reading(context: Context, pace: Pace) -> Iterator[Estimate]:
             memory=plan.memory,
             device_memory=plan.device_memory,
             kept=plan.kept,
+            scratch=stage.scratch(context, unit),
             uses=frozenset(models - {DENSE}),
         )
 

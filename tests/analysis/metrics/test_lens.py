@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -39,10 +42,10 @@ def reading(values, mass):
     sampled = torch.full((SEGMENTS + 1,), POSITIONS)
     sampled[-1] = 0
     summed = [
-        torch.from_numpy(np.concatenate([each.sum(axis=2), np.zeros_like(each[:, :1, 0])], axis=1))
+        torch.from_numpy(np.concatenate([each.sum(axis=2), np.zeros_like(each[:, :1, 0])], axis=1)[None])
         for each in (values, mass)
     ]
-    return LensReadings(NAMES, torch.arange(LAYERS), torch.tensor([30, 10, 20, 40]), sampled, *summed)
+    return LensReadings(NAMES, torch.arange(LAYERS), torch.tensor([30, 10, 20, 40]), torch.zeros(0), sampled, *summed)
 
 
 def farther(dense, english):
@@ -149,3 +152,24 @@ def test_figures_show_what_is_in_the_frame(frame, tmp_path):
     black = next(line for line in swahili.lines if line.get_color() == plots.style.BLACK)
     assert black.get_ydata() == pytest.approx(dense.sort_values("layer")["value"])
     assert all(path.stat().st_size > 2000 for path in plots.save(tokens, tmp_path, "tokens"))
+
+
+def test_both_lenses_have_their_rows_and_the_tuned_one_its_share(frame):
+    def both(first, second):
+        values = {name: torch.cat([getattr(one, name) for one in (first, second)]) for name in ("sums", "mass")}
+        return replace(first, explained=torch.tensor([0.2, 0.5, 0.9, 1.0], dtype=torch.float64), **values)
+
+    readings = {key: both(reading(*own), reading(*READ[DENSE, key[1]])) for key, own in READ.items()}
+    found = lens.analyze(readings, COLUMNS)
+    shares = found[found["metric"] == "translated_share"]
+    assert shares["value"].tolist() == [0.2, 0.5, 0.9, 1.0]
+    assert set(shares["lens"]) == {"tuned"}
+    logit = found[(found["lens"] == "logit") | (found["metric"] == "vocabulary_share")]
+    pd.testing.assert_frame_equal(logit.reset_index(drop=True), frame, check_categorical=False)
+    change = found[(found["lens"] == "tuned") & (found["metric"] == "kl_change")]
+    assert (change["value"] == 0).all()  # whose second reading is that of the dense model
+    (recipe,) = recipes_of(found)
+    assert "Through the tuned lens" in next(lens_of_recipe({"lens": found}, recipe))
+    titles = [plots.lens.layers(found, recipe, lens=name).get_suptitle() for name in ("logit", "tuned")]
+    assert "logit lens" in titles[0]
+    assert "tuned lens" in titles[1]

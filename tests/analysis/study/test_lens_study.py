@@ -6,6 +6,7 @@ import pytest
 import torch
 from studies import STUDY
 
+from analysis.frames import read_frame
 from analysis.study.context import Context
 from analysis.study.frames import MakeFrames
 from analysis.study.planning.estimates import by_stage
@@ -14,6 +15,7 @@ from analysis.study.prune import Prune
 from analysis.study.read import Read, lens_readings
 from analysis.study.study_file import load_study
 from probes import DENSE
+from pruning.errors import StudyError
 
 LENS = "[lens]\ntokens = 40\n"
 SMALL = STUDY.replace('"en", "sw", "zh"]', '"en", "sw"]').replace('["en", "sw", "all"]', '["en"]')
@@ -85,3 +87,39 @@ def test_a_lens_costs_what_its_products_with_the_head_cost(place, tmp_path):
     )
     at_head = 2 * models * 2 * 40 * facts.blocks * facts.head
     assert reading[1] - reading[0] == pytest.approx(at_head + tokens * facts.body)
+
+
+def test_a_tuned_lens_is_fitted_once_and_read_beside_the_other(place, tmp_path):
+    tuned = study(place, tmp_path, LENS + "tuned = true\n")
+    folder = tmp_path / "out"
+    planned = by_stage(plan_study(tuned, folder).estimates)["read"]
+    context, made = run(tuned, folder, Prune(), Read())
+    taken = sum(path.stat().st_size for path in (folder / "readings").rglob("*") if path.is_file())
+    assert sum(one.kept for one in planned) == pytest.approx(taken, rel=0.15)
+    facts, width = context.model.facts, context.model.anatomy.hidden_size
+    positions = min(4 * width // 2, 6 * 39)  # of each of two languages, of segments of at most 40 tokens
+    assert 0 < sum(one.scratch for one in planned) <= 2 * positions * facts.blocks * width * 4
+    files = sorted((folder / "readings" / DENSE / "translators").iterdir())
+    assert [path.stem for path in files] == [str(layer) for layer in range(facts.blocks - 1)]
+    when = [path.stat().st_mtime_ns for path in files]
+    for read in lens_readings(context).values():
+        assert len(read.sums) == 2
+        torch.testing.assert_close(read.sums[0, -1], read.sums[1, -1])
+        assert not torch.allclose(read.sums[0, 0], read.sums[1, 0])
+
+    context, made = run(
+        study(place, tmp_path, LENS.replace("40", "30") + "tuned = true\n"), folder, Read(), MakeFrames()
+    )
+    assert any(name.startswith("lens/") for names in made for name in names)
+    assert [path.stat().st_mtime_ns for path in files] == when
+    frame = read_frame(folder / "frames" / "lens.parquet")
+    assert set(frame["lens"].dropna()) == {"logit", "tuned"}
+    shares = frame[frame["metric"] == "translated_share"].set_index("layer")["value"]
+    assert shares.index.tolist() == list(range(facts.blocks))
+    assert shares.iloc[-1] == 1
+    assert shares.is_monotonic_increasing
+
+
+def test_a_tuned_lens_needs_tokens(place, tmp_path):
+    with pytest.raises(StudyError, match="tokens = 256"):
+        study(place, tmp_path, "[lens]\ntuned = true\n")

@@ -77,7 +77,15 @@ def test_models_without_gates_or_with_experts_are_read_too(place, tmp_path, kind
 
 
 def test_quantized_models_are_measured_beside_pruned_ones_without_masks(place, tmp_path):
-    lines = ["[[recipes]]", 'method = ["rtn", "gptq"]', "bits = [4, 2]", "group = 16", "[lens]", "tokens = 12"]
+    lines = [
+        "[[recipes]]",
+        'method = ["rtn", "gptq"]',
+        "bits = [4, 2]",
+        "group = 16",
+        "[lens]",
+        "tokens = 12",
+        "tuned = true",
+    ]
     out = small(place, tmp_path, place / "model", *lines)
     frames = {name: read_frame(out / "frames" / f"{name}.parquet") for name in STUDY_FRAMES}
     for name in ("perplexity", "signal", "subspaces", "accuracy"):
@@ -103,7 +111,7 @@ def test_quantized_models_are_measured_beside_pruned_ones_without_masks(place, t
     assert lens["kl_change"] == lens["kl"] - {"dense"}
     assert "The final prediction is" in page
     drawn = {path.stem for path in (out / "figures").glob("lens*.png")}
-    assert {"lens-languages", "lens-wanda-0.5-row-pruned", "lens-tokens-wanda-0.5-row-pruned"} <= drawn
+    assert {"lens-languages", "lens-wanda-0.5-row-pruned", "lens-tuned-tokens-wanda-0.5-row-pruned"} <= drawn
     assert "Compression multiplies perplexity by" in page
     assert (
         "Quantized models have no masks: there is no sparsity and no overlap of masks; the agreement of their" in page
