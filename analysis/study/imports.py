@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from pruning.errors import StudyError, shortened
-from pruning.files import content_sha256, is_folder
-from pruning.models.checkpoint import weights_kind
+from pruning.files import content_sha256, is_file, is_folder
+from pruning.models.checkpoint import CONFIG, weights_kind
 from pruning.models.download import downloaded, hub_files
 from pruning.models.loading import checkpoint_folder
 from pruning.variants.store import RECIPE_FILE
@@ -83,9 +83,17 @@ class StudyImports:
     def folder(self, name: str) -> Path:
         """Return the folder of a checkpoint, downloading it if necessary."""
         checkpoint, place = self.found[name]
+        if self.made_here(name):
+            return Path(checkpoint.source)
         if not checkpoint.collection:
             return checkpoint_folder(checkpoint.source, weights=self._weights)
         return Path(checkpoint.source) if checkpoint.local else downloaded(checkpoint.source, place)
+
+    def made_here(self, name: str) -> bool:
+        """Whether it is a variant as prunescope keeps it, not a checkpoint."""
+        checkpoint, _ = self.found[name]
+        folder = Path(checkpoint.source)
+        return not checkpoint.collection and is_file(folder / RECIPE_FILE) and not is_file(folder / CONFIG)
 
     def files(self, name: str) -> str:
         """Return a hash of what identifies the files of a checkpoint."""

@@ -100,14 +100,21 @@ def _block_work(context: Context) -> float:
 
 
 def _take_over(context: Context, name: str) -> None:
-    """Import a model pruned elsewhere as a variant."""
+    """Import a model pruned elsewhere, or a variant that was made before, as a variant."""
     began = time.monotonic()
     study, anatomy = context.study, context.model.anatomy
     imports = context.variants.imports
     checkpoint, _ = imports.found[name]
+    place = context.variants.place(name)
+    if imports.made_here(name):
+        made = Variant.open(imports.folder(name))
+        made.check_belongs_to(context.model.facts.fingerprint)
+        made = replace(made, record=made.record.model_copy(update={"id": name}))
+        made.save(place)
+        _keep(context, made, began)
+        return
     folder = str(imports.folder(name))
     pruned = load_weights(folder, dtype=study.dtype, device=study.device, stream=anatomy.streamed)
-    place = context.variants.place(name)
     try:
         variant = Variant.between(anatomy.model, pruned, name, place)
     except VariantError as error:
@@ -115,18 +122,24 @@ def _take_over(context: Context, name: str) -> None:
             raise VariantError(f"{checkpoint.source}: {error}") from error
         _record(context, name, time.monotonic() - began, {"set_aside": str(error)})
         return
-    variant = replace(variant, record=variant.record.model_copy(update={"model": study.model_name}))
     if checkpoint.collection:
         variant = variant.described(checkpoint.stated)
+    _keep(context, variant, began)
+
+
+def _keep(context: Context, variant: Variant, began: float) -> None:
+    """Record an imported variant that is in its place already, unless frames could not tell it from another one."""
+    place = context.variants.place(variant.id)
+    variant = replace(variant, record=variant.record.model_copy(update={"model": context.study.model_name}))
     try:
         _check_unlike_others(context, variant)
     except VariantError:
-        shutil.rmtree(place)  # written by Variant.between
+        shutil.rmtree(place)
         raise
     variant.record.save(place)
     if variant.record.found:
-        context.tell(f"{name}: {variant.record.found}")
-    _record(context, name, time.monotonic() - began)
+        context.tell(f"{variant.id}: {variant.record.found}")
+    _record(context, variant.id, time.monotonic() - began)
 
 
 def _imported_others(context: Context, collection: str) -> bool:

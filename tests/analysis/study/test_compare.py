@@ -25,10 +25,12 @@ def pruned_by_somebody(place):
 
 def test_two_checkpoints_are_compared_without_a_study_file(place, pruned_by_somebody, tmp_path):
     out = tmp_path / "out"
-    words = ["--out", out, "--languages", "en, sw, zh", "--segments", 6]
+    words = ["--out", out, "--languages", "en, sw, zh", "--segments", 6, "--items", "none"]
     result = prunescope("compare", place / "model", pruned_by_somebody, *words)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == f"report: {out / 'report.html'}"
+    report, following = result.stdout.splitlines()
+    assert report == f"report: {out / 'report.html'}"
+    assert following == f"Next: prunescope diagnose {out} --variant pruned_by_somebody --language en --category text"
     frame = read_frame(out / "frames" / "perplexity.parquet")
     assert set(frame["method"]) == {"dense", "pruned_by_somebody"}
     assert set(frame["language"]) == {"en", "sw", "zh"}

@@ -129,10 +129,11 @@ def test_a_diagnosis_is_printed_and_kept(diagnosed):
     frame = read_frame(place / "recovery.parquet")
     assert set(frame["n"].dropna()) == {20, 10}
     assert set(frame["task"]) == {"riddles"}
-    *said, last = result.stdout.strip().splitlines()
+    *said, last, following = result.stdout.strip().splitlines()
     assert said == [f"- {sentence}" for sentence in diagnosis_findings(frame)]
     assert said[0].startswith("- Pruning lowers ")
     assert last == f"report: {folder / 'report.html'}"
+    assert following == f"Next: prunescope export {folder} {VARIANT}-checkpoint --variant {VARIANT}"
 
 
 def test_the_report_has_a_section_with_sentences_and_figures(diagnosed):
@@ -240,7 +241,7 @@ def test_a_diagnosis_that_is_killed_goes_on_from_there(diagnosed, copied, monkey
     assert len(first) == 1 + done
     kept = {path: path.stat().st_mtime_ns for path in (copied / "records" / "diagnoses").rglob("*.json")}
     again = diagnose(copied)
-    assert (again.returncode, again.stdout.splitlines()[:-1]) == (0, whole.stdout.splitlines()[:-1])
+    assert (again.returncode, again.stdout.splitlines()[:-2]) == (0, whole.stdout.splitlines()[:-2])
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     both = [(direction, label) for direction, labels in patched for label in labels]
     assert len(both) == len(set(both))  # nothing twice

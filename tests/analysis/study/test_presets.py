@@ -83,7 +83,8 @@ def test_the_languages_of_a_broad_study_are_in_flores():
 
 
 def test_studies_are_listed_and_printed_to_be_edited(tmp_path):
-    listed = prunescope("studies").stdout.splitlines()
+    *listed, following = prunescope("studies").stdout.splitlines()
+    assert following.startswith("Next: prunescope run NAME")
     assert [line for line in listed if not line.startswith(" ")] == preset_names()
     printed = prunescope("studies", "kurz-2026-checkpoints").stdout
     path = tmp_path / "mine.toml"

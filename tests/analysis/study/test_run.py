@@ -71,7 +71,11 @@ allocation = "owl"
 def finished(place):
     result = prunescope("run", place / "study.toml", "--out", place / "out")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == f"report: {place / 'out' / 'report.html'}"
+    report, following = result.stdout.splitlines()
+    assert report == f"report: {place / 'out' / 'report.html'}"
+    assert following.startswith(
+        f"Next: prunescope diagnose {place / 'out'} --variant magnitude-0.3-matrix --language en"
+    )
     return place / "out"
 
 

@@ -1,0 +1,140 @@
+"""Commands on the folder of a study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from pruning.errors import StudyError, did_you_mean, shortened
+from pruning.files import write_text
+
+from .app import AFTER, DeviceMemory, Memory, StudyFolder, app, bytes_of, check_study_in, command, ends, examples
+
+_VariantId = Annotated[str, typer.Option(help="Id of the variant: a folder below DIR/variants.")]
+
+
+@app.command(
+    rich_help_panel=AFTER,
+    epilog=examples(
+        "prunescope diagnose runs/demo --variant wanda-0.5-row-pruned-sw-s0 --language en --category text",
+        "prunescope diagnose runs/demo --variant wanda-0.5-row-pruned-sw-s0 --language sw --half first",
+    ),
+)
+def diagnose(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study (or of prunescope look).")],
+    variant: _VariantId,
+    language: Annotated[str, typer.Option(help="One of the study's languages.")],
+    category: Annotated[
+        str, typer.Option(help='A category of the items, "all" of them, or "text" for held-out text.')
+    ] = "reasoning",
+    half: Annotated[
+        Literal["all", "first", "second"],
+        typer.Option(help="Use only one half of the questions, to judge a remedy on the other."),
+    ] = "all",
+    confirm: Annotated[int, typer.Option(min=1, help="How many causes each half of the questions chooses.")] = 20,
+    sample: Annotated[
+        int, typer.Option(min=0, help="How many masks and outputs, drawn at random, to patch exactly as well.")
+    ] = 8,
+    positions: Annotated[
+        Literal["counted", "all"], typer.Option(help="Patch where tokens count, or the first and special ones too.")
+    ] = "counted",
+    memory: Memory = None,
+    device_memory: DeviceMemory = None,
+) -> None:
+    """Find the components of a pruned model that recover its drop when they are restored.
+
+    The study is completed first, if necessary; the diagnosis becomes part of its report.
+    """
+    from ..study.diagnosis_request import DiagnosisRequest
+    from ..study.run import diagnose_study
+
+    check_study_in(folder)
+    request = DiagnosisRequest(
+        variant=variant,
+        language=language,
+        category=category,
+        half=half,
+        confirm=confirm,
+        sample=sample,
+        positions=positions,
+    )
+    report, found = diagnose_study(
+        folder, request, memory=bytes_of("--memory", memory), device_memory=bytes_of("--device-memory", device_memory)
+    )
+    for sentence in found:
+        typer.echo(f"- {sentence}")
+    ends("report", report, ("export", folder, f"{variant}-checkpoint", "--variant", variant))
+
+
+@app.command(
+    rich_help_panel=AFTER,
+    epilog=examples(
+        "prunescope power runs/mine --effect 0.05",
+        "prunescope power runs/mine --effect 0.1 --metric accuracy_drop --comparison category",
+    ),
+)
+def power(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished study, with two draws or more.")],
+    effect: Annotated[float, typer.Option(min=0, help="Size of the difference, in the metric's unit (shares: 0-1).")],
+    metric: Annotated[
+        Literal["log_perplexity", "snr_db", "accuracy_drop", "margin_drop"],
+        typer.Option(help="What differs: on held-out text, or between drops on items."),
+    ] = "log_perplexity",
+    comparison: Annotated[
+        Literal["sets", "own", "category"],
+        typer.Option(help="Two calibration sets; own languages' sets with the others; two categories of items."),
+    ] = "sets",
+    category: Annotated[
+        str | None, typer.Option(help="Of items; reasoning by default. Compared with fluency, if categories are.")
+    ] = None,
+    target: Annotated[float, typer.Option("--power", min=0, max=1, help="Power to reach.")] = 0.8,
+    runs: Annotated[int, typer.Option(min=100, help="Simulated studies for each number.")] = 1000,
+    csv: Annotated[Path | None, typer.Option(help="File for the table.")] = None,
+) -> None:
+    """Tell how many draws and segments (or templates) it takes to see an effect."""
+    from ..study.power import power_table, study_power
+    from ..study.run import STUDY_FILE
+
+    check_study_in(folder)
+    rows = study_power(folder, effect=effect, metric=metric, comparison=comparison, category=category, runs=runs)
+    for table, words in power_table(rows, target):
+        Console().print(table)
+        typer.echo(words)
+    if csv:
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        write_text(csv, rows.to_csv(index=False))
+        typer.echo(f"table: {csv}")
+    typer.echo(
+        f"Next: set the draws in {folder / STUDY_FILE}, then {command('run', folder / STUDY_FILE, '--out', folder)}"
+    )
+
+
+@app.command(
+    rich_help_panel=AFTER,
+    epilog=examples("prunescope export runs/demo checkpoint --variant wanda-0.5-row-pruned-sw-s0"),
+)
+def export(
+    folder: StudyFolder,
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the checkpoint.")],
+    variant: _VariantId,
+    stream: Annotated[bool, typer.Option(help="Write block by block, for models larger than memory.")] = False,
+) -> None:
+    """Write a pruned variant as an ordinary checkpoint that from_pretrained loads."""
+    from pruning import Variant, load_model
+    from pruning.files import is_folder
+
+    from ..study.run import STUDY_FILE
+    from ..study.study_file import load_study
+
+    resolved = load_study(folder / STUDY_FILE)
+    place = folder / "variants" / variant
+    if not is_folder(place):
+        known = sorted(p.name for p in (folder / "variants").glob("*") if p.is_dir())
+        raise StudyError(f'there is no variant "{shortened(variant)}" in {folder}; {did_you_mean(variant, known)}')
+    opened = Variant.open(place)
+    model, tokenizer = load_model(resolved.model, dtype="checkpoint", device="cpu", stream=stream)
+    said = opened.export(model, tokenizer, target)
+    ends("checkpoint", f"{target}" + (f" ({said})" if said else ""), ("look", resolved.model, target))
