@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from pruning import Anatomy, MaskSet, Variant
+from pruning.models.arithmetic import fast_float32
 from pruning.projections import Key
 from pruning.text.calibration import Drawn, shared_text
-from pruning.variants.masks import intersection_over_union, overlaps
+from pruning.variants.masks import intersection_over_union, overlaps, unpack_bits
 
 from ..frames import alike, labels, tidy
 from ..stats.jackknife import nested_jackknife_interval
@@ -26,6 +27,10 @@ from ..stats.jackknife import nested_jackknife_interval
 #: Weights of all variants together that are compared at a time: whole matrices of a large model would take gigabytes,
 #: and longer, since these fit into a processor's cache.
 _AT_A_TIME = 1 << 20
+#: Weights of each variant that are read from its files at a time: to open them takes as long as thousands of weights.
+_READ = 1 << 19
+#: For each value of a byte, its bits: a mask as numbers.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32)
 
 
 def analyze(
@@ -135,8 +140,8 @@ def _chance(kept: Float[np.ndarray, " masks"]) -> Float[np.ndarray, "masks masks
 def agreement(variants: Sequence[Variant], dense: Anatomy) -> pd.DataFrame:
     """Return the rows of ``mask_overlap`` on how alike the values are that corrected weights came to.
 
-    One block of the dense model is in memory at a time, and of the variants 2^20 weights of one projection: about
-    20 MB, whatever the size of the model and the number of variants.
+    One block of the dense model is in memory at a time, and of each variant 2^19 weights of one projection: with 30
+    variants about 50 MB in bfloat16, whatever the size of the model.
 
     Parameters
     ----------
@@ -166,19 +171,67 @@ def _cosines(
     variants: Sequence[Variant], key: Key, dense: Float[Tensor, "outputs inputs"]
 ) -> tuple[Float[np.ndarray, "variants variants"], Float[np.ndarray, "variants variants"]]:
     """Return the cosines of every pair's values, and of their corrections, over the weights that both keep."""
-    count = len(variants)
-    dots, squares = torch.zeros(2, 2, count, count, dtype=torch.float64, device=dense.device)
-    rows = max(_AT_A_TIME // (count * dense.shape[1]), 1)
-    for before, *pieces in zip(
+    sums = _Sums(len(variants), max(_AT_A_TIME // (len(variants) * dense.shape[1]), 1), dense)
+    rows = max(_READ // dense.shape[1], 1)
+    for before, *read in zip(
         dense.split(rows), *(variant.pieces(key, dense, rows) for variant in variants), strict=True
     ):
-        kept = torch.stack([mask.flatten() for mask, _ in pieces]).float()
-        values = torch.stack([weight.flatten() for _, weight in pieces])
-        for which, those in enumerate((values, (values - before.float().flatten()) * kept)):
-            dots[which] += those @ those.T
-            squares[which] += those.square() @ kept.T  # [i, j]: of i's values, where j keeps too
-    cosines = dots / (squares * squares.mT).sqrt().clamp(min=1e-30)
-    return cosines[0].cpu().numpy(), cosines[1].cpu().numpy()
+        for start in range(0, len(before), sums.rows):
+            few = slice(start, start + sums.rows)
+            sums.add(before[few], [(bits[few], weight[few]) for bits, weight in read])
+    return sums.cosines
+
+
+class _Sums:
+    """Products of every two variants' weights, and of their corrections, added up over some rows at a time.
+
+    Parameters
+    ----------
+    count
+        Number of variants.
+    rows
+        Most rows at a time, few enough for those of all variants to stay in a processor's cache.
+    dense
+        The dense weight.
+    """
+
+    def __init__(self, count: int, rows: int, dense: Float[Tensor, "outputs inputs"]) -> None:
+        self.rows = rows
+        self._dots = torch.zeros(2, count, count, dtype=torch.float64, device=dense.device)
+        self._squares = torch.zeros_like(self._dots)
+        size = (count, min(rows, len(dense)), dense.shape[1])
+        self._values, self._changes, self._kept = (torch.empty(size, device=dense.device) for _ in range(3))
+
+    def add(
+        self, dense: Float[Tensor, "rows inputs"], variants: Sequence[tuple[UInt8[np.ndarray, "rows bytes"], Tensor]]
+    ) -> None:
+        """Add some rows, given the packed mask and the weight of each variant."""
+        values, changes, kept = (whole[:, : len(dense)] for whole in (self._values, self._changes, self._kept))
+        for number, (bits, weight) in enumerate(variants):
+            values[number].copy_(weight)
+            _write_bits(bits, kept[number])
+        torch.sub(values, dense.float(), out=changes).mul_(kept)
+        kept = kept.flatten(1)
+        for which, those in enumerate((values.flatten(1), changes.flatten(1))):
+            with fast_float32(dense.device):
+                self._dots[which] += those @ those.T
+                self._squares[which] += those.square_() @ kept.T  # [i, j]: of i's values, where j keeps too
+
+    @property
+    def cosines(self) -> tuple[Float[np.ndarray, "variants variants"], Float[np.ndarray, "variants variants"]]:
+        """The cosines of values, and of corrections."""
+        cosines = self._dots / (self._squares * self._squares.mT).sqrt().clamp(min=1e-30)
+        return cosines[0].cpu().numpy(), cosines[1].cpu().numpy()
+
+
+def _write_bits(packed: UInt8[np.ndarray, "rows bytes"], out: Float[Tensor, "rows inputs"]) -> None:
+    """Write a packed mask as zeros and ones."""
+    if out.device.type != "cpu":
+        out.copy_(unpack_bits(torch.from_numpy(packed).to(out.device), out.shape[1]))
+    elif out.shape[1] % 8 == 0:
+        np.take(_BITS, packed, axis=0, out=out.numpy().reshape(*packed.shape, 8), mode="clip")
+    else:
+        out.copy_(torch.from_numpy(np.unpackbits(packed, axis=1, count=out.shape[1])))
 
 
 def mean_matrix(frame: pd.DataFrame, metric: str = "iou") -> pd.DataFrame:

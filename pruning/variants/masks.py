@@ -117,9 +117,9 @@ class MaskSet(Mapping[Key, Tensor]):
         """Return ``(outputs, inputs)`` of one projection."""
         return self._shapes[key]
 
-    def packed(self, key: Key) -> UInt8[np.ndarray, "outputs bytes"]:
-        """Return one mask with rows packed by ``numpy.packbits``."""
-        return self._rows(key, 0, self._shapes[key][0])
+    def packed(self, key: Key, start: int = 0, stop: int | None = None) -> UInt8[np.ndarray, "outputs bytes"]:
+        """Return one mask, or some of its rows, with rows packed by ``numpy.packbits``."""
+        return self._rows(key, start, self._shapes[key][0] if stop is None else stop)
 
     def rows(self, key: Key, start: int, stop: int) -> Bool[Tensor, "rows inputs"]:
         """Return some rows of one mask, unpacked."""

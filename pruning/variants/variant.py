@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from ..errors import DiskError, ModelError, VariantError
@@ -142,23 +144,25 @@ class Variant:
         elif out is not dense:
             out.copy_(dense)
 
-    def pieces(self, key: Key, dense: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield mask and weight (float32) of one pruned projection, `rows` rows at a time, given the dense weight.
+    def pieces(self, key: Key, dense: Tensor, rows: int) -> Iterator[tuple[UInt8[np.ndarray, "rows bytes"], Tensor]]:
+        """Yield mask and weight of one pruned projection, `rows` rows at a time, given the dense weight.
 
-        This bounds the memory of code that compares several variants.
+        This bounds the memory of code that compares several variants. Masks are packed by ``numpy.packbits``; weights
+        have the dtype that they were made in.
         """
         passed = 0
         for start in range(0, len(dense), rows):
-            mask = self.masks.rows(key, start, start + rows).to(dense.device)
-            weight = dense[start : start + rows].float()
+            before = dense[start : start + rows]
+            bits = self.masks.packed(key, start, start + len(before))
+            values = None
             if key in self.values:
-                kept = int(mask.sum())
-                weight = torch.zeros_like(weight)
-                weight[mask] = stretch(self.values, key, passed, passed + kept).to(weight)
+                kept = int(np.bitwise_count(bits).sum(dtype=np.int64))
+                values = stretch(self.values, key, passed, passed + kept)
                 passed += kept
-            else:
-                weight = weight.masked_fill(~mask, 0)
-            yield mask, weight
+                before = torch.empty(before.shape, dtype=values.dtype, device=dense.device)
+            weight = torch.empty(before.shape, dtype=before.dtype, device=dense.device)
+            write_pruned(before, bits, weight, values)
+            yield bits, weight
 
     def save(self, folder: Path) -> None:
         """Write ``recipe.json``, masks, values, codes, biases and others, as far as there are any.

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations, combinations_with_replacement, product
 
 import numpy as np
 import pytest
@@ -250,9 +250,13 @@ def test_agreement_is_that_of_whole_matrices_however_many_rows_are_compared_at_a
     tmp_path, monkeypatch, at_a_time, saved
 ):
     monkeypatch.setattr(mask_overlap, "_AT_A_TIME", at_a_time)
-    dense = Anatomy(tiny_model())
+    monkeypatch.setattr(mask_overlap, "_READ", max(at_a_time, 700))
+    dense = Anatomy(tiny_model(intermediate_size=50))  # not a number of whole bytes
     random = torch.Generator().manual_seed(0)
-    changes = [{(1, "up"): 0.05 * torch.randn(dense.shape(1, "up"), generator=random)} for _ in range(3)]
+    changes = [
+        {(1, role): 0.05 * torch.randn(dense.shape(1, role), generator=random) for role in ("up", "down")}
+        for _ in range(3)
+    ]
     variants = [
         corrected(dense, name, kept, change)
         for name, kept, change in zip(("en", "sw-KE", "zh-Hans"), (0.3, 0.6, 0.9), changes, strict=True)
@@ -262,16 +266,16 @@ def test_agreement_is_that_of_whole_matrices_however_many_rows_are_compared_at_a
             variant.save(tmp_path / variant.id)
         variants = [Variant.open(tmp_path / variant.id) for variant in variants]
     frame = mask_overlap.agreement(variants, dense)
-    found = frame.set_index(["metric", "calibration", "other_calibration"])["value"]
-    assert len(found) == 2 * 3
-    before = dense.weight(1, "up")
-    for one, other in combinations(variants, 2):
-        both = one.masks[1, "up"] & other.masks[1, "up"]
-        weights = [variant.weight((1, "up"), before) for variant in (one, other)]
-        assert found["value_cosine", one.id, other.id] == pytest.approx(naive_cosine(*weights, both), rel=1e-5)
+    found = frame.set_index(["metric", "role", "calibration", "other_calibration"])["value"]
+    assert len(found) == 2 * 2 * 3
+    for role, (one, other) in product(("up", "down"), combinations(variants, 2)):
+        before = dense.weight(1, role)
+        both = one.masks[1, role] & other.masks[1, role]
+        weights = [variant.weight((1, role), before) for variant in (one, other)]
+        assert found["value_cosine", role, one.id, other.id] == pytest.approx(naive_cosine(*weights, both), rel=1e-5)
         corrections = [weight - before for weight in weights]
         expected = naive_cosine(*corrections, both)
-        assert found["correction_cosine", one.id, other.id] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert found["correction_cosine", role, one.id, other.id] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 class Largest(TorchDispatchMode):
@@ -292,6 +296,7 @@ def test_comparing_variants_holds_no_whole_matrix_of_any(monkeypatch):
     variants = [corrected(dense, name, 0.5, change) for name in ("en", "sw", "zh", "de")]
     rows, (_, inputs) = 4, dense.shape(1, "up")
     monkeypatch.setattr(mask_overlap, "_AT_A_TIME", len(variants) * rows * inputs)
+    monkeypatch.setattr(mask_overlap, "_READ", len(variants) * rows * inputs)
     with Largest() as largest:
         mask_overlap.agreement(variants, dense)
     assert 0 < largest.elements <= len(variants) * rows * inputs < dense.weight(1, "up").numel()

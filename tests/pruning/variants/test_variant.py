@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import CORPUS, SHORT, checkpoint, saved
@@ -55,8 +56,9 @@ def test_a_weight_is_written_where_it_is_wanted_and_its_zeros_are_positive(make_
             assert bool((wide[0] == 7).all())
             assert torch.equal(variant.weight(key, dense), wanted)
             assert negative_zeros(wide[1]) == negative_zeros(variant.weight(key, dense)) == 0
-            pieces = [piece for _, piece in variant.pieces(key, dense, rows=5)]
-            assert torch.equal(torch.cat(pieces), wanted.float())
+            masks, pieces = zip(*variant.pieces(key, dense, rows=5), strict=True)
+            assert torch.equal(torch.cat(pieces), wanted)
+            assert np.array_equal(np.concatenate(masks), variant.masks.packed(key))
             assert not any(map(negative_zeros, pieces))
 
 
