@@ -6,8 +6,8 @@ import tomllib
 import pytest
 
 from analysis import demo_study, load_study
-from analysis.study.comparison import comparison_study
 from analysis.study.study_file import parse_study
+from analysis.study.without_file import looking_study
 from pruning import Remedy
 from pruning.errors import StudyError
 
@@ -342,6 +342,6 @@ def test_missing_study_file_points_to_the_demo(tmp_path):
     [("ours/wanda-0.5", "wanda-0.5"), ("wanda", "wanda-checkpoint"), ("dense", "dense-checkpoint"), ("a/.b c", "b_c")],
 )
 def test_a_comparison_finds_a_name_for_any_folder(folder, name):
-    study = comparison_study("model", folder, languages=["en", "sw"], segments=7)
+    study = looking_study("model", [folder], languages=["en", "sw"], segments=7)
     assert study.imported == {name: folder}
     assert study.evaluation.segments == study.evaluation.fit_segments == 7
