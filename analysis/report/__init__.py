@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from .catalogue import KINDS, ReportFigure, diagnosis_figures, figures_of_kind, study_figures
+from .catalogue import (
+    KINDS,
+    ReportFigure,
+    diagnosis_figures,
+    figures_of_group,
+    figures_of_kind,
+    kinds_of_group,
+    study_figures,
+)
 from .cells import ReportTable
 from .facts import ReportFacts
 from .findings import study_findings
@@ -20,7 +28,9 @@ __all__ = [
     "diagnosis_figures",
     "diagnosis_findings",
     "document",
+    "figures_of_group",
     "figures_of_kind",
+    "kinds_of_group",
     "latex",
     "methods_latex",
     "methods_paragraph",

@@ -81,6 +81,17 @@ def figures_of_kind(frames: Frames, facts: ReportFacts, kind: str) -> Iterator[R
                     yield figure
 
 
+def figures_of_group(frames: Frames, facts: ReportFacts | None, group: str) -> Iterator[ReportFigure]:
+    """Yield the figures of every recipe that show one frame; those of masks need no facts, and no other frame."""
+    for recipe in recipes_of(frames[group]):
+        yield from _of_recipe(RecipeFigures(frames, facts, recipe), group)
+
+
+def kinds_of_group(group: str) -> tuple[str, ...]:
+    """Return the kinds of figures that show one frame."""
+    return GROUPS[group][1]
+
+
 def _of_all_models(frames: Frames, facts: ReportFacts, kinds: tuple[str, ...]) -> Iterator[ReportFigure]:
     text = (
         described_text(facts, labels.encoder_blocks(frames["signal"])) if {_PERPLEXITY, _LANGUAGES} & {*kinds} else ""

@@ -51,15 +51,22 @@ class RecipeFigures:
 
     Attributes
     ----------
-    frames, facts
-        Of the study; no other frames are touched than those that a group of figures shows.
+    frames, known
+        Frames and facts of the study; no other frames are touched than those that a group of figures shows, and no
+        facts by the figures of masks.
     recipe
         One of :func:`analysis.frames.recipes_of`.
     """
 
     frames: Frames
-    facts: ReportFacts
+    known: ReportFacts | None
     recipe: Mapping[str, Any]
+
+    @property
+    def facts(self) -> ReportFacts:
+        """The facts of the study."""
+        assert self.known is not None, "only figures of masks can do without"
+        return self.known
 
     def of(self, group: str) -> Iterator[Drawn]:
         """Yield the figures of one group, a key of :data:`GROUPS`."""

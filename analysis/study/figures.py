@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 from probes import DENSE, Readings
@@ -12,16 +13,19 @@ from pruning.files import content_sha256
 
 from ..frames import read_frame
 from ..plots import save
-from ..report import ReportFacts, ReportFigure, diagnosis_figures, study_figures
+from ..report import ReportFacts, ReportFigure, diagnosis_figures, figures_of_group, kinds_of_group, study_figures
 from .analyses import NAMES
 from .configuration import StudyConfig
 from .context import Context
 from .diagnose import Diagnosis, diagnoses
-from .frames import StudyFrames, frame_key, frames_finished
+from .frames import StudyFrames, frame_finished, frame_key, frames_finished
 from .read import readings_file
 from .units import Advance, Output, Unit
 
 FOLDER = "figures"
+#: The frame of figures that need nothing else.
+MASKS = "mask_overlap"
+KINDS_OF_MASKS = frozenset(kinds_of_group(MASKS))
 #: Share of a run's total time that figures take, to estimate the remaining time.
 SHARE = 0.04
 
@@ -35,7 +39,10 @@ class DrawFigures:
         """Return the remaining figures; none before the frames are finished."""
         if not frames_finished(context):
             return []
-        outputs = [Output(f"{FOLDER}/{name}", key) for name, key in figure_keys(context).items()]
+        return self._left(context, figure_keys(context))
+
+    def _left(self, context: Context, keys: Mapping[str, str]) -> Sequence[Unit]:
+        outputs = [Output(f"{FOLDER}/{name}", key) for name, key in keys.items()]
         return [
             Unit(self.name, "drawing " + output.name.partition("/")[2], (output,))
             for output in outputs
@@ -44,12 +51,38 @@ class DrawFigures:
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
         """Draw a figure, and record it."""
-        began = time.monotonic()
         (output,) = unit.outputs
         name = output.name.partition("/")[2]
-        figure = next(figure for figure in figures(context) if figure.name == name)
-        files = save(figure.draw(), context.folder / FOLDER, name)
+        self._draw(context, output, next(figure for figure in figures(context) if figure.name == name))
+
+    def _draw(self, context: Context, output: Output, figure: ReportFigure) -> None:
+        began = time.monotonic()
+        files = save(figure.draw(), context.folder / FOLDER, figure.name)
         context.records.finish(output.name, output.key, files, time.monotonic() - began)
+
+
+class DrawFirstFigures(DrawFigures):
+    """A unit is a figure of the masks, which can be drawn before anything is read."""
+
+    def units(self, context: Context) -> Sequence[Unit]:
+        """Return the remaining figures of the masks; none before their frame is finished."""
+        if frames_finished(context) or not frame_finished(context, MASKS):
+            return []
+        left = self._left(context, {figure.name: _key_of_masks(context, figure) for figure in mask_figures(context)})
+        return [replace(unit, work=1.0) for unit in left]  # the stage's share of the time is that of all figures
+
+    def run(self, context: Context, unit: Unit, advance: Advance) -> None:
+        """Draw a figure, record it, and say where the first one is."""
+        drawn = {figure.name: figure for figure in mask_figures(context)}
+        (output,) = unit.outputs
+        self._draw(context, output, drawn[output.name.partition("/")[2]])
+        if output.name == f"{FOLDER}/{next(iter(drawn))}":
+            context.tell(f"a first figure: {context.folder / FOLDER}/{next(iter(drawn))}.png")
+
+
+def mask_figures(context: Context) -> Iterator[ReportFigure]:
+    """Yield the figures of the masks, for which only their frame need be there."""
+    yield from figures_of_group({MASKS: StudyFrames(context)[MASKS]}, None, MASKS)
 
 
 def figures(context: Context) -> Iterator[ReportFigure]:
@@ -78,12 +111,19 @@ def figure_keys(context: Context) -> dict[str, str]:
     of_frames = content_sha256([code, [frame_key(context, name) for name in NAMES]])
     facts = report_facts(context)
     found = {
-        figure.name: content_sha256([of_frames, figure.name, figure.caption])
+        figure.name: _key_of_masks(context, figure)
+        if figure.kind in KINDS_OF_MASKS
+        else content_sha256([of_frames, figure.name, figure.caption])
         for figure in study_figures(StudyFrames(context), facts)
     }
     for diagnosis in diagnoses(context):
         found |= {figure.name: content_sha256([code, diagnosis.key, figure.name]) for figure in figures_of(diagnosis)}
     return found
+
+
+def _key_of_masks(context: Context, figure: ReportFigure) -> str:
+    code = code_version("analysis.plots", "analysis.report", "analysis.frames")
+    return content_sha256([code, frame_key(context, MASKS), figure.name, figure.caption])
 
 
 def report_facts(context: Context) -> ReportFacts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,25 +33,39 @@ from .read import (
 from .units import Advance, Output, Unit
 
 FOLDER = "frames"
+#: Frames of the variants themselves, which can be made before anything is read.
+OF_VARIANTS = ("mask_overlap", "sparsity")
 #: Share of a run's total time that a frame takes, to estimate the remaining time.
 SHARE = 0.004
 
 
 class MakeFrames:
-    """A unit is a frame, or two from one analysis."""
+    """A unit is a frame, or two from one analysis.
+
+    Parameters
+    ----------
+    only
+        Names of frames to make; all by default.
+    """
 
     name = "frames"
+
+    def __init__(self, only: Collection[str] = NAMES) -> None:
+        self._only = frozenset(only)
+        self._work = float(self._only != {*NAMES})  # the stage's share of the time is that of all frames
 
     def units(self, context: Context) -> Sequence[Unit]:
         """Return the remaining frames."""
         found = []
         for names in ANALYSES:
-            if not all(frame_finished(context, name) for name in MADE_FROM.get(names, ())):
+            if not self._only.issuperset(names) or not all(
+                frame_finished(context, name) for name in MADE_FROM.get(names, ())
+            ):
                 continue
             outputs = tuple(Output(f"{FOLDER}/{name}", frame_key(context, name)) for name in names)
             if not all(context.records.finished(output.name, output.key) for output in outputs):
                 title = f"making the frame{'s' * (len(names) > 1)} {' and '.join(names)}"
-                found.append(Unit(self.name, title, outputs))
+                found.append(Unit(self.name, title, outputs, work=self._work))
         return found
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
@@ -79,7 +93,7 @@ def frame_key(context: Context, name: str) -> str:
         inputs += [lens_key(context, model, lang) for model in used for lang in languages]
     elif name == "task_contrasts":
         inputs += [frame_key(context, other) for other in MADE_FROM[name,]]
-    elif name in ("mask_overlap", "sparsity"):
+    elif name in OF_VARIANTS:
         inputs += [context.variants.key(model) for model in models]
     else:
         inputs += [readings_key(context, model, lang) for model in models for lang in languages]

@@ -22,8 +22,8 @@ from .context import Context
 from .diagnose import Diagnose, Diagnosis
 from .diagnosis_request import DiagnosisRequest, check
 from .executor import ThisProcess
-from .figures import DrawFigures
-from .frames import MakeFrames
+from .figures import DrawFigures, DrawFirstFigures
+from .frames import OF_VARIANTS, MakeFrames
 from .progress import WorkProgress
 from .provenance import write_provenance
 from .prune import Prune
@@ -109,7 +109,14 @@ def diagnose_study(
 
 
 #: Stages of every study, before and after a diagnosis.
-_MEASURING: tuple[Stage, ...] = (Prune(), Read(), Benchmark(), MakeFrames())
+_MEASURING: tuple[Stage, ...] = (
+    Prune(),
+    MakeFrames(OF_VARIANTS),  # something to look at while the rest is read
+    DrawFirstFigures(),
+    Read(),
+    Benchmark(),
+    MakeFrames(),
+)
 _REPORTING: tuple[Stage, ...] = (DrawFigures(), WriteTables(), WriteReport())
 
 

@@ -76,6 +76,9 @@ def finished(place):
     assert following.startswith(
         f"Next: prunescope diagnose {place / 'out'} --variant magnitude-0.3-matrix --language en"
     )
+    # there is something to look at before anything is read
+    first = f"a first figure: {place / 'out' / 'figures' / 'mask-overlap-wanda-0.5-row-pruned.png'}"
+    assert 0 < result.stderr.index(first) < result.stderr.index("] reading ")
     return place / "out"
 
 
