@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,21 @@ app = typer.Typer(
     epilog="First steps: prunescope run demo (a whole study), or prunescope new (a study of your own). "
     "Each command has examples: prunescope COMMAND --help.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prunescope {version('prunescope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def examples(*commands: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -269,3 +270,7 @@ def test_the_shell_completes_commands_and_values(monkeypatch):
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
         assert expected in prunescope().stdout.split(), words
+
+
+def test_the_version_is_that_of_the_package():
+    assert prunescope("--version").stdout == f"prunescope {version('prunescope')}\n"
