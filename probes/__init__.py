@@ -5,6 +5,7 @@ from __future__ import annotations
 from .batches import Batch
 from .items import Item, ItemSource, some_twins
 from .lens import LensReadings, LensStream, TokenLanguages
+from .lens_margins import LensMargins, MarginStream
 from .lockstep import read_streams
 from .patching import Component, DamagedModel, attribute, patch
 from .readers.base import Reader
@@ -34,8 +35,10 @@ __all__ = [
     "Item",
     "ItemSource",
     "Keep",
+    "LensMargins",
     "LensReadings",
     "LensStream",
+    "MarginStream",
     "NeuronFiring",
     "PooledStates",
     "QuestionStream",

@@ -24,7 +24,7 @@ from pruning.files import whole_file
 from pruning.text.sources import Segment
 
 from .readers.base import Reader
-from .readers.lens import LENS_SUMS, BlockPredictions, Reference
+from .readers.lens import LENS_SUMS, BlockPredictions, Reference, as_it_is
 from .readers.sampled import Sample, SampledStates, decoded
 from .session import Session
 from .streams import DENSE, AtHead
@@ -220,7 +220,7 @@ class LensStream:
         translators
             Of the dense model; only for a tuned lens.
         """
-        lenses = [_as_it_is, *([translators.translate] if translators is not None else [])]
+        lenses = [as_it_is, *([translators.translate] if translators is not None else [])]
         assert len(lenses) == len(self._lenses)
         anatomy, stack = self._anatomy, self._anatomy.stacks[-1]
         with anatomy.loaded_for_end():
@@ -251,10 +251,6 @@ class LensStream:
     def readers(self, model: str, batch: int) -> Sequence[Reader]:
         """See :class:`probes.streams.Stream`; they find the batch by its segments."""
         return self._readers[model]
-
-
-def _as_it_is(layer: int, states: Tensor) -> Tensor:
-    return states
 
 
 class ReferenceStream:

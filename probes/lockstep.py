@@ -129,11 +129,11 @@ class _Wave:
 
     def run(self) -> None:
         with ExitStack() as end:
-            if any(passage.stream.at_head.positions for passage in self.passages):
+            if any(passage.stream.at_head.throughout for passage in self.passages):
                 end.enter_context(self.anatomy.loaded_for_end())  # once, not after every block
             if not self._run_blocks():
                 return
-            if not any(passage.stream.at_head.positions for passage in self.passages):
+            if not any(passage.stream.at_head.throughout for passage in self.passages):
                 end.enter_context(self.anatomy.loaded_for_end())
             self._end(self.passages)
 
@@ -232,7 +232,7 @@ class _Wave:
                 readers = passage.readers(model) if self._reads(passage, layer) else ()
                 used |= {id(reader): reader for reader in readers}
                 self._read_passage(layer, model, passage, readers)
-            at_head = any(passage.stream.at_head.positions for passage in reading)
+            at_head = any(passage.stream.at_head.throughout for passage in reading)
             with self._beside(model, self.anatomy.names_for_end() if at_head else ()):
                 for reader in used.values():
                     reader.flush()

@@ -42,12 +42,20 @@ class AtHead:
         through; none by default.
     all_tokens
         Whether those of all tokens do so after the last block.
+    after_blocks
+        Whether a few rows of the head are needed after every block.
     """
 
     positions: int = 0
     blocks: int = 0
     lenses: int = 1
     all_tokens: bool = True
+    after_blocks: bool = False
+
+    @property
+    def throughout(self) -> bool:
+        """Whether the head is needed after every block."""
+        return self.after_blocks or self.positions > 0
 
     @property
     def products(self) -> int:

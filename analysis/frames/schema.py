@@ -348,6 +348,32 @@ FRAMES: dict[str, FrameSpec] = {
             ),
         },
     ),
+    "lens_margins": FrameSpec(
+        ("language", "task", "category", "layer", "lens"),
+        {
+            "margin": Metric(
+                "nat",
+                "log-probability of the right choice minus that of the likeliest other, of the first token at which "
+                f"choices differ, in {_LENS}; mean over the two items of a minimal pair, then over pairs (items "
+                f"without a twin stand for themselves); {_OVER_TEMPLATES}",
+            ),
+            "margin_change": Metric("nat", f"margin minus the dense model's after the same block; {_OVER_TEMPLATES}"),
+            "ahead": Metric(
+                "",
+                "share of pairs whose margin is positive after this block and all later ones: in which the right "
+                f"choice has overtaken the wrong one for good; {_OVER_SHARE}",
+            ),
+            "ahead_change": Metric("", f"ahead minus that of the dense model, paired; {_OVER_CHANGE}"),
+            "overtaking": Metric(
+                "block",
+                "block after which the right choice is ahead for good, mean over pairs in which it is in the end (no "
+                f"layer); {_OVER_TEMPLATES}",
+            ),
+            "overtaking_change": Metric(
+                "block", f"the same minus the dense model's, over pairs that both get right; {_OVER_TEMPLATES}"
+            ),
+        },
+    ),
     "mask_overlap": FrameSpec(
         ("layer", "role", "other_calibration", "other_seed", "shared_text"),
         {

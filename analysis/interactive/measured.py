@@ -14,6 +14,7 @@ from probes import (
     HeldoutStream,
     Item,
     ItemSource,
+    LensMargins,
     LensReadings,
     QuestionStream,
     Readings,
@@ -145,6 +146,11 @@ class InMemory(Measured):
     @property
     def lens(self) -> dict[tuple[str, str], LensReadings]:
         """No predictions after each block: they are read by :func:`probes.read_lens`."""
+        return {}
+
+    @property
+    def margins(self) -> dict[tuple[str, str], LensMargins]:
+        """No margins of choices after each block."""
         return {}
 
     @property

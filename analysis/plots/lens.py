@@ -97,6 +97,42 @@ def languages(
     )
 
 
+def margins(
+    frame: pd.DataFrame,
+    recipe: Mapping[str, Any],
+    *,
+    task: str,
+    lens: str = LENSES[0],
+    encoder: int = 0,
+    width: float = style.PAGE_WIDTH,
+) -> Figure:
+    """Draw the share of pairs whose right choice is ahead for good, by block, of the frame ``lens_margins``.
+
+    A panel a category; means over languages. Bands: lowest to highest over calibration sets.
+    """
+    shown = of_recipe(frame, {"metric": "ahead", "task": task, "lens": lens})
+    panels = []
+    for category in labels.categories_of(shown):
+        own = shown[shown["category"] == category]
+        lines = []
+        for rows, label, colour in (
+            (own[own["method"] == DENSE], "dense", style.BLACK),
+            (of_recipe(own, recipe), "pruned", style.TWO_COLOURS[0]),
+        ):
+            keys = ["calibration", "seed", "layer"]
+            means = rows.groupby(keys, observed=True)["value"].mean().reset_index()
+            lines.append(charts.range_line(means, "layer", label, colour))
+        panels.append(charts.Panel(category, lines, y_range=(0.0, 1.02)))
+    return charts.line_panels(
+        panels,
+        title=f"Pairs decided for good after each block, {task}: {lens} lens ({labels.recipe_label(recipe)})",
+        x_label="layer",
+        encoder=encoder,
+        y_label="share of pairs",
+        width=width,
+    )
+
+
 def leading(shares: pd.DataFrame, language: str) -> str:
     """Return which other language's tokens have most probability in any block, of rows of one text and model."""
     others = shares[~shares["other_language"].isin([language, SHARED, UNSEEN])]

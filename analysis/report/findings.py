@@ -17,7 +17,7 @@ from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from .catalogue import ALL_MODELS, section_of
 from .geometry import geometry_of_dense, geometry_of_recipe
-from .lens import lens_of_dense, lens_of_recipe
+from .lens import lens_of_dense, lens_of_recipe, margins_of_recipe
 from .routing import routing_of_dense, routing_of_recipe
 
 
@@ -314,6 +314,7 @@ _PARTS = (
     _masks,
     routing_of_recipe,
     lens_of_recipe,
+    margins_of_recipe,
     _neurons,
 )
 

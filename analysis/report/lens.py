@@ -66,6 +66,27 @@ def lens_of_recipe(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
     yield from _languages_of_tokens(rows)
 
 
+def margins_of_recipe(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Yield after which block right choices overtake wrong ones, before and after, and where that has moved."""
+    frame = frames["lens_margins"]
+    lens, rows = _best(of_recipe(frame, recipe))
+    for task, own in rows.groupby("task", observed=True):
+        of_task = frame[(frame["task"] == task) & (frame["lens"] == lens)]
+        dense = of_task[(of_task["method"] == DENSE) & (of_task["metric"] == "overtaking")]
+        before = dense.groupby("category", observed=True)["value"].mean()
+        change = own[own["metric"] == "overtaking_change"]
+        after = change.groupby("category", observed=True)["value"].mean()
+        listed = [f"{name} {before[name]:.1f} ({after[name]:+.1f})" for name in labels.categories_of(change)]
+        if listed:
+            later, earlier = int((change["low"] > 0).sum()), int((change["high"] < 0).sum())
+            yield (
+                f"By the {lens} lens, the right choice of the pairs of {task} that the dense model gets right "
+                f"overtakes the wrong one for good after block {', '.join(listed)} on average (in brackets: the change "
+                f"in pairs that both models get right); it is clearly later in {later} of {len(change)} cases (each "
+                f"model, language and category) and earlier in {earlier}, by 95 % intervals over templates."
+            )
+
+
 def _best(frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     """Return the tuned lens with its rows, or the logit lens if there is no other."""
     there = set(frame["lens"].dropna().astype(str))

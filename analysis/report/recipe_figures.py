@@ -344,6 +344,23 @@ def _of_lens(of: RecipeFigures, lens: str, kind: str) -> Iterator[Drawn]:
     )
 
 
+def _lens_margins(of: RecipeFigures) -> Iterator[Drawn]:
+    """Yield after which blocks the right choices of items are ahead."""
+    asked = of_recipe(of.frames["lens_margins"], of.recipe)
+    for task in asked["task"].unique():
+        for lens, kind in OF_LENSES.items():
+            if lens in set(asked["lens"]):
+                yield Drawn(
+                    f"{kind}-margins",
+                    f"Task {task}: share of minimal pairs (items, where there are no pairs) whose right choice is "
+                    f"ahead of the wrong one after this block and all later ones, by the {lens} lens at the first "
+                    "token at which choices differ; after the last block, the share that is right. Means over "
+                    "languages; band: minimum to maximum over calibration sets. Intervals: frame lens_margins.",
+                    of.drawing(plots.lens.margins, "lens_margins", task=str(task), lens=lens, encoder=of.encoder),
+                    str(task),
+                )
+
+
 def sampled(frames: Frames) -> str:
     """Say at how many segments of text a lens was read."""
     segments = from_to(frames["lens"]["n"].dropna().astype(int).tolist())
@@ -425,5 +442,6 @@ GROUPS: dict[str, tuple[Callable[[RecipeFigures], Iterator[Drawn]], tuple[str, .
     ),
     "routing": (_routing, ("routing", "routing-layers")),
     "lens": (_lenses, tuple(kind for lens in OF_LENSES.values() for kind in (lens, f"{lens}-tokens"))),
+    "lens_margins": (_lens_margins, tuple(f"{kind}-margins" for kind in OF_LENSES.values())),
     "neuron_selection": (_neurons, ("neurons-kept", "neurons-layers", "neurons-entropy", "neurons-shift")),
 }

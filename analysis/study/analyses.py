@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from probes import ChoiceScores, Item, LensReadings, Readings
+from probes import ChoiceScores, Item, LensMargins, LensReadings, Readings
 from pruning import Anatomy, Segment, Variant
 
 from ..frames import Frames, joined
@@ -19,6 +19,7 @@ from ..metrics import (
     geometry,
     lape,
     lens,
+    lens_margins,
     lsar,
     mask_overlap,
     perplexity,
@@ -46,6 +47,8 @@ class Measured(ABC):
         ``(model, language)`` to what was read of the held-out text.
     lens
         ``(model, language)`` to the predictions after each block; none without a lens.
+    margins
+        ``(model, language)`` to the margins of choices after each block; none without a lens.
     subspaces
         Of the dense model after each block; those of rank `rank` (languages - 1, if that is ``None``).
     heldout
@@ -82,6 +85,11 @@ class Measured(ABC):
     @abstractmethod
     def lens(self) -> Mapping[tuple[str, str], LensReadings]:
         """Predictions after each block."""
+
+    @property
+    @abstractmethod
+    def margins(self) -> Mapping[tuple[str, str], LensMargins]:
+        """Margins of choices after each block."""
 
     @property
     @abstractmethod
@@ -164,6 +172,10 @@ def _lens(of: Measured) -> Analyzed:
     return {"lens": lens.analyze(of.lens, of.columns)}
 
 
+def _lens_margins(of: Measured) -> Analyzed:
+    return {"lens_margins": lens_margins.analyze(of.margins, of.items, of.columns, of.task)}
+
+
 def _neurons(of: Measured) -> Analyzed:
     by_language, selection = lape.analyze(of.readings, of.columns)
     return {"language_neurons": by_language, "neuron_selection": selection}
@@ -203,6 +215,7 @@ ANALYSES: dict[tuple[str, ...], Callable[[Measured], Analyzed]] = {
     ("mask_overlap",): _mask_overlap,
     ("routing",): _routing,
     ("lens",): _lens,
+    ("lens_margins",): _lens_margins,
     ("language_neurons", "neuron_selection"): _neurons,
     ("neuron_entropy", "neuron_shift"): _distributions,
     ("contrasts",): _contrasts,

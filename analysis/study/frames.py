@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from probes import DENSE, ChoiceScores, Item, LensReadings, StoredReadings
+from probes import DENSE, ChoiceScores, Item, LensMargins, LensReadings, StoredReadings
 from pruning import Anatomy, Segment, Variant
 from pruning.code_version import code_version
 from pruning.files import content_sha256
@@ -22,7 +22,9 @@ from .context import Context
 from .read import (
     fitting_key,
     lens_key,
+    lens_margins,
     lens_readings,
+    margins_key,
     questions_file,
     questions_key,
     readings_finished,
@@ -91,6 +93,10 @@ def frame_key(context: Context, name: str) -> str:
     elif name == "lens":
         used = models if context.study.lens.tokens else ()
         inputs += [lens_key(context, model, lang) for model in used for lang in languages]
+    elif name == "lens_margins":
+        asked = context.texts.items if context.study.lens.tokens else ()
+        inputs += [margins_key(context, model, lang) for model in models for lang in asked]
+        inputs.append(context.texts.task)
     elif name == "task_contrasts":
         inputs += [frame_key(context, other) for other in MADE_FROM[name,]]
     elif name in OF_VARIANTS:
@@ -171,6 +177,11 @@ class StudyMeasured(Measured):
     def lens(self) -> dict[tuple[str, str], LensReadings]:
         """Predictions after each block; none without a lens."""
         return lens_readings(self.context)
+
+    @property
+    def margins(self) -> dict[tuple[str, str], LensMargins]:
+        """Margins of choices after each block; none without a lens."""
+        return lens_margins(self.context)
 
     @property
     def subspaces(self) -> list[LSAR]:

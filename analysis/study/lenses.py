@@ -63,17 +63,22 @@ class TunedLens:
         Of the study.
     reading
         Hash of how text is read.
+
+    Attributes
+    ----------
+    key
+        Hash of everything that they depend on.
     """
 
     def __init__(self, context: Context, reading: str) -> None:
         self._context = context
         of_text = [context.texts.fitting_fingerprints[language] for language in context.study.languages]
-        self._key = content_sha256([reading, of_text, context.study.lens.seed])
+        self.key = content_sha256([reading, of_text, context.study.lens.seed])
 
     @property
     def missing(self) -> bool:
         """Whether the study has a tuned lens that is not fitted yet."""
-        return self._context.study.lens.tuned and not self._context.records.finished(_TRANSLATORS, self._key)
+        return self._context.study.lens.tuned and not self._context.records.finished(_TRANSLATORS, self.key)
 
     def streams(self) -> list[TranslatorStream]:
         """Return what it is fitted on."""
@@ -90,7 +95,7 @@ class TunedLens:
         if self.missing:
             self._context.tell("fitting the tuned lens")
             fit_all(self._context.model.session, self.streams(), read, files)
-            self._context.records.finish(_TRANSLATORS, self._key, list(files.values()), time.monotonic() - began)
+            self._context.records.finish(_TRANSLATORS, self.key, list(files.values()), time.monotonic() - began)
         return Translators(files, anatomy.device)
 
     @property

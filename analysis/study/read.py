@@ -13,8 +13,10 @@ from probes import (
     DENSE,
     FittingStream,
     HeldoutStream,
+    LensMargins,
     LensReadings,
     LensStream,
+    MarginStream,
     QuestionStream,
     ReadingPlan,
     StoredReadings,
@@ -36,7 +38,7 @@ from .units import Advance, Output, Unit
 
 #: Languages are grouped up to this many tokens, so that the cost of applying a variant's block is negligible.
 _TOKENS = 4096
-_HELDOUT, _FITTING, _QUESTIONS, _LENS = "readings", "fitting", "questions", "lens"
+_HELDOUT, _FITTING, _QUESTIONS, _LENS, _MARGINS = "readings", "fitting", "questions", "lens", "margins"
 
 
 class Read:
@@ -69,12 +71,15 @@ class Read:
             read_streams(context.model.session, streams, variants, plan, lambda tokens: advance(tokens * work))
 
         lenses = [of_language.lens for of_language in streams if of_language.lens is not None]
-        if lenses:
+        margins = [of_language.margins for of_language in streams if of_language.margins is not None]
+        if lenses or margins:
             references = [lens.reference() for lens in lenses]
             read(references, {})
             translators = TunedLens(context, _reading_key(context)).fitted(lambda streams: read(streams, {}))
             for lens, reference in zip(lenses, references, strict=True):
                 lens.prepare(reference, context.token_languages, translators)
+            for stream in margins:
+                stream.prepare(translators)
         read([stream for of_language in streams for stream in of_language.every], variants)
         for part, of_language in zip(parts, streams, strict=True):
             of_language.save(context, part)
@@ -106,7 +111,8 @@ class Read:
             texts = context.texts
             work += len(part.heldout) * _tokens(context, texts.heldout[part.language]) * (facts.body + facts.head)
             work += part.fitting * _tokens(context, texts.fitting[part.language]) * facts.body
-            work += len(part.questions) * _question_tokens(context, part.language) * facts.body
+            asked = dict.fromkeys([*part.questions, *part.margins])
+            work += len(asked) * _question_tokens(context, part.language) * facts.body if asked else 0
             if part.lens:
                 tokens = _tokens(context, texts.heldout[part.language])
                 work += lens_work(context, len(part.lens), tokens, alone=part.lens != part.heldout)
@@ -161,6 +167,22 @@ def lens_readings(context: Context) -> dict[tuple[str, str], LensReadings]:
     }
 
 
+def margins_key(context: Context, model: str, language: str) -> str:
+    """Return a hash of everything that the margins of a model's choices after each block depend on."""
+    tuned = TunedLens(context, _reading_key(context)).key if context.study.lens.tuned else ""
+    return content_sha256([questions_key(context, model, language), tuned])
+
+
+def lens_margins(context: Context) -> dict[tuple[str, str], LensMargins]:
+    """Return the margins of every model's choices after each block, by model and language; none without a lens."""
+    models = context.variants.models if context.study.lens.tokens else ()
+    return {
+        (model, language): LensMargins.open(_file(context, f"{_MARGINS}/{model}/{language}"))
+        for model in models
+        for language in context.texts.items
+    }
+
+
 def readings_file(context: Context, model: str, language: str) -> Path:
     """Return the file of one model's readings in one language."""
     return _file(context, f"{_HELDOUT}/{model}/{language}")
@@ -188,7 +210,7 @@ def _reading_key(context: Context) -> str:
 
 def _file(context: Context, result: str) -> Path:
     kind, model, language = result.split("/")
-    suffix = {_HELDOUT: "", _FITTING: "-fitting", _QUESTIONS: "-items", _LENS: "-lens"}[kind]
+    suffix = {_HELDOUT: "", _FITTING: "-fitting", _QUESTIONS: "-items", _LENS: "-lens", _MARGINS: "-margins"}[kind]
     return context.folder / "readings" / model / f"{language}{suffix}.safetensors"
 
 
@@ -201,9 +223,9 @@ class _Left:
 
     Attributes
     ----------
-    heldout, questions, lens
+    heldout, questions, lens, margins
         Models that have yet to read the held-out text and the questions, and those whose predictions after each block
-        have yet to be read.
+        of these have yet to be read.
     fitting
         Whether the dense model has yet to read the fitting text.
     """
@@ -212,11 +234,12 @@ class _Left:
     heldout: list[str] = field(default_factory=list)
     questions: list[str] = field(default_factory=list)
     lens: list[str] = field(default_factory=list)
+    margins: list[str] = field(default_factory=list)
     fitting: bool = False
 
     @property
     def models(self) -> list[str]:
-        return list(dict.fromkeys([*self.heldout, *self.questions, *self.lens, *([DENSE] * self.fitting)]))
+        return list(dict.fromkeys([*self.heldout, *self.questions, *self.lens, *self.margins, *[DENSE] * self.fitting]))
 
     @property
     def anything(self) -> bool:
@@ -235,6 +258,12 @@ def _left(context: Context, language: str) -> _Left:
             left.questions.append(model)
         if context.study.lens.tokens and not done(f"{_LENS}/{model}/{language}", lens_key(context, model, language)):
             left.lens.append(model)
+        if (
+            context.study.lens.tokens
+            and language in context.texts.items
+            and not done(f"{_MARGINS}/{model}/{language}", margins_key(context, model, language))
+        ):
+            left.margins.append(model)
     left.fitting = not done(f"{_FITTING}/{DENSE}/{language}", fitting_key(context, language))
     return left
 
@@ -250,6 +279,8 @@ def _results(context: Context, left: _Left) -> Iterator[tuple[str, str]]:
         yield f"{_QUESTIONS}/{model}/{language}", questions_key(context, model, language)
     for model in left.lens:
         yield f"{_LENS}/{model}/{language}", lens_key(context, model, language)
+    for model in left.margins:
+        yield f"{_MARGINS}/{model}/{language}", margins_key(context, model, language)
 
 
 def _parts_of(unit: Unit) -> list[_Left]:
@@ -261,7 +292,8 @@ def _parts_of(unit: Unit) -> list[_Left]:
         if kind == _FITTING:
             part.fitting = True
         else:
-            {_HELDOUT: part.heldout, _QUESTIONS: part.questions, _LENS: part.lens}[kind].append(model)
+            models = {_HELDOUT: part.heldout, _QUESTIONS: part.questions, _LENS: part.lens, _MARGINS: part.margins}
+            models[kind].append(model)
     return list(parts.values())
 
 
@@ -278,7 +310,7 @@ def _grouped(context: Context, left: Sequence[_Left]) -> Iterator[list[_Left]]:
             group, tokens = [], 0
         group.append(part)
         tokens += _tokens(context, context.texts.heldout[part.language]) if part.heldout or part.lens else 0
-        tokens += _question_tokens(context, part.language) if part.questions else 0
+        tokens += _question_tokens(context, part.language) if part.questions or part.margins else 0
     if group:
         yield group
 
@@ -331,13 +363,14 @@ class _Streams:
     fitting: FittingStream | None = None
     questions: QuestionStream | None = None
     lens: LensStream | None = None
+    margins: MarginStream | None = None
 
     @classmethod
     def of(cls, context: Context, left: _Left) -> _Streams:
         """Return the streams; readings of held-out text are written to their files block by block."""
         session, texts, language = context.model.session, context.texts, left.language
         every: list[Stream] = []
-        fitting = questions = lens = None
+        fitting = questions = lens = margins = None
         if left.lens:
             lens = lens_stream(context, language, left.lens)
         if left.heldout:
@@ -349,9 +382,16 @@ class _Streams:
             every.append(lens)
         if left.fitting:
             every.append(fitting := FittingStream(session, texts.fitting[language]))
+        asked = _questions(context, language) if left.questions or left.margins else []
+        if left.margins:
+            margins = MarginStream(session, asked, left.margins)
         if left.questions:
-            every.append(questions := QuestionStream(session, _questions(context, language), left.questions))
-        return cls(every, fitting, questions, lens)
+            questions = QuestionStream(session, asked, left.questions)
+            in_one = margins is not None and left.margins == left.questions
+            every.append(Together(questions, margins) if margins is not None and in_one else questions)
+        if margins is not None and left.margins != left.questions:
+            every.append(margins)
+        return cls(every, fitting, questions, lens, margins)
 
     @property
     def planned(self) -> list[Stream]:
@@ -369,6 +409,9 @@ class _Streams:
         for model in left.lens if self.lens is not None else ():
             assert self.lens is not None
             self.lens.readings[model].save(_file(context, f"{_LENS}/{model}/{left.language}"))
+        for model in left.margins if self.margins is not None else ():
+            assert self.margins is not None
+            self.margins.margins[model].save(_file(context, f"{_MARGINS}/{model}/{left.language}"))
 
 
 def stored_readings(context: Context, models: Sequence[str]) -> StoredReadings:

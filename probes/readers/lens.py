@@ -32,6 +32,11 @@ Lens = Callable[[int, Tensor], Tensor]
 AT_ONCE = 1024
 
 
+def as_it_is(layer: int, states: Tensor) -> Tensor:
+    """Return states as they are: the logit lens."""
+    return states
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """The dense model's final prediction at some positions.
@@ -92,14 +97,14 @@ class BlockPredictions(SampledStates):
         kinds: Tensor,
         sums: Tensor,
         mass: Tensor,
-        lenses: Sequence[Lens] = (lambda layer, states: states,),
+        lenses: Sequence[Lens] = (),
         first: int = 0,
     ) -> None:
         super().__init__(sample, "residual", first)
         self._anatomy = anatomy
         self._reference = reference
         self._kinds = kinds
-        self._lenses = lenses
+        self._lenses = lenses or (as_it_is,)
         self.sums = sums
         self.mass = mass
 

@@ -592,7 +592,7 @@ class Anatomy:
         return head_logits(self.model, hidden, vocabulary)
 
     def precise_logits(
-        self, hidden: Float[Tensor, "*batch hidden"], vocabulary: slice = slice(None)
+        self, hidden: Float[Tensor, "*batch hidden"], vocabulary: slice | Tensor = slice(None)
     ) -> Float[Tensor, "*batch vocabulary"]:
         """Compute logits from normed final hidden states in at least float32, for a loss.
 
@@ -601,7 +601,7 @@ class Anatomy:
         Parameters
         ----------
         hidden, vocabulary
-            As in :meth:`logits`; the whole slice of the head may be converted to float32.
+            As in :meth:`logits`, or ids of tokens; the whole part of the head may be converted to float32.
         """
         return precise_head_logits(self.model, hidden, vocabulary)
 

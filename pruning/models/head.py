@@ -27,7 +27,7 @@ def head_of(model: nn.Module) -> Any:
     return head
 
 
-def head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = slice(None)) -> Tensor:
+def head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice | Tensor = slice(None)) -> Tensor:
     """Compute logits from normed final hidden states, exactly as the model's own forward does.
 
     Covers the logit scales of Cohere and Granite, the soft cap of Gemma 2 and the scaled states of T5.
@@ -39,7 +39,7 @@ def head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = slice(None
     return _finished(model, linear(hidden, head.weight[vocabulary], bias))
 
 
-def precise_head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice = slice(None)) -> Tensor:
+def precise_head_logits(model: nn.Module, hidden: Tensor, vocabulary: slice | Tensor = slice(None)) -> Tensor:
     """Compute logits from normed final hidden states with a float32 matrix product, for a loss.
 
     For models in float32 or wider these are the logits of :func:`head_logits`. In a 16-bit model those are rounded

@@ -24,7 +24,7 @@ STAGES = ("prune", "read", "benchmark", "frames", "figures", "tables", "report")
 
 
 #: Kinds of results of the stages whose time is measured.
-_MEASURED = ("variants", "readings", "fitting", "questions", "lens", "translators", "benchmark")
+_MEASURED = ("variants", "readings", "fitting", "questions", "lens", "margins", "translators", "benchmark")
 
 
 @dataclass(frozen=True)

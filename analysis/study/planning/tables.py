@@ -134,7 +134,8 @@ def _made(stage: str, own: Sequence[Estimate]) -> str:
     if stage == "read":
         models = {model for _, model, _ in parts}
         said = f"{_of(len(models), 'model')} in {_of(len({language for *_, language in parts}), 'language')}"
-        kinds = {"readings": "text", "questions": "questions", "fitting": "subspaces", "lens": "lens"}
+        kinds = {"readings": "text", "questions": "questions", "fitting": "subspaces"}
+        kinds |= {"lens": "lens", "margins": "lens on questions"}
         there = dict.fromkeys(kind for kind in kinds for part in parts if part[0] == kind)
         dense = "" if models - {DENSE} else " (dense)"
         return f"{said}{dense}: {', '.join(kinds[kind] for kind in there)}"

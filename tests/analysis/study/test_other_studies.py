@@ -112,6 +112,10 @@ def test_quantized_models_are_measured_beside_pruned_ones_without_masks(place, t
     assert "The final prediction is" in page
     drawn = {path.stem for path in (out / "figures").glob("lens*.png")}
     assert {"lens-languages", "lens-wanda-0.5-row-pruned", "lens-tuned-tokens-wanda-0.5-row-pruned"} <= drawn
+    assert {"lens-margins-bundled-wanda-0.5-row-pruned", "lens-tuned-margins-bundled-gptq-4bit-g16-pruned"} <= drawn
+    margins = frames["lens_margins"]
+    assert set(margins["method"]) == lens["kl"]
+    assert set(margins["category"]) == set(frames["accuracy"]["category"])
     assert "Compression multiplies perplexity by" in page
     assert (
         "Quantized models have no masks: there is no sparsity and no overlap of masks; the agreement of their" in page
