@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Record(BaseModel):
 class Records:
     """The records in a study's folder, ``DIR/records/NAME.json``.
 
-    Results that a changed study no longer needs stay on record, and are reused if it needs them again.
+    Results that a changed study no longer needs stay on record, and are reused if it needs them again; but for figures
+    and tables (:meth:`retire`), which would be taken for its own.
 
     Parameters
     ----------
@@ -141,6 +142,35 @@ class Records:
         found = {path.relative_to(self.folder).as_posix(): RecordedFile.of(path) for path in files}
         self._write(name, Record(key=key, seconds=round(seconds, 2), files=found, facts=dict(facts or {})))
 
+    def retire(self, kind: str, names: Collection[str]) -> list[str]:
+        """Remove results of a kind that a study no longer has, and return the names of their files.
+
+        Only files on record are removed, and only if they are as they were written: what was altered since, or is on
+        the record of another result too, is left alone.
+
+        Parameters
+        ----------
+        kind
+            First part of the results' names, such as ``figures``; only files in the folder of this name are removed.
+        names
+            Names of the results that the study has.
+        """
+        found = {name: record for name, record in self.everything().items() if name.startswith(f"{kind}/")}
+        kept = {file for name, record in found.items() if name in names for file in record.files}
+        gone: list[str] = []
+        for name, record in found.items():
+            if name in names:
+                continue
+            for file, was in record.files.items():
+                path = self.folder / file
+                inside = path.parent == self.folder / kind and path.name not in ("", ".", "..")
+                if inside and file not in kept and _as_written(path, was):
+                    path.unlink()
+                    gone.append(file)
+            self._path(name).unlink()
+            self._found[name] = None
+        return gone
+
     def everything(self) -> dict[str, Record]:
         """Return all records, by name."""
         root = self.folder / RECORDS
@@ -155,6 +185,11 @@ class Records:
 
     def _path(self, name: str) -> Path:
         return self.folder / RECORDS / f"{name}.json"
+
+
+def _as_written(path: Path, was: RecordedFile) -> bool:
+    """Whether a file is there with the content on record."""
+    return path.is_file() and path.stat().st_size == was.size and file_sha256(path) == was.sha256
 
 
 def _is_older(provenance: Path) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,18 +22,21 @@ from .context import Context
 from .diagnose import Diagnose, Diagnosis
 from .diagnosis_request import DiagnosisRequest, check
 from .executor import ThisProcess
-from .figures import DrawFigures, DrawFirstFigures
+from .figures import FOLDER as FIGURES
+from .figures import DrawFigures, DrawFirstFigures, figure_keys
 from .frames import OF_VARIANTS, MakeFrames
 from .progress import WorkProgress
 from .provenance import write_provenance
 from .prune import Prune
 from .read import Read
+from .records import RECORDS
 from .report import REPORT_FILE, WriteReport
 from .study_file import load_study
-from .tables import WriteTables
+from .tables import FOLDER as TABLES
+from .tables import WriteTables, table_keys
 from .units import SHARES, Stage, Unit
 
-STUDY_FILE = "study.toml"
+STUDY_FILE, LOCK, MODEL_RECORD = "study.toml", ".lock", "model.json"
 
 
 def run_study(
@@ -132,12 +135,24 @@ def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> N
         for stage in stages:
             for units in _rounds(context, stage):
                 executor.run(stage, units)
+    if not only_variants:
+        _remove_stale(context)
     write_provenance(context, time.monotonic() - began, only_variants=only_variants)
     left_out = context.variants.imports.left_out  # which was said at the beginning
     for name, reason in context.variants.set_aside.items():
         if name in left_out:
             continue
         console.print(f"set aside: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _remove_stale(context: Context) -> None:
+    """Remove the figures and tables that a study had before its file was changed, and no longer has."""
+    wanted = {FIGURES: figure_keys(context), TABLES: table_keys(context)}
+    gone = [
+        file for kind, keys in wanted.items() for file in context.records.retire(kind, {f"{kind}/{n}" for n in keys})
+    ]
+    if gone:
+        context.tell(f"removed {len(gone)} files of figures and tables that this study no longer has")
 
 
 def needing_the_whole(study: StudyConfig, only_prune: bool) -> str:
@@ -169,13 +184,49 @@ def _opened(
 
     if folder.exists() and not folder.is_dir():
         raise StudyError(f"{folder} is a file; choose a folder for the study (--out)")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    before = set() if missing else {path.name for path in folder.iterdir()}
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(folder / ".lock", timeout=0):
+            with FileLock(folder / LOCK, timeout=0), _nothing_left_of_nothing(folder, before, missing):
                 remove_partials(folder)
                 yield Context(study, folder, memory, device_memory, whole, tell), console
         except Timeout as error:
             raise StudyError(
                 f"another run is writing into {folder}; wait for it, or choose another folder (--out)"
             ) from error
+
+
+@contextmanager
+def _nothing_left_of_nothing(folder: Path, before: Collection[str], missing: Sequence[Path]) -> Iterator[None]:
+    """Context manager that removes what a failed run put into a folder that was new to it, if there are no results.
+
+    That is its lock, the study's file and what model it is of, and folders that are then empty.
+
+    Parameters
+    ----------
+    folder
+        The folder, which this run has locked.
+    before
+        Names of what was in it.
+    missing
+        Folders that were not there, the innermost first.
+    """
+    try:
+        yield
+    except BaseException:
+        new = [path for path in folder.iterdir() if path.name not in before]
+        new += [path for place in new if _is_folder(place) for path in place.rglob("*")]
+        files = {path.relative_to(folder).as_posix() for path in new if not _is_folder(path)}
+        if LOCK in files and files <= {LOCK, STUDY_FILE, f"{RECORDS}/{MODEL_RECORD}"}:
+            with suppress(OSError):
+                for path in sorted(new, reverse=True):  # what is in a folder comes before it
+                    path.rmdir() if _is_folder(path) else path.unlink()
+                for place in missing:
+                    place.rmdir()
+        raise
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

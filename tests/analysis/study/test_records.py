@@ -111,3 +111,42 @@ def test_a_folder_of_an_older_layout_says_what_to_do(tmp_path, content):
 def test_a_new_folder_has_no_records(tmp_path):
     assert Records(tmp_path / "nowhere").everything() == {}
     assert not Records(tmp_path).finished("frames/signal", "key")
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Return a study's folder with figures of two names, and one that nobody has on record."""
+    folder = tmp_path / "study"
+    (folder / "figures").mkdir(parents=True)
+    for name in ("old", "new"):
+        files = [folder / "figures" / f"{name}.{kind}" for kind in ("pdf", "png")]
+        for file in files:
+            file.write_text(file.name)
+        Records(folder).finish(f"figures/{name}", "key", files, 1.0)
+    (folder / "figures" / "mine.pdf").write_text("precious")
+    return folder
+
+
+def test_files_of_results_that_a_study_no_longer_has_are_removed_and_no_others(drawn):
+    records = Records(drawn)
+    assert records.retire("tables", set()) == []
+    assert records.retire("figures", {"figures/new"}) == ["figures/old.pdf", "figures/old.png"]
+    assert {path.name for path in (drawn / "figures").iterdir()} == {"new.pdf", "new.png", "mine.pdf"}
+    assert set(Records(drawn).everything()) == set(records.everything()) == {"figures/new"}
+    assert records.retire("figures", {"figures/new"}) == []
+
+
+def test_files_that_were_altered_or_are_somewhere_else_are_not_removed(drawn):
+    (drawn / "figures" / "old.png").write_text("altered")
+    (drawn / "results.csv").write_text("mine")
+    content = json.loads((drawn / "records" / "figures" / "old.json").read_text())
+    for place in ("results.csv", "figures/../results.csv", "figures/new.pdf"):
+        content["files"][place] = content["files"]["figures/old.pdf"] | {
+            "size": (drawn / place).stat().st_size,
+            "sha256": module.file_sha256(drawn / place),
+        }
+    (drawn / "records" / "figures" / "old.json").write_text(json.dumps(content))
+    assert Records(drawn).retire("figures", {"figures/new"}) == ["figures/old.pdf"]
+    assert (drawn / "results.csv").read_text() == "mine"
+    names = {path.name for path in (drawn / "figures").iterdir()}
+    assert names == {"old.png", "new.pdf", "new.png", "mine.pdf"}

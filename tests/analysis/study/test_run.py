@@ -22,6 +22,7 @@ from studies import STUDY
 from analysis import lape, load_study, open_readings, plots, read_frame
 from analysis.frames import FRAMES, STUDY_FRAMES, VARIANT_COLUMNS, recipes_of
 from analysis.study.power import study_power
+from analysis.study.records import Records
 from pruning import Variant
 from pruning.files import PARTIAL
 
@@ -365,6 +366,27 @@ def test_changed_study_redoes_only_what_it_touches(place, finished, tmp_path):
     assert all(path.stat().st_mtime_ns == t for path, t in before.items())
     frame = read_frame(out / "frames" / "perplexity.parquet")
     assert "zh" in set(frame["calibration"])
+
+
+@pytest.mark.usefixtures("sketched")
+def test_figures_and_tables_that_a_changed_study_no_longer_has_are_removed(place, finished, tmp_path):
+    out = tmp_path / "fewer"
+    shutil.copytree(finished, out)
+    (out / "figures" / "mine.pdf").write_text("precious")
+    recipe = '[[recipes]]\nmethod = "magnitude"\nsparsity = 0.3\n'
+    assert recipe in STUDY
+    (place / "fewer.toml").write_text(STUDY.replace(recipe, ""))
+    result = prunescope("run", place / "fewer.toml", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "files of figures and tables that this study no longer has" in result.stderr
+    for kind in ("figures", "tables"):
+        there = {path.relative_to(out).as_posix() for path in (out / kind).iterdir()} - {"figures/mine.pdf"}
+        listed = {file for record in Records(out).everything().values() for file in record.files}
+        assert {file for file in listed if file.startswith(f"{kind}/")} == there
+        assert not any("magnitude" in name for name in there)
+        assert any("magnitude" in path.name for path in (finished / kind).iterdir())
+    assert (out / "figures" / "mine.pdf").read_text() == "precious"
+    assert (out / "variants" / "magnitude-0.3-matrix" / "masks.safetensors").is_file()  # reused if it is asked again
 
 
 @pytest.mark.usefixtures("sketched")
