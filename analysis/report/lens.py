@@ -17,8 +17,8 @@ from ..frames import Frames, labels, of_recipe
 
 def lens_of_dense(frame: pd.DataFrame) -> Iterator[str]:
     """Yield after which blocks the dense model's predictions are in another language than the text."""
-    lens, rows = _best(frame)
-    rows = rows[(rows["method"] == DENSE) & (rows["metric"] == "token_share_lead")]
+    lens = LENSES[0]  # a translator fitted on a language's text predicts that language, whatever the model does
+    rows = frame[(frame["lens"] == lens) & (frame["method"] == DENSE) & (frame["metric"] == "token_share_lead")]
     if not len(rows):
         return
     vocabulary = frame[frame["metric"] == "vocabulary_share"].set_index("other_language")["value"]
@@ -63,7 +63,8 @@ def lens_of_recipe(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
         f"cases (each block, language and model) and nearer in {nearer}. Only cases count whose 95 % interval is on "
         "one side of zero; by chance alone, one in 40 would be on either side."
     )
-    yield from _languages_of_tokens(rows)
+    every = of_recipe(frames["lens"], recipe)
+    yield from _languages_of_tokens(every[every["lens"] == LENSES[0]])
 
 
 def margins_of_recipe(frames: Frames, recipe: Mapping[str, Any]) -> Iterator[str]:
@@ -114,7 +115,10 @@ def _languages_of_tokens(rows: pd.DataFrame) -> Iterator[str]:
                 f"{int(largest['layer'])})"
             )
     if said:
-        yield (f"After pruning, in the predictions after each block, {'; '.join(said)}. Cases are counted as before.")
+        yield (
+            f"After pruning, in the predictions of the logit lens after each block, {'; '.join(said)}. Cases are counted "
+            "as before."
+        )
     else:
         yield "No change in the languages of the tokens predicted after each block has an interval that excludes zero."
 
