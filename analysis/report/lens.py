@@ -116,8 +116,8 @@ def _languages_of_tokens(rows: pd.DataFrame) -> Iterator[str]:
             )
     if said:
         yield (
-            f"After pruning, in the predictions of the logit lens after each block, {'; '.join(said)}. Cases are counted "
-            "as before."
+            f"After pruning, in the predictions of the logit lens after each block, {'; '.join(said)}. Cases are "
+            "counted as before."
         )
     else:
         yield "No change in the languages of the tokens predicted after each block has an interval that excludes zero."
