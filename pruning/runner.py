@@ -189,6 +189,8 @@ class PruningRun:
         Of the dense model, if it is known; all blocks are read to find it out.
     trial
         Whether to time a block, so that the plan says how long the variants will take.
+    parts
+        How many waves there are at least, if there are as many calibration sets, for several processes.
 
     Attributes
     ----------
@@ -222,6 +224,7 @@ class PruningRun:
         batch_tokens: int = 2048,
         fingerprint: str | None = None,
         trial: bool = True,
+        parts: int = 1,
     ) -> None:
         self.anatomy = anatomy
         self.jobs = {job.id: job for job in jobs}
@@ -264,6 +267,7 @@ class PruningRun:
                 in_folder=folder is not None,
                 trial=trial,
                 there=self._chosen(pending),
+                parts=parts,
             )
 
     @property
@@ -274,8 +278,14 @@ class PruningRun:
     @cached_property
     def waves(self) -> tuple[Wave, ...]:
         """The remaining waves; unfinished waves of a killed run come first."""
-        waves = self.plan.waves if self.plan else ()
-        return tuple(Wave(self._wave_name(jobs), jobs, self._work(jobs)) for jobs in waves)
+        return tuple(self._wave(jobs) for jobs in (self.plan.waves if self.plan else ()))
+
+    def wave(self, variants: Sequence[str]) -> Wave:
+        """Return the wave that makes some variants, by their names, whoever planned it."""
+        return self._wave(tuple(self.jobs[variant] for variant in variants))
+
+    def _wave(self, jobs: tuple[Job, ...]) -> Wave:
+        return Wave(self._wave_name(jobs), jobs, self._work(jobs))
 
     def place(self, variant: str) -> Path:
         """Return the folder of a variant."""
@@ -409,7 +419,8 @@ class PruningRun:
             return {}  # missing or damaged: try them again
 
     def _note_set_aside(self, reasons: dict[str, str]) -> None:
-        self.set_aside |= reasons
+        elsewhere = {v: reason for v, (key, reason) in self._on_record().items() if self.keys.get(v) == key}
+        self.set_aside = elsewhere | self.set_aside | reasons  # other processes may have set some aside meanwhile
         nothing_left = self.set_aside.keys() == self.jobs.keys()
         if reasons and self.folder is not None:
             said = {v: {"key": key, "reason": r} for v, (key, r) in self._on_record().items() if v not in self.jobs}

@@ -57,8 +57,8 @@ def carry_out(log: Path, study: Path, out: Path) -> None:
     from analysis.study.units import Unit
 
     class Logged(run.ThisProcess):
-        def run(self, stage: Any, units: Sequence[Unit]) -> None:
-            super().run(LoggedStage(stage), units)
+        def run(self, stages: Sequence[Any], units: Sequence[Unit], progress: Any) -> None:
+            super().run([LoggedStage(stage) for stage in stages], units, progress)
 
     class LoggedStage:
         def __init__(self, stage: Any) -> None:

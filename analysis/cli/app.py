@@ -77,6 +77,13 @@ Memory = Annotated[
     typer.Option(help="Memory cap, such as 6GiB; free memory by default. A larger model is read from its shards."),
 ]
 DeviceMemory = Annotated[str | None, typer.Option(help="GPU memory cap, such as 20GiB; free GPU memory by default.")]
+On = Annotated[
+    str | None,
+    typer.Option(
+        help='Where units run: "ray" (the Ray cluster of this machine, or one started here) or "ray:HOST:PORT"; '
+        "in this process by default."
+    ),
+]
 StudyName = Annotated[
     str,
     typer.Argument(

@@ -15,6 +15,7 @@ from .app import (
     STUDIES,
     DeviceMemory,
     Memory,
+    On,
     Out,
     StudyName,
     Text,
@@ -39,6 +40,7 @@ def run(
     out: Out = None,
     memory: Memory = None,
     device_memory: DeviceMemory = None,
+    on: On = None,
 ) -> None:
     """Run a study: prune, read, analyze, plot, report.
 
@@ -53,6 +55,7 @@ def run(
         folder,
         memory=bytes_of("--memory", memory),
         device_memory=bytes_of("--device-memory", device_memory),
+        on=on,
     )
     made = next((path.parent.name for path in sorted((folder / "variants").glob("*/recipe.json"))), "ID")
     diagnose = ("diagnose", folder, "--variant", made, "--language", resolved.languages[0], "--category", "text")
@@ -107,6 +110,7 @@ def prune(
     ] = None,
     memory: Memory = None,
     device_memory: DeviceMemory = None,
+    on: On = None,
 ) -> None:
     """Make pruned (or quantized) variants of a model, or only those of a study. The model may be larger than memory.
 
@@ -142,6 +146,7 @@ def prune(
         folder,
         memory=bytes_of("--memory", memory),
         device_memory=bytes_of("--device-memory", device_memory),
+        on=on,
         only_prune=True,
     )
     following = ("run", what, "--out", folder) if method is None else ("look", what, folder)

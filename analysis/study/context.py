@@ -34,6 +34,8 @@ class Context:
         Whether results are written to the folder; if not, the study is only planned.
     described
         Whether the model is known by its configuration only, without weights, and nothing is timed.
+    workers
+        How many workers there will be: work is cut into at least as many units where that costs little.
     """
 
     study: StudyConfig
@@ -44,6 +46,7 @@ class Context:
     tell: Callable[[str], None] = field(default=lambda words: None)
     written: bool = True
     described: bool = False
+    workers: int = 1
 
     @cached_property
     def records(self) -> Records:
@@ -79,4 +82,5 @@ class Context:
             self.device_memory,
             self.tell,
             described=self.described,
+            workers=self.workers,
         )

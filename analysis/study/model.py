@@ -97,7 +97,7 @@ class StudyModel:
         self._tell = tell
         self.seconds_to_load = 0.0
 
-    @property
+    @cached_property
     def facts(self) -> ModelFacts:
         """Facts about the model, which is loaded if they are not on record."""
         found = self._records.facts(_RECORD, self._key)
@@ -179,10 +179,7 @@ class StudyModel:
 
     def _stored_bytes(self) -> int:
         """Return what the weights take in memory, by the size of the checkpoint."""
-        shards = Shards(self._folder)
-        if self._study.dtype == "float32" or (self._study.dtype == "auto" and self._device.type == "cpu"):
-            return 4 * sum(torch.Size(shape).numel() for shape in shards.shapes.values())
-        return shards.bytes
+        return _loaded_bytes(Shards(self._folder), self._study.dtype, on_cpu=self._device.type == "cpu")
 
     def _must_stream(self, size: int) -> bool:
         """Return whether weights of so many bytes must stay on disk.
@@ -196,7 +193,7 @@ class StudyModel:
         rooms = {"memory": free_memory() if memory is None else memory}
         if self._device.type != "cpu":
             rooms[f"memory of {self._device}"] = free_memory(self._device) if on_device is None else on_device
-        needed = int(_BASE + size * (_COPIED if self._whole else _ROOM))
+        needed = _process_bytes(size, copied=bool(self._whole))
         for name, room in rooms.items():
             if needed > room and self._whole:
                 raise StudyError(
@@ -213,13 +210,9 @@ class DescribedModel(StudyModel):
     memory. Whether results are finished can be told only if its facts are on record: otherwise its fingerprint is "".
     """
 
-    @property
+    @cached_property
     def facts(self) -> ModelFacts:
         """Facts about the model: those on record, if there are any."""
-        return self._known
-
-    @cached_property
-    def _known(self) -> ModelFacts:
         found = self._records.facts(_RECORD, self._key)
         return _facts_of(self.anatomy, "") if found is None else ModelFacts.model_validate(found)
 
@@ -248,6 +241,21 @@ class DescribedModel(StudyModel):
         if self._study.device == "auto":
             return torch.device("cpu" if self._caps[1] is None else "cuda")
         return torch.device(self._study.device)
+
+
+def needed_bytes(shards: Shards, dtype: str, *, on_cpu: bool, copied: bool) -> int:
+    """Return the memory in bytes of a process with a whole model, and with a copy of its weights if that is needed."""
+    return _process_bytes(_loaded_bytes(shards, dtype, on_cpu=on_cpu), copied=copied)
+
+
+def _process_bytes(size: int, *, copied: bool) -> int:
+    return int(_BASE + size * (_COPIED if copied else _ROOM))
+
+
+def _loaded_bytes(shards: Shards, dtype: str, *, on_cpu: bool) -> int:
+    if dtype == "float32" or (dtype == "auto" and on_cpu):
+        return 4 * sum(torch.Size(shape).numel() for shape in shards.shapes.values())
+    return shards.bytes
 
 
 def _facts_of(anatomy: Anatomy, fingerprint: str) -> ModelFacts:

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 #: Seconds between two lines about the same unit, without a terminal.
 _LINES_APART = 120
@@ -46,6 +46,7 @@ class WorkProgress:
             disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=self.total, left="")
+        self._rows: dict[str, TaskID] = {}
 
     def __enter__(self) -> WorkProgress:
         """Start drawing."""
@@ -76,9 +77,29 @@ class WorkProgress:
         if said:
             self._say(name + more)
 
+    def worker(self, name: str, title: str = "", work: float = 0.0, done: float = 0.0) -> None:
+        """Show what one of several workers does, in a row of its own; nothing without a terminal.
+
+        Parameters
+        ----------
+        name
+            Name of the worker.
+        title
+            What it runs; empty if it runs nothing.
+        work, done
+            How much work that is, and how much of it is done; no work if that is unknown.
+        """
+        row = self._rows.get(name)
+        if row is None:
+            row = self._rows[name] = self._bar.add_task(name, left="")
+        if not done:
+            self._bar.reset(row)
+        self._bar.update(row, description=f"  {name}: {title}", total=work or None, completed=done, visible=bool(title))
+        self._bar.update(self._task, description=f"{len(self._rows)} worker{'s' * (len(self._rows) > 1)}")
+
     def advance(self, work: float) -> None:
         """Add completed work."""
-        self._done = min(self._done + work, self.total)
+        self._done = min(max(self._done + work, 0.0), self.total)
         self._bar.update(self._task, completed=self._done, left=self.left())
         if time.monotonic() - self._said >= _LINES_APART:
             self._say(self._name)

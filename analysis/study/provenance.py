@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from pruning.files import write_json
 from pruning.models.arithmetic import multiplies_with_onednn
 
 from .context import Context
 from .figures import versions
-from .records import PROVENANCE
 
 
-def write_provenance(context: Context, seconds: float, *, only_variants: bool = False) -> None:
-    """Write ``provenance.json``: versions, machine, fingerprints, seeds, and every result that is on record.
+def provenance(
+    context: Context, seconds: float, machines: Sequence[Mapping[str, Any]], *, only_variants: bool = False
+) -> dict[str, Any]:
+    """Return the content of ``provenance.json``: versions, machines, fingerprints, seeds, and every result on record.
 
     Parameters
     ----------
@@ -23,6 +25,8 @@ def write_provenance(context: Context, seconds: float, *, only_variants: bool = 
         Of the study.
     seconds
         That this run took.
+    machines
+        The machines that units ran on, as :func:`machine` describes them; a cluster's have a node each.
     only_variants
         Whether nothing was read.
     """
@@ -39,17 +43,11 @@ def write_provenance(context: Context, seconds: float, *, only_variants: bool = 
         }
         for name, record in context.records.everything().items()
     }
-    content = {
+    return {
         "last_run_seconds": round(seconds, 1),
         "versions": {"python": platform.python_version(), **versions()},
-        "machine": {
-            "system": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "device": facts.device,
-            "dtype": facts.dtype,
-            "reading_uses_onednn": multiplies_with_onednn(torch.device(facts.device)),
-        },
+        "machine": machine(context),
+        **({"workers": list(machines)} if len(machines) > 1 or any("node" in one for one in machines) else {}),
         "model": {"name": context.study.model, "fingerprint": facts.fingerprint},
         "text": text,
         "skip_first": context.study.evaluation.skip_first,
@@ -57,4 +55,16 @@ def write_provenance(context: Context, seconds: float, *, only_variants: bool = 
         "set_aside": context.variants.set_aside,
         "results": results,
     }
-    write_json(context.folder / PROVENANCE, content)
+
+
+def machine(context: Context) -> dict[str, Any]:
+    """Return what is known of the machine that a process runs on, as far as results depend on it."""
+    facts = context.model.facts
+    return {
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": facts.device,
+        "dtype": facts.dtype,
+        "reading_uses_onednn": multiplies_with_onednn(torch.device(facts.device)),
+    }

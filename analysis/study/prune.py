@@ -76,10 +76,9 @@ def _make(context: Context, names: Sequence[str], advance: Advance) -> None:
     variants = context.variants
     run = variants.pruning
     began = time.monotonic()
-    wave = next((wave for wave in run.waves if [job.id for job in wave.jobs] == list(names)), None)
-    if wave is not None:
+    if not all(run.finished(name) or name in run.set_aside for name in names):
         weights = _block_work(context)
-        run.run(wave, lambda tokens: advance(tokens * weights))
+        run.run(run.wave(names), lambda tokens: advance(tokens * weights))
     seconds = (time.monotonic() - began) / len(names)
     for name in names:
         if name in run.set_aside:

@@ -38,6 +38,8 @@ from .units import Advance, Output, Unit
 
 #: Languages are grouped up to this many tokens, so that the cost of applying a variant's block is negligible.
 _TOKENS = 4096
+#: A group for one of several workers is closed with this part of its share of all tokens, so that none is much larger.
+_SHARE = 0.8
 _HELDOUT, _FITTING, _QUESTIONS, _LENS, _MARGINS = "readings", "fitting", "questions", "lens", "margins"
 
 
@@ -301,18 +303,26 @@ def _parts_of(unit: Unit) -> list[_Left]:
 
 
 def _grouped(context: Context, left: Sequence[_Left]) -> Iterator[list[_Left]]:
-    """Yield groups of languages to read together, with enough text but within memory."""
+    """Yield groups of languages to read together, with enough text but within memory, and one for every worker."""
     group: list[_Left] = []
     tokens = 0
+    enough: float = _TOKENS
+    if context.workers > 1:
+        enough = min(enough, _SHARE * sum(_read_tokens(context, part) for part in left) / context.workers)
     for part in left:
-        if group and (tokens >= _TOKENS or not _fits(context, [*group, part])):
+        if group and (tokens >= enough or not _fits(context, [*group, part])):
             yield group
             group, tokens = [], 0
         group.append(part)
-        tokens += _tokens(context, context.texts.heldout[part.language]) if part.heldout or part.lens else 0
-        tokens += _question_tokens(context, part.language) if part.questions or part.margins else 0
+        tokens += _read_tokens(context, part)
     if group:
         yield group
+
+
+def _read_tokens(context: Context, left: _Left) -> int:
+    """Return how many tokens several models read in a language."""
+    heldout = _tokens(context, context.texts.heldout[left.language]) if left.heldout or left.lens else 0
+    return heldout + (_question_tokens(context, left.language) if left.questions or left.margins else 0)
 
 
 def _fits(context: Context, group: Sequence[_Left]) -> bool:

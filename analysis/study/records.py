@@ -102,6 +102,11 @@ class Records:
                 raise StudyError(f"{path} is damaged; delete it to recompute that result") from error
         return self._found[name]
 
+    def forget(self) -> None:
+        """Read records again when they are needed: others have written some meanwhile."""
+        if self._written:
+            self._found.clear()
+
     def facts(self, name: str, key: str) -> dict[str, Any] | None:
         """Return the recorded facts of a result, if its key is unchanged."""
         record = self.find(name)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 
 from pruning.errors import StudyError
-from pruning.files import disk_errors, remove_partials, write_text
+from pruning.files import disk_errors, remove_partials, write_json, write_text
 from pruning.runner import VARIANTS
 
 from ..frames import read_frame
@@ -21,20 +22,21 @@ from .configuration import StudyConfig
 from .context import Context
 from .diagnose import Diagnose, Diagnosis
 from .diagnosis_request import DiagnosisRequest, check
-from .executor import ThisProcess
+from .executors import ThisProcess, executor_named
 from .figures import FOLDER as FIGURES
 from .figures import DrawFigures, DrawFirstFigures, figure_keys
 from .frames import OF_VARIANTS, MakeFrames
+from .order import levels, waits
 from .progress import WorkProgress
-from .provenance import write_provenance
+from .provenance import provenance
 from .prune import Prune
 from .read import Read
-from .records import RECORDS
+from .records import PROVENANCE, RECORDS
 from .report import REPORT_FILE, WriteReport
 from .study_file import load_study
 from .tables import FOLDER as TABLES
 from .tables import WriteTables, table_keys
-from .units import SHARES, Stage, Unit
+from .units import SHARES, Executor, Stage, Unit
 
 STUDY_FILE, LOCK, MODEL_RECORD = "study.toml", ".lock", "model.json"
 
@@ -47,6 +49,7 @@ def run_study(
     memory: int | None = None,
     device_memory: int | None = None,
     only_prune: bool = False,
+    on: str | None = None,
 ) -> Path:
     """Run a study, or what is left of it, and return the path of its report.
 
@@ -63,6 +66,8 @@ def run_study(
         model is read from its checkpoint, one block at a time.
     only_prune
         Only make the variants, and return their folder.
+    on
+        Where units run, as :func:`~analysis.study.executors.executor_named` takes it; in this process by default.
 
     Raises
     ------
@@ -70,12 +75,12 @@ def run_study(
         If text, model, recipe or folder cannot be used; finished results are kept.
     """
     whole = needing_the_whole(study, only_prune)
+    executor_on = executor_named(on)
+    stages: list[Stage] = [Prune()] if only_prune else [*_MEASURING, *_REPORTING]
     with _opened(study, folder, console, memory, device_memory, whole) as (context, console):
-        if only_prune:
-            _carry_out(context, [Prune()], console)
-            return folder / VARIANTS
-        _carry_out(context, [*_MEASURING, *_REPORTING], console)
-        return folder / REPORT_FILE
+        with executor_on(context) as executor:
+            _carry_out(context, stages, executor, console)
+        return folder / (VARIANTS if only_prune else REPORT_FILE)
 
 
 def diagnose_study(
@@ -107,7 +112,7 @@ def diagnose_study(
     with _opened(study, folder, console, memory, device_memory, "a diagnosis needs") as (context, console):
         diagnosis = Diagnosis(context, request)
         diagnosis.write_request()
-        _carry_out(context, [*_MEASURING, Diagnose(request), *_REPORTING], console)
+        _carry_out(context, [*_MEASURING, Diagnose(request), *_REPORTING], ThisProcess(context), console)
         return folder / REPORT_FILE, diagnosis_findings(read_frame(diagnosis.frame))
 
 
@@ -123,26 +128,42 @@ _MEASURING: tuple[Stage, ...] = (
 _REPORTING: tuple[Stage, ...] = (DrawFigures(), WriteTables(), WriteReport())
 
 
-def _carry_out(context: Context, stages: Sequence[Stage], console: Console) -> None:
+def _carry_out(context: Context, stages: Sequence[Stage], executor: Executor, console: Console) -> None:
     began = time.monotonic()
     only_variants = len(stages) == 1
-    context.model.check_device()
-    context.texts.check(calibration_only=only_variants)
-    work = sum(unit.work for stage in stages for unit in stage.units(context))
+    work = executor.ask(partial(_work, stages=stages))
     write_text(context.folder / STUDY_FILE, context.study.to_toml())
     with WorkProgress(work / (1 - sum(SHARES.values())), console) as progress:
-        executor = ThisProcess(context, progress, SHARES)
-        for stage in stages:
-            for units in _rounds(context, stage):
-                executor.run(stage, units)
-    if not only_variants:
-        _remove_stale(context)
-    write_provenance(context, time.monotonic() - began, only_variants=only_variants)
-    left_out = context.variants.imports.left_out  # which was said at the beginning
-    for name, reason in context.variants.set_aside.items():
+        for level in levels(stages):
+            for units in _rounds(executor, level):
+                executor.run(level, units, progress)
+    if not only_variants and not executor.failed:
+        executor.ask(_remove_stale)
+    seconds = time.monotonic() - began
+    told = executor.ask(partial(provenance, seconds=seconds, machines=executor.machines, only_variants=only_variants))
+    write_json(context.folder / PROVENANCE, told)
+    left_out = executor.ask(_left_out)  # which was said at the beginning
+    for name, reason in told["set_aside"].items():
         if name in left_out:
             continue
         console.print(f"set aside: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    if executor.failed:
+        raise StudyError(_of_failures(executor.failed))
+
+
+def _work(context: Context, stages: Sequence[Stage]) -> float:
+    """Check all that can be checked before anything expensive starts, and return the work that is left."""
+    context.model.check_device()
+    context.texts.check(calibration_only=len(stages) == 1)
+    return sum(unit.work for unit in _units(context, stages))
+
+
+def _units(context: Context, stages: Sequence[Stage]) -> list[Unit]:
+    return [unit for stage in stages for unit in stage.units(context)]
+
+
+def _left_out(context: Context) -> set[str]:
+    return set(context.variants.imports.left_out)
 
 
 def _remove_stale(context: Context) -> None:
@@ -163,13 +184,31 @@ def needing_the_whole(study: StudyConfig, only_prune: bool) -> str:
     return "tasks of the evaluation harness need" if study.tasks.harness and not only_prune else ""
 
 
-def _rounds(context: Context, stage: Stage) -> Iterator[Sequence[Unit]]:
-    """Yield a stage's units until none is left; later units may depend on the results of earlier ones."""
+def _rounds(executor: Executor, stages: Sequence[Stage]) -> Iterator[Sequence[Unit]]:
+    """Yield units until none is left that can run: later ones may depend on the results of earlier ones."""
     before: Sequence[Unit] = ()
-    while units := stage.units(context):
-        assert units != before, f"{stage.name} made no progress"
+    while units := _able(executor.ask(partial(_units, stages=stages)), list(executor.failed)):
+        assert units != before, f"{units[0].stage} made no progress"
         yield units
         before = units
+
+
+def _able(units: Sequence[Unit], failed: Sequence[Unit]) -> list[Unit]:
+    """Return the units that neither failed for good nor wait for one that did."""
+    lost = {output for unit in failed for output in unit.outputs}
+    waiting = waits([*failed, *units])[len(failed) :]
+    return [
+        unit
+        for unit, waited in zip(units, waiting, strict=True)
+        if lost.isdisjoint(unit.outputs) and not any(number < len(failed) for number in waited)
+    ]
+
+
+def _of_failures(failed: Mapping[Unit, str]) -> str:
+    """Return what is said of units that failed for good, in one line."""
+    first, said = next(iter(failed.items()))
+    more = f" (and {len(failed) - 1} more unit{'s' * (len(failed) > 2)})" if len(failed) > 1 else ""
+    return f"{first.title}{more} failed: {said}; what does not depend on it is finished; run again to resume"
 
 
 @contextmanager

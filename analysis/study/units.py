@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from probes import DENSE
 
 from .context import Context
+from .progress import WorkProgress
 
 #: Share of a run's time taken by stages whose work is not measured in multiply-adds.
 SHARES = {"frames": 0.04, "figures": 0.04, "tables": 0.003, "report": 0.005}
 #: Called with the work done since it was last called, in multiply-adds.
 Advance = Callable[[float], None]
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,20 @@ class Unit:
     work: float = 0.0
     memory: int = 0
 
+    @property
+    def makes(self) -> frozenset[str]:
+        """Names of the variants that it makes."""
+        return self._models("variants")
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Names of the variants that it reads or asks."""
+        return self._models("readings", "questions", "lens", "margins", "benchmark") - {DENSE}
+
+    def _models(self, *kinds: str) -> frozenset[str]:
+        parts = [output.name.split("/") for output in self.outputs]
+        return frozenset(part[1] for part in parts if part[0] in kinds)
+
 
 @runtime_checkable
 class Stage(Protocol):
@@ -80,5 +98,16 @@ class Stage(Protocol):
 class Executor(Protocol):
     """Runs units; the only part that knows where they run."""
 
-    def run(self, stage: Stage, units: Sequence[Unit]) -> None:
-        """Run units of one stage, which do not depend on each other."""
+    @property
+    def failed(self) -> Mapping[Unit, str]:
+        """Units that failed for good, with what is said of each; what stops everything is raised instead."""
+
+    @property
+    def machines(self) -> Sequence[Mapping[str, Any]]:
+        """The machines that units run on, as provenance describes them."""
+
+    def ask(self, question: Callable[[Context], _Answer]) -> _Answer:
+        """Return what can be known of a study only where its model is."""
+
+    def run(self, stages: Sequence[Stage], units: Sequence[Unit], progress: WorkProgress) -> None:
+        """Run units of some stages, which do not wait for each other."""

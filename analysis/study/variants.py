@@ -37,6 +37,8 @@ class StudyVariants:
         Called with the pruning plan.
     described
         Whether the model is known by its configuration only; weights are then not downloaded, and nothing is timed.
+    workers
+        How many workers make them: there are at least as many waves if there are as many calibration sets.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class StudyVariants:
         tell: Callable[[str], None],
         *,
         described: bool = False,
+        workers: int = 1,
     ) -> None:
         self._study = study
         self._folder = folder
@@ -60,6 +63,7 @@ class StudyVariants:
         self._caps = memory, device_memory
         self._tell = tell
         self._described = described
+        self._workers = workers
         self.jobs = {job.id: job for job in study.jobs()}
         self._others: dict[str, int] = {}
         self.imports = StudyImports(study, tell, weights=not described)
@@ -165,6 +169,7 @@ class StudyVariants:
             name=self._study.model_name,
             fingerprint=self._model.facts.fingerprint,
             trial=not self._described,
+            parts=self._workers,
         )
         if run.plan is not None:
             self._tell(str(run.plan))

@@ -130,6 +130,7 @@ def make_plan(
     in_folder: bool = True,
     trial: bool = True,
     there: Collection[Job] = (),
+    parts: int = 1,
 ) -> Plan:
     """Estimate what jobs will need, and split them into waves that stay within the caps.
 
@@ -149,6 +150,8 @@ def make_plan(
         Whether to time a block in order to estimate the time; only if variants go to a folder.
     there
         Finished variants that jobs fine-tune, without choosing anew.
+    parts
+        How many waves several processes want at least; calibration sets stay whole, so that work is still shared.
 
     Raises
     ------
@@ -170,6 +173,8 @@ def make_plan(
     groups = _groups([job for job in jobs if not any(job in wave for wave in begun)])
     if not in_folder:
         groups = [tuple(jobs)]
+    elif parts > 1:
+        groups = [part for group in groups for part in _by_set(group, parts)]
     counts = list(_halvings(max(map(len, groups), default=0))) if in_folder else [1]
     # First move hidden states elsewhere, then use more waves; the last attempt needs the least memory.
     for place, count in [*((place, 1) for place in places), *((places[-1], count) for count in counts[1:])]:
@@ -270,6 +275,14 @@ def _groups(jobs: Sequence[Job]) -> list[tuple[Job, ...]]:
     apart = {job for group in groups.values() for job in group}
     groups["block by block"] = [job for job in jobs if job not in apart]
     return [tuple(group) for group in groups.values() if group]
+
+
+def _by_set(jobs: Sequence[Job], parts: int) -> list[tuple[Job, ...]]:
+    """Split jobs into up to `parts` groups of about as many calibration sets each."""
+    sets = list(dict.fromkeys(job.calibration for job in jobs))
+    parts = min(parts, len(sets))
+    place = {calibration: number * parts // len(sets) for number, calibration in enumerate(sets)}
+    return [tuple(job for job in jobs if place[job.calibration] == part) for part in range(parts)]
 
 
 def _halvings(jobs: int) -> Iterable[int]:

@@ -260,3 +260,34 @@ def test_a_variant_that_was_removed_meanwhile_is_missed(model, tokenizer, tmp_pa
     with pytest.raises(VariantError, match="there is no mask file"):
         run.open(name)
     assert not any(PARTIAL in str(path) for path in tmp_path.rglob("*"))
+
+
+def test_waves_for_several_processes_keep_calibration_sets_whole_and_make_the_same_variants(model, tokenizer, tmp_path):
+    whole = saved(prune(model, tokenizer, RECIPES, CORPUS, SETS, name="tiny"), tmp_path / "whole")
+    jobs, out = planned_jobs(RECIPES, SETS), tmp_path / "out"
+
+    def a_run(parts: int = 1) -> PruningRun:
+        return PruningRun(Anatomy(model), tokenizer, jobs, CORPUS, out, name="tiny", parts=parts)
+
+    alone, waves = a_run().waves, a_run(parts=2).waves
+    assert [len(a_run(parts=parts).waves) for parts in (3, 100)] == [len(a_run(parts=len(SETS)).waves)] * 2
+    assert len(waves) > len(alone)
+    assert {job for wave in waves for job in wave.jobs} == set(jobs)
+    for one in alone:
+        parts = [wave for wave in waves if set(wave.jobs) <= set(one.jobs)]
+        sets = [{job.calibration for job in part.jobs} for part in parts]
+        assert sum(map(len, sets)) == len({job.calibration for job in one.jobs})
+    for wave in waves:
+        another = a_run()  # as in a process of its own, which has planned waves of its own
+        another.run(another.wave([job.id for job in wave.jobs]))
+    assert files(out) == whole
+    assert not list((out / "scratch").glob("*"))
+
+
+def test_what_several_processes_set_aside_is_all_on_record(model, tokenizer, tmp_path):
+    jobs = planned_jobs(RECIPES, SETS)
+    runs = [PruningRun(Anatomy(model), tokenizer, jobs, CORPUS, tmp_path / "out", name="tiny") for _ in range(2)]
+    for run, job in zip(runs, jobs, strict=False):
+        run._note_set_aside({job.id: "planted"})
+    assert runs[1].set_aside == {job.id: "planted" for job in jobs[:2]}
+    assert json.loads((tmp_path / "out" / "set_aside.json").read_text()).keys() == runs[1].set_aside.keys()

@@ -16,6 +16,7 @@ from pruning.errors import StudyError
 from ..configuration import StudyConfig
 from ..context import Context
 from ..model import ModelFacts
+from ..order import waits
 from ..run import needing_the_whole
 from .estimates import Estimate, estimates
 from .pace import Figures, Pace, Trial
@@ -73,29 +74,11 @@ class StudyPlan:
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
-        """The units as tasks for workers that have loaded the model.
-
-        What reads variants waits for the units that make them; frames for all that is read and asked; figures, tables
-        and report for what comes before them.
-        """
+        """The units as tasks for workers that have loaded the model, each with those that it waits for."""
         names = _unique([one.title for one in self.estimates])
-        stages = [one.stage for one in self.estimates]
-        measured = frozenset(n for n, stage in zip(names, stages, strict=True) if stage in _MEASURING)
-        frames = {n for n, stage in zip(names, stages, strict=True) if stage == "frames"}
-        before = {
-            "frames": measured,
-            **dict.fromkeys(("figures", "tables"), measured | frames),
-            "report": frozenset(n for n, stage in zip(names, stages, strict=True) if stage != "report"),
-        }
-        makers = {made: name for name, one in zip(names, self.estimates, strict=True) for made in one.makes}
         return tuple(
-            Task(
-                name,
-                one.seconds,
-                one.memory,
-                before.get(one.stage, frozenset(makers[used] for used in one.uses if used in makers)),
-            )
-            for name, one in zip(names, self.estimates, strict=True)
+            Task(name, one.seconds, one.memory, frozenset(names[number] for number in before))
+            for name, one, before in zip(names, self.estimates, waits(self.estimates), strict=True)
         )
 
 
