@@ -155,7 +155,7 @@ def _work(context: Context, stages: Sequence[Stage]) -> float:
     """Check all that can be checked before anything expensive starts, and return the work that is left."""
     context.model.check_device()
     context.texts.check(calibration_only=len(stages) == 1)
-    return sum(unit.work for unit in _units(context, stages))
+    return sum((unit.work for unit in _units(context, stages)), 0.0)
 
 
 def _units(context: Context, stages: Sequence[Stage]) -> list[Unit]:
