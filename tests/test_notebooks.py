@@ -24,10 +24,10 @@ SHORTER = {
         "per_category = 8": 'items = "none"',
     },
     "04_why_did_it_lose_reasoning": {
-        "samples=8, length=128": "samples=4, length=64",
+        "samples=8, length=128": "samples=2, length=64",
         # more is pruned, so that few items show a drop
         "sparsity=0.5": "sparsity=0.7",
-        "ITEMS, SEGMENTS, FITTING, CONFIRM = 40, 8, 16, 8": "ITEMS, SEGMENTS, FITTING, CONFIRM = 40, 2, 8, 3",
+        "ITEMS, SEGMENTS, FITTING, CONFIRM = 40, 8, 16, 8": "ITEMS, SEGMENTS, FITTING, CONFIRM = 20, 2, 4, 1",
     },
 }
 #: Blocks of the embedded model's 18 that are enough, but to answer questions.
