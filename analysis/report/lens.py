@@ -123,7 +123,7 @@ def _languages_of_tokens(rows: pd.DataFrame) -> Iterator[str]:
         yield "No change in the languages of the tokens predicted after each block has an interval that excludes zero."
 
 
-def blocks_listed(layers: Iterable[float]) -> str:
+def blocks_listed(layers: Iterable[float | int]) -> str:
     """Return blocks in words, with ranges.
 
     >>> blocks_listed([3]), blocks_listed([5, 2, 3, 4, 9])

@@ -36,7 +36,7 @@ def methods_paragraph(facts: ReportFacts, frames: Frames, diagnosed: bool) -> st
 def methods_latex(paragraph: str, source: str) -> str:
     r"""Return the paragraph in LaTeX: what is in brackets becomes ``\cite``.
 
-    >>> print(methods_latex("Read through nnsight [nnsight].", "Made here."))
+    >>> print(methods_latex("Read through nnsight [nnsight].", "Made here."), end="")
     % Made here. The works are in references.bib.
     Read through nnsight~\cite{nnsight}.
     """

@@ -140,7 +140,7 @@ def _carry_out(context: Context, stages: Sequence[Stage], executor: Executor, co
     if not only_variants and not executor.failed:
         executor.ask(_remove_stale)
     seconds = time.monotonic() - began
-    told = executor.ask(partial(provenance, seconds=seconds, machines=executor.machines, only_variants=only_variants))
+    told = executor.ask(partial(provenance, seconds=seconds, machines=executor.machines(), only_variants=only_variants))
     write_json(context.folder / PROVENANCE, told)
     left_out = executor.ask(_left_out)  # which was said at the beginning
     for name, reason in told["set_aside"].items():

@@ -102,7 +102,6 @@ class Executor(Protocol):
     def failed(self) -> Mapping[Unit, str]:
         """Units that failed for good, with what is said of each; what stops everything is raised instead."""
 
-    @property
     def machines(self) -> Sequence[Mapping[str, Any]]:
         """The machines that units run on, as provenance describes them."""
 

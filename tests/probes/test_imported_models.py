@@ -154,9 +154,9 @@ def test_the_lens_has_each_models_own_norm_and_head(tmp_path, tokenizer, segment
                     kl = (final.exp() * (final - own)).sum()
                     loss = -own.gather(1, ids[0, where + 1][:, None]).sum()
                     expected = torch.stack([kl, loss])
-                    sums = read[name].sums[layer, number, [0, 2]]
+                    sums = read[name].sums[0, layer, number, [0, 2]]
                     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
-                    mass = read[name].mass[layer, number]
+                    mass = read[name].mass[0, layer, number]
                     shares = torch.stack([own.exp()[:, kind::2].sum() for kind in (0, 1)])
                     torch.testing.assert_close(mass, shares, rtol=1e-4, atol=1e-4)
 

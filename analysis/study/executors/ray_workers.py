@@ -64,7 +64,6 @@ class RayWorkers:
         """Units that failed for good, with what is said of each."""
         return self._failed
 
-    @property
     def machines(self) -> Sequence[Mapping[str, Any]]:
         """The machines that workers were started on."""
         return self._crew.machines

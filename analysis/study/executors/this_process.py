@@ -40,7 +40,6 @@ class ThisProcess:
     ) -> None:
         """There is nothing to stop."""
 
-    @property
     def machines(self) -> Sequence[Mapping[str, Any]]:
         """The only one, which this is."""
         return [machine(self._context)]
