@@ -17,7 +17,7 @@ from typing import Any
 
 from .code_version import code_version
 from .engine import Job, check_fits, planned_jobs, sweep
-from .engine.jobs import choices
+from .engine.jobs import check_calibrated, choices
 from .engine.plan import Plan, make_plan
 from .engine.recovering import recovering, recovery_work
 from .engine.streams import Progress
@@ -237,6 +237,7 @@ class PruningRun:
         self._exponents: dict[Key, float] = {}
         for recipe in dict.fromkeys(job.recipe for job in jobs):
             check_fits(self.anatomy, recipe)
+        check_calibrated(jobs, corpus)
         self._texts = {
             job.id: calibration_fingerprint(corpus, job.calibration)
             for job in self.jobs.values()

@@ -73,6 +73,19 @@ def planned_jobs(recipes: Iterable[Recipe], sets: Iterable[CalibrationSet]) -> l
     return list(named.values())
 
 
+def check_calibrated(jobs: Iterable[Job], text: object) -> None:
+    """Check that there is calibration text, and a set of it for each job that needs one.
+
+    Raises
+    ------
+    RecipeError
+        If not.
+    """
+    for job in jobs:
+        if job.recipe.calibrated and (job.calibration is None or text is None):
+            raise RecipeError(f"{job.recipe.method_label} needs calibration text; give a corpus and a calibration set")
+
+
 def covered_shapes(anatomy: Anatomy, recipe: Recipe) -> dict[Key, Shape]:
     """Return the shape of every projection in a recipe's scope."""
     keys = [key for key in anatomy if recipe.covers(*key)]

@@ -27,7 +27,7 @@ from .budgets import Survey, needs_survey, settled, survey_needs, weighed
 from .choosing import Choice, Derivatives, Packed, choose_masks
 from .flow import Flow, StatisticsOf
 from .gradients import derivatives_of, passes
-from .jobs import Job, Schedule, check_fits, covered_shapes
+from .jobs import Job, Schedule, check_calibrated, check_fits, covered_shapes
 from .loss import BACKWARD
 from .streams import Progress
 from .units import choose
@@ -129,9 +129,7 @@ def sweep(
     jobs = list(dict.fromkeys(jobs))
     for recipe in dict.fromkeys(job.recipe for job in jobs):
         check_fits(anatomy, recipe)
-    for job in jobs:
-        if job.recipe.calibrated and (job.calibration is None or text is None):
-            raise RecipeError(f"{job.recipe.method_label} needs calibration text; give a corpus and a calibration set")
+    check_calibrated(jobs, text)
     run = _Sweep(anatomy, jobs, text, batch_tokens, workspace or Workspace(), progress, exponents)
     with torch.no_grad():
         run.everything()
