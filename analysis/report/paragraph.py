@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 
 from pruning import Recipe
@@ -60,6 +61,7 @@ def references(paragraph: str) -> str:
     return "".join(entry + "\n" for key, entry in _entries().items() if key in keys)
 
 
+@cache
 def _entries() -> Mapping[str, str]:
     lines = files("analysis.report").joinpath("references.bib").read_text(encoding="utf-8").splitlines()
     return {line[line.index("{") + 1 : line.index(",")]: line for line in lines if line.startswith("@")}
