@@ -127,6 +127,11 @@ def tooltip(*fields: tuple[str, str]) -> list[alt.Tooltip]:
 SPREAD = (("low:Q", "from"), ("high:Q", "to"), ("draws:Q", "draws"))
 
 
-def shades(scheme: Literal["oranges", "tealblues"]) -> alt.Scale:
-    """Return the lighter part of a colour scheme, on which black numbers can be read."""
-    return alt.Scale(scheme=alt.SchemeParams(name=scheme, extent=[0, 0.6]))
+def matrix(
+    base: alt.Chart, colour_by: str, title: str, scheme: Literal["oranges", "tealblues"], number_format: str, rows: int
+) -> dict[str, Any]:
+    """Return the specification of a matrix of so many rows: cells by colour, with ``value`` written into them."""
+    light = alt.Scale(scheme=alt.SchemeParams(name=scheme, extent=[0, 0.6]))  # black numbers can be read on it
+    cells = base.mark_rect().encode(color=alt.Color(f"{colour_by}:Q", title=title, scale=light))
+    words = base.mark_text(fontSize=11, color="#000").encode(text=alt.Text("value:Q", format=number_format))
+    return specification(cells + words, height=max(24 * rows, 80))

@@ -19,11 +19,11 @@ from .chart import (
     SPREAD,
     Chart,
     filtered,
+    matrix,
     of_metric,
     over_draws,
     pruned_rows,
     sets_of,
-    shades,
     specification,
     tooltip,
 )
@@ -63,8 +63,6 @@ def masks(frames: Frames) -> Chart | None:
             ),
         )
     )  # fmt: skip
-    cells = base.mark_rect().encode(color=alt.Color("value:Q", title="IoU", scale=shades("tealblues")))
-    words = base.mark_text(fontSize=11, color="#000").encode(text=alt.Text("value:Q", format=".3f"))
     return Chart(
         "masks",
         "Mask overlap of every pair of calibration sets",
@@ -73,7 +71,7 @@ def masks(frames: Frames) -> Chart | None:
         "mask_overlap",
         data,
         filters,
-        specification(cells + words, height=max(24 * len(order), 80)),
+        matrix(base, "value", "IoU", "tealblues", ".3f", len(order)),
     )
 
 
@@ -147,8 +145,6 @@ def neurons(frames: Frames) -> Chart | None:
             (f"{CALIBRATION}:N", "calibrated on"), (f"{LANGUAGE}:N", "neurons of"), ("value:Q", "share"), *SPREAD
         ),
     )
-    cells = base.mark_rect().encode(color=alt.Color("value:Q", title="kept", scale=shades("tealblues")))
-    words = base.mark_text(fontSize=11, color="#000").encode(text=alt.Text("value:Q", format=".2f"))
     return Chart(
         "neurons",
         "LAPE: language-specific neurons that are selected again",
@@ -156,5 +152,5 @@ def neurons(frames: Frames) -> Chart | None:
         "neuron_selection",
         data,
         filters,
-        specification(cells + words, height=max(24 * data[CALIBRATION].nunique(), 80)),
+        matrix(base, "value", "kept", "tealblues", ".2f", data[CALIBRATION].nunique()),
     )

@@ -23,11 +23,11 @@ from .chart import (
     Chart,
     colours,
     filtered,
+    matrix,
     of_metric,
     over_draws,
     pruned_rows,
     sets_of,
-    shades,
     specification,
     tooltip,
 )
@@ -56,8 +56,6 @@ def perplexity(frames: Frames) -> Chart | None:
         y=alt.Y(f"{CALIBRATION}:N", title="calibrated on", sort=sets_of(data)),
         tooltip=more,
     )
-    cells = base.mark_rect().encode(color=alt.Color("doublings:Q", title="log2 × dense", scale=shades("oranges")))
-    words = base.mark_text(fontSize=11, color="#000").encode(text=alt.Text("value:Q", format=".3~s"))
     return Chart(
         "perplexity",
         "Perplexity by calibration set and evaluation language",
@@ -65,7 +63,7 @@ def perplexity(frames: Frames) -> Chart | None:
         "perplexity",
         data,
         filters,
-        specification(cells + words, height=max(24 * data[CALIBRATION].nunique(), 80)),
+        matrix(base, "doublings", "log2 × dense", "oranges", ".3~s", data[CALIBRATION].nunique()),
     )
 
 
