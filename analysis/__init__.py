@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from . import frames, plots, report, stats
-from .frames import read_frame, write_frame
-from .interactive import Look, Results, Study, look
-from .metrics import (
-    accuracy,
-    contrasts,
-    geometry,
-    lape,
-    lens,
-    lens_margins,
-    lsar,
-    mask_overlap,
-    perplexity,
-    recovery,
-    routing,
-    signal,
-    task_contrasts,
-)
-from .metrics.lsar import LSAR
-from .study.configuration import StudyConfig
-from .study.results import open_readings
-from .study.run import run_study
-from .study.study_file import demo_study, load_study
+import sys
+from typing import TYPE_CHECKING
+
+try:
+    from pruning.lazy import lazy_names
+except ModuleNotFoundError as error:
+    if error.name != "pruning.lazy":
+        raise
+    raise ImportError(
+        f'{sys.modules["pruning"]!r} hides prunescope\'s own package "pruning"; rename it, or start Python in another '
+        "folder (and take this one out of PYTHONPATH)"
+    ) from error
+
+if TYPE_CHECKING:
+    from . import frames, plots, report, stats
+    from .frames import read_frame, write_frame
+    from .interactive import Results, Study
+    from .interactive.look import Look, look
+    from .metrics import (
+        accuracy,
+        contrasts,
+        geometry,
+        lape,
+        lens,
+        lens_margins,
+        lsar,
+        mask_overlap,
+        perplexity,
+        recovery,
+        routing,
+        signal,
+        task_contrasts,
+    )
+    from .metrics.lsar import LSAR
+    from .study.configuration import StudyConfig
+    from .study.results import open_readings
+    from .study.run import run_study
+    from .study.study_file import demo_study, load_study
+else:
+    __getattr__, __dir__ = lazy_names(__name__, __file__)
 
 __all__ = [
     "LSAR",

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from .errors import RecipeError, did_you_mean, shortened
 
+#: Value of `refinement`, `correction` and `recover` in a recipe without.
+NONE = "none"
+
 
 @dataclass(frozen=True)
 class Parameter:

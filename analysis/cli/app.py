@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from pruning.errors import StudyError, shortened
 from pruning.files import is_file
@@ -113,6 +112,8 @@ def bytes_of(option: str, amount: str | None) -> int | None:
     StudyError
         If it is none.
     """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
     try:
         return None if amount is None else int(TypeAdapter(ByteSize).validate_python(amount))
     except ValidationError as error:
@@ -166,3 +167,16 @@ def check_study_in(folder: Path) -> None:
 
     if not is_file(folder / STUDY_FILE):
         raise StudyError(f"there is no study in {folder}; run one first: prunescope run STUDY.toml --out {folder}")
+
+
+def check_written(study: str) -> None:
+    """Look for mistakes in a study file that can be seen at once, before what takes seconds to load is imported.
+
+    Raises
+    ------
+    StudyError
+        If there is no such study, or its file is not TOML or has an unknown key.
+    """
+    from ..study.written import study_named
+
+    study_named(study)

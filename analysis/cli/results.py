@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from pruning.errors import StudyError, did_you_mean, shortened
 from pruning.files import write_text
@@ -95,6 +94,8 @@ def power(
     csv: Annotated[Path | None, typer.Option(help="File for the table.")] = None,
 ) -> None:
     """Tell how many draws and segments (or templates) it takes to see an effect."""
+    from rich.console import Console
+
     from ..study.power import power_table, study_power
     from ..study.run import STUDY_FILE
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pruning.errors import StudyError
 
@@ -21,6 +20,7 @@ from .app import (
     Text,
     app,
     bytes_of,
+    check_written,
     command,
     ends,
     examples,
@@ -46,6 +46,7 @@ def run(
 
     Finished parts are skipped: run the same command again to resume, or after a change to the study file.
     """
+    check_written(study)
     from ..study.run import run_study
     from ..study.study_file import resolved_study
 
@@ -117,12 +118,14 @@ def prune(
     They lie in DIR/variants, one folder each: masks, and weights that were updated. With --method nothing else is
     needed; DIR/study.toml then says what was made, as for any study.
     """
+    if method is None:
+        _check_study_named(what)
+        check_written(what)
     from ..study.run import run_study
     from ..study.study_file import resolved_study
     from ..study.without_file import check_same_study, pruning_study
 
     if method is None:
-        _check_study_named(what)
         study, folder = resolved_study(what), out or _folder_of(what)
     else:
         study = pruning_study(
@@ -254,6 +257,9 @@ def plan(
     ] = None,
 ) -> None:
     """Tell what a study, or what is left of it, will cost: units, memory, disk, time. Nothing is run or written."""
+    check_written(study)
+    from rich.console import Console
+
     from ..study.planning import Figures, plan_study, plan_text
     from ..study.planning.tables import command_line, printed
     from ..study.study_file import resolved_study

@@ -14,8 +14,8 @@ from pruning import CalibrationSet, Recipe, Remedy, known_methods
 from pruning.engine import Job, planned_jobs
 from pruning.errors import ModelError, StudyError, shortened, unknown
 from pruning.files import PARTIAL
-from pruning.models.embedded import DEMO, DEMO_NAME
 from pruning.models.loading import Dtype, check_model_name, device_named
+from pruning.models.naming import DEMO, DEMO_NAME
 from pruning.text.languages import language_tags, named
 from pruning.text.sources import BUNDLED_LANGUAGES
 

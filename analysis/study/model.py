@@ -19,8 +19,8 @@ from pruning.errors import StudyError
 from pruning.files import content_sha256
 from pruning.memory import free_memory
 from pruning.models.checkpoint import Shards
-from pruning.models.embedded import DEMO
 from pruning.models.loading import checkpoint_folder, describe_model, open_device
+from pruning.models.naming import DEMO
 from pruning.models.streaming import Described, settle
 
 from .configuration import StudyConfig

@@ -13,7 +13,7 @@ import tomli_w
 from pruning.errors import StudyError, shortened, unknown
 from pruning.files import is_folder, write_text
 from pruning.methods import known_methods, method_named
-from pruning.models.embedded import DEMO
+from pruning.models.naming import DEMO
 
 from .study_file import parse_study
 

@@ -1,4 +1,7 @@
-"""The sections of a study file, each validated on its own, every default written out."""
+"""The sections of a study file, each validated on its own, every default written out.
+
+What recipes are made with needs PyTorch, and is imported when there are any to make.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+import pruning
 from probes import ItemSource
-from pruning import Corpus, Recipe, Remedy, text_source
-from pruning.allocation import DIAGNOSIS
-from pruning.correction import NONE
+from pruning import Corpus, Remedy, text_source
 from pruning.errors import TextError
-from pruning.methods import method_named
-from pruning.patterns import n_of_m
+from pruning.parameters import NONE
 from pruning.text.sources import HubDataset
 
 _TextSpec = str | HubDataset
@@ -109,6 +110,8 @@ class RecipeGrid(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> RecipeGrid:
+        from pruning.allocation import DIAGNOSIS
+
         if self.diagnosis is not None:
             if DIAGNOSIS not in _axis(self.allocation):
                 raise ValueError(f'diagnosis requires allocation = "{DIAGNOSIS}"; add it, or leave diagnosis out')
@@ -121,8 +124,12 @@ class RecipeGrid(Section):
         """The remedy in the file `diagnosis`, as of when the study was loaded."""
         return self._remedy
 
-    def recipes(self) -> list[Recipe]:
+    def recipes(self) -> list[pruning.Recipe]:
         """Return the recipes of the grid; patterns n:m fix the sparsity, so they are not crossed with it."""
+        from pruning.allocation import DIAGNOSIS
+        from pruning.methods import method_named
+        from pruning.patterns import n_of_m
+
         names = (
             "method",
             "pattern",
@@ -154,7 +161,7 @@ class RecipeGrid(Section):
                 settings = {**given, "sparsity": sparsity, "roles": self.roles, "parameters": chosen}
                 if given["allocation"] == DIAGNOSIS and self.remedy is not None:
                     settings["importance"] = self.remedy.importance
-                recipes.append(Recipe.model_validate(settings))
+                recipes.append(pruning.Recipe.model_validate(settings))
         return list(dict.fromkeys(recipes))
 
 

@@ -7,17 +7,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from pruning.errors import StudyError, did_you_mean, first_line, shortened, unknown
-from pruning.files import is_file, is_folder
-from pruning.models.embedded import DEMO
-from pruning.text.sources import HubDataset
+from pruning.errors import StudyError, shortened
+from pruning.files import is_folder
+from pruning.models.naming import DEMO
 
 from .configuration import StudyConfig
-from .presets import preset_names, preset_text
+from .presets import preset_text
 from .published import Published
-from .sections import CalibrationConfig, EvaluationConfig, LensConfig, RecipeGrid, TasksConfig, TextConfig
+from .sections import TextConfig
+from .written import check_keys, content_of, study_named, unknown_key
 
 
 def load_study(path: Path) -> StudyConfig:
@@ -31,18 +31,10 @@ def load_study(path: Path) -> StudyConfig:
         If the file is missing, is not TOML, or has an unknown key or an invalid value; or if a diagnosis that it
         names cannot be read.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StudyError(f'there is no study file {path}; write one, or try "prunescope run demo"') from error
-    except IsADirectoryError as error:
-        raise StudyError(f"{path} is a folder; give a study file, such as {path / 'study.toml'}") from error
-    except UnicodeDecodeError as error:
-        raise StudyError(f"{path} is not UTF-8; save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise StudyError(f"{path} is not TOML: {first_line(error)}") from error
-    except OSError as error:
-        raise StudyError(f"cannot read the study file {shortened(path, 200)}: {error.strerror}") from error
+    return _from_file(content_of(path), path)
+
+
+def _from_file(content: dict[str, Any], path: Path) -> StudyConfig:
     return _anchored(parse_study(_diagnoses_anchored(content, path.parent), str(path)), path.parent)
 
 
@@ -54,12 +46,8 @@ def resolved_study(name: str) -> StudyConfig:
     StudyError
         As for :func:`load_study`.
     """
-    path = Path(name)
-    if is_file(path) or path.name != name or path.suffix:
-        return load_study(path)
-    if name not in preset_names() and not is_folder(path):
-        raise StudyError(f"there is no study file {shortened(name)}, and {unknown('study', name, preset_names())}")
-    return preset_study(name) if name in preset_names() else load_study(path)
+    content, path = study_named(name)
+    return preset_study(name) if path is None else _from_file(content, path)
 
 
 def preset_study(name: str) -> StudyConfig:
@@ -86,6 +74,7 @@ def parse_study(content: dict[str, Any], where: str) -> StudyConfig:
     StudyError
         If the content is invalid; the message names the first problem.
     """
+    check_keys(content, where)
     try:
         return StudyConfig.model_validate(content)
     except ValidationError as error:
@@ -102,10 +91,6 @@ _IN_TOML = {
 }
 
 
-#: Keys of earlier versions, and what to write instead.
-_RENAMED = {"evaluation.special_tokens": "write skip_first = false to include the first and special tokens"}
-
-
 def _explained(error: Any) -> str:
     kinds = ("str", "int", "float", "HubDataset", "line", "table")
     place = ".".join(
@@ -113,9 +98,7 @@ def _explained(error: Any) -> str:
     )
     if error["type"] == "extra_forbidden":
         section, _, key = place.rpartition(".")
-        if place in _RENAMED:
-            return f'unknown key "{key}" in [{section}]; {_RENAMED[place]}'
-        return f'unknown key "{key}"{f" in [{section}]" if section else ""}; {did_you_mean(key, _keys(section))}'
+        return unknown_key(section, key)
     if error["type"] == "missing":
         return f'the key "{place}" is missing'
     if place == "recipes" and error["type"] == "tuple_type":
@@ -124,20 +107,6 @@ def _explained(error: Any) -> str:
         return f"{place}: needs at least {error['ctx']['min_length']} values, not {error['ctx']['actual_length']}"
     message = _IN_TOML.get(error["type"], error["msg"].removeprefix("Value error, "))
     return f"{place}: {message}" if place else message
-
-
-def _keys(section: str) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {
-        "": StudyConfig,
-        "text": TextConfig,
-        "calibration": CalibrationConfig,
-        "recipes": RecipeGrid,
-        "evaluation": EvaluationConfig,
-        "tasks": TasksConfig,
-        "lens": LensConfig,
-    }
-    first = section.split(".")[0]
-    return list(sections[first].model_fields) if first in sections else list(HubDataset.model_fields)
 
 
 def _anchored(study: StudyConfig, folder: Path) -> StudyConfig:

@@ -6,10 +6,11 @@ A refiner exchanges kept and pruned weights whose values stay the dense ones; a 
 from __future__ import annotations
 
 from ..errors import RecipeError, unknown
+from ..parameters import NONE
 from .admm import ADMM
 from .dsnot import DSNOT
 from .least_squares import LEAST_SQUARES
-from .registry import NONE, Corrected, Corrector, Refiner
+from .registry import Corrected, Corrector, Refiner
 from .swaps import SWAPS
 
 _CORRECTORS = {c.name: c for c in (Corrector(NONE, "kept weights have their dense values"), ADMM, LEAST_SQUARES)}

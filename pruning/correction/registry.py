@@ -12,8 +12,6 @@ from torch import Tensor
 from ..parameters import Parameter
 from ..statistics import GRAM, InputStatistics
 
-#: Value of `correction` and `refinement` in a recipe without.
-NONE = "none"
 #: Weights that are corrected at a time, so that temporary copies stay small.
 AT_A_TIME = 1 << 23
 #: Columns of the Gram matrix that are multiplied at a time.

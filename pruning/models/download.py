@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import ModelError, first_line, shortened
 from .checkpoint import CONFIG, INDEX, SINGLE, weight_map
+from .naming import instead_of
 
 #: Everything but weights; no code.
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -91,7 +92,14 @@ def _cached(repository: str, revision: str | None) -> HubFiles | None:
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name = f'model "{shortened(repository)}"'
     try:
@@ -106,8 +114,21 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f'{name} has no revision "{shortened(revision)}"') from error
+    except LocalEntryNotFoundError as error:
+        offline = isinstance(error.__cause__, OfflineModeIsEnabled)
+        asked = "was not asked (HF_HUB_OFFLINE is set)" if offline else "cannot be reached to ask for one"
+        tried = f"the Hub's cache has no whole copy of such a model, and the Hub {asked}"
+        raise _nowhere(repository, revision, tried) from error
+    except HFValidationError as error:
+        raise _nowhere(repository, revision, "it cannot be a Hub id, which is OWNER/NAME") from error
     except Exception as error:
-        raise ModelError(
-            f'cannot load {name}: {first_line(error)} (give "demo", a hub id, or a folder with config.json, tokenizer '
-            "and *.safetensors)"
-        ) from error
+        raise ModelError(f"cannot load {name}: {first_line(error)}; {instead_of(repository)}") from error
+
+
+def _nowhere(repository: str, revision: str | None, tried: str) -> ModelError:
+    """Return the error for a name under which there is nothing, with what was tried besides a folder."""
+    of = f' (revision "{shortened(revision)}")' if revision else ""
+    return ModelError(
+        f'cannot load model "{shortened(repository)}"{of}: there is no folder of this name here, and {tried}; '
+        f"{instead_of(repository)}"
+    )

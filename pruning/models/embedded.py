@@ -12,10 +12,6 @@ from ..errors import ModelError
 from ..files import cache_folder, only_one_makes, whole_folder
 from .quiet import errors_only, no_progress_bars
 
-DEMO = "demo"
-#: What frames and reports call the embedded model.
-DEMO_NAME = "gemma-3-270m (embedded, 4-bit rounded)"
-
 
 def demo_checkpoint() -> Path:
     """Return the folder of the embedded model's checkpoint, converting it on first use.

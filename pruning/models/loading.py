@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from humanize import naturalsize
@@ -14,15 +14,11 @@ from ..memory import free_memory
 from .anatomy import Anatomy
 from .checkpoint import AGAIN, Plan, Shards, checked_plan, foreign, planned_model
 from .download import downloaded, settings_downloaded
-from .embedded import DEMO, demo_checkpoint
+from .embedded import demo_checkpoint
+from .naming import DEMO, Dtype, check_model_name
 from .quantized import ask_for_decoding, cannot_decode, decoded
 from .quiet import errors_only, no_progress_bars
 from .streaming import open_streamed
-
-Dtype = Literal["auto", "checkpoint", "float32", "bfloat16", "float16"]
-
-#: Limits of file systems on the length of a path component and of a path.
-_LONGEST_PART, _LONGEST_PATH = 255, 4095
 
 
 def load_model(
@@ -120,19 +116,6 @@ def describe_model(name: str, *, dtype: torch.dtype | None) -> tuple[Any, Any]:
     model.name_or_path = str(folder) if name == DEMO else name
     Anatomy(model)
     return model, tokenizer
-
-
-def check_model_name(name: str) -> None:
-    """Check that `name` could be a model; whether the model exists is not checked.
-
-    Raises
-    ------
-    ModelError
-        If `name` is empty, too long for a path, or contains a null character.
-    """
-    longest = max(map(len, Path(name).parts), default=0)
-    if not name.strip() or "\0" in name or longest > _LONGEST_PART or len(name) > _LONGEST_PATH:
-        raise ModelError(f'"{shortened(name)}" cannot be a model; use "demo", a Hub id, or a checkpoint folder')
 
 
 def device_named(name: str) -> torch.device:

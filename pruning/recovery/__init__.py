@@ -7,9 +7,10 @@ are enforced by construction: removed weights have no value that could move.
 from __future__ import annotations
 
 from ..errors import RecipeError, unknown
+from ..parameters import NONE
 from .fine_tune import FINE_TUNE
 from .lora import LORA
-from .registry import NONE, Recovery, Trained
+from .registry import Recovery, Trained
 
 _RECOVERIES = {r.name: r for r in (Recovery(NONE, "kept weights are not trained"), LORA, FINE_TUNE)}
 

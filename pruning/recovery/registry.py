@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ..parameters import Parameter
 
-#: Value of `recover` in a recipe without.
-NONE = "none"
 #: What every recovery has, besides its own parameters and the learning rate.
 SHARED = {
     "steps": Parameter(200, 1, 1_000_000, "steps of AdamW", whole=True),

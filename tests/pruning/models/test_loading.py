@@ -192,10 +192,20 @@ def test_a_hub_model_can_be_had_at_any_revision_and_offline(hub, stream):
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
     [
-        ("somebody/other", None, 'cannot load model "somebody/other": Cannot find an appropriate cached'),
-        ("somebody/tiny@v3", None, 'cannot load model "somebody/tiny": '),
+        (
+            "somebody/other",
+            None,
+            'cannot load model "somebody/other": there is no folder of this name here, and the Hub\'s cache has no whole '
+            r'copy .* Hub was not asked \(HF_HUB_OFFLINE is set\); give "demo" \(the embedded model\), a folder with ',
+        ),
+        ("somebody/tiny@v3", None, r'cannot load model "somebody/tiny" \(revision "v3"\): there is no folder'),
         ("somebody/tiny@v2", "main", 'model "somebody/tiny@v2" and revision "main" contradict each other'),
-        ("a/b/c", None, 'cannot load model "a/b/c": '),
+        (
+            "a/b/c",
+            None,
+            'cannot load model "a/b/c": there is no folder .* cannot be a Hub id, which is OWNER/NAME; give',
+        ),
+        ("Demo", None, 'there is no folder of this name .*; did you mean "demo"[?] give "demo"'),
         (".", "v2", '"." is not a Hub model, so it has no revision'),
     ],
 )
@@ -244,6 +254,19 @@ def test_what_the_hub_refuses_is_said_in_our_words(monkeypatch, kind, message):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ModelError, match=message):
         load_model("a/b@v9")
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_our_words(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot_download(*_, **__):
+        raise LocalEntryNotFoundError("Got: ConnectError: [Errno -2] Name or service not known") from OSError()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=r"no folder .* the Hub cannot be reached to ask for one; give") as caught:
+        load_model("nowhere")
+    assert "ConnectError" not in str(caught.value)
 
 
 def test_the_first_use_by_two_at_once_converts_the_embedded_model_once(tmp_path, monkeypatch):
