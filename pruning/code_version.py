@@ -13,7 +13,7 @@ from typing import Any
 
 @cache
 def code_version(*packages: str) -> str:
-    """Return a hash of the source of some packages, such as ``"pruning"`` or ``"analysis.metrics"``.
+    """Return a hash of the source of some packages (or modules), such as ``"pruning"`` or ``"analysis.metrics"``.
 
     Comments, docstrings, formatting and the wording of errors do not count, so that a change of these does not have a
     study made again. Templates count byte by byte.
@@ -22,9 +22,9 @@ def code_version(*packages: str) -> str:
     for package in packages:
         spec = find_spec(package)
         assert spec is not None
-        assert spec.submodule_search_locations
-        root = Path(next(iter(spec.submodule_search_locations)))
-        for path in _sources(root):
+        place = Path(next(iter(spec.submodule_search_locations or [str(spec.origin)])))
+        root = place if place.is_dir() else place.parent
+        for path in _sources(root) if place.is_dir() else [place]:
             digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
             content = path.read_bytes()
             digest.update(repr(_shape(ast.parse(content))).encode() if path.suffix == ".py" else content)

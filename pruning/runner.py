@@ -25,6 +25,7 @@ from .engine.sweep import sweep_work
 from .engine.workspace import Workspace, begun, clear
 from .errors import DiskError, ModelError, VariantError
 from .files import content_sha256, put_in_place, write_json
+from .methods.registry import added_code
 from .models.anatomy import Anatomy
 from .projections import Key
 from .recipes import Recipe
@@ -157,6 +158,7 @@ def job_key(job: Job, model_fingerprint: str, dtype: str, text_fingerprint: str 
     text_fingerprint
         Fingerprint of the calibration text, if any.
     """
+    added = added_code(job.recipe.method)
     return content_sha256(
         {
             "code": code_version("pruning"),
@@ -166,6 +168,7 @@ def job_key(job: Job, model_fingerprint: str, dtype: str, text_fingerprint: str 
             "set": job.calibration.model_dump(mode="json") if job.calibration else None,
             "text": text_fingerprint,
         }
+        | ({} if added is None else {"code of the method": added})
     )
 
 

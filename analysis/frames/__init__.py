@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import labels
+from .added import AddedFrame
 from .files import read_frame, write_frame
 from .schema import ALL, FRAMES, RECIPE_COLUMNS, STUDY_FRAMES, TEXT, VARIANT_COLUMNS, FrameSpec, Metric
 from .tables import Frames, alike, check, dense_columns, joined, of_recipe, recipes_of, tidy
@@ -14,6 +15,7 @@ __all__ = [
     "STUDY_FRAMES",
     "TEXT",
     "VARIANT_COLUMNS",
+    "AddedFrame",
     "FrameSpec",
     "Frames",
     "Metric",

@@ -14,7 +14,7 @@ from pruning.errors import StudyError
 from pruning.files import whole_file
 from pruning.variants.size import DENSE_BITS, pruned_bits
 
-from .schema import FRAMES
+from .added import spec_of
 from .tables import check
 
 
@@ -24,13 +24,13 @@ def write_frame(folder: Path, name: str, frame: pd.DataFrame | Iterable[pd.DataF
     Parameters
     ----------
     folder, name
-        Where, and a key of :data:`FRAMES`.
+        Where, and a key of :data:`FRAMES`, or the name of a frame that another package adds.
     frame
         The frame, or its parts one after the other, if it would not fit into memory.
     """
     path = folder / f"{name}.parquet"
     parts = [frame] if isinstance(frame, pd.DataFrame) else frame
-    schema = FRAMES[name].schema
+    schema = spec_of(name).schema
     with whole_file(path) as partial, parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
         for part in parts:
             check(name, part)

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
-_TYPES: dict[str, pa.DataType] = {
+#: Every column that a frame may have, and its type.
+COLUMNS: dict[str, pa.DataType] = {
     "model": _WORD,
     "method": _WORD,
     "sparsity": pa.float64(),
@@ -126,7 +127,7 @@ class FrameSpec:
     @property
     def schema(self) -> pa.Schema:
         """The Arrow schema."""
-        return pa.schema([(name, _TYPES[name]) for name in self.columns])
+        return pa.schema([(name, COLUMNS[name]) for name in self.columns])
 
 
 _OVER = "95 % bootstrap interval over held-out segments"

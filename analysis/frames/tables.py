@@ -9,11 +9,12 @@ import pandas as pd
 import pyarrow as pa
 
 from probes import DENSE
-from pruning.errors import StudyError, unknown
+from pruning.errors import StudyError
 from pruning.recipes import EVERYWHERE, UNCALIBRATED
 from pruning.variants.size import DENSE_BITS
 
-from .schema import FRAMES, RECIPE_COLUMNS, FrameSpec
+from .added import spec_of
+from .schema import RECIPE_COLUMNS, FrameSpec
 
 
 @runtime_checkable
@@ -36,11 +37,11 @@ def tidy(name: str, rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.Data
     Parameters
     ----------
     name
-        A key of :data:`FRAMES`.
+        A key of :data:`FRAMES`, or the name of a frame that another package adds.
     rows
         Mappings from column to value; columns that a row leaves out are empty in it.
     """
-    spec = FRAMES[name]
+    spec = spec_of(name)
     if isinstance(rows, pd.DataFrame):
         frame = rows
     else:
@@ -58,9 +59,7 @@ def check(name: str, frame: pd.DataFrame, where: str = "") -> pd.DataFrame:
     StudyError
         If its columns or metrics are others.
     """
-    if name not in FRAMES:
-        raise StudyError(unknown("frame", name, FRAMES))
-    spec = FRAMES[name]
+    spec = spec_of(name)
     if tuple(frame.columns) != spec.columns:
         raise StudyError(f"{where}frame {name} should have the columns {', '.join(spec.columns)}")
     strange = set(frame["metric"].unique()) - set(spec.metrics)
@@ -71,7 +70,7 @@ def check(name: str, frame: pd.DataFrame, where: str = "") -> pd.DataFrame:
 
 def joined(name: str, parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of several frames of one name as one."""
-    schema = FRAMES[name].schema
+    schema = spec_of(name).schema
     tables = [pa.Table.from_pandas(part, schema=schema, preserve_index=False) for part in parts]
     return check(name, pa.concat_tables(tables).unify_dictionaries().to_pandas())
 

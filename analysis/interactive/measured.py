@@ -28,7 +28,7 @@ from pruning import Anatomy, Corpus, Segment, Variant
 
 from ..frames import Frames, dense_columns
 from ..metrics.lsar import LSAR, fit_layers
-from ..study.analyses import ANALYSES, NAMES, Measured
+from ..study.analyses import Measured, all_analyses, frame_names
 from .results import dense_first
 
 
@@ -203,17 +203,17 @@ class MadeFrames(Mapping[str, pd.DataFrame]):
 
     def __getitem__(self, name: str) -> pd.DataFrame:
         """Return a frame."""
-        if name not in NAMES:
+        if name not in frame_names():
             raise KeyError(name)
         if name not in self._made:
-            names = next(names for names in ANALYSES if name in names)
-            self._made |= ANALYSES[names](self._measured)
+            names = next(names for names in all_analyses() if name in names)
+            self._made |= all_analyses()[names](self._measured)
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of all frames."""
-        return iter(NAMES)
+        return iter(frame_names())
 
     def __len__(self) -> int:
         """Return the number of frames."""
-        return len(NAMES)
+        return len(frame_names())

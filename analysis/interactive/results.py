@@ -16,9 +16,10 @@ from pruning import Variant
 from pruning.errors import StudyError, did_you_mean, unknown
 from pruning.text.languages import language_tag
 
-from ..frames import FRAMES, VARIANT_COLUMNS, Frames
+from ..frames import VARIANT_COLUMNS, Frames
+from ..frames.added import spec_of
 from ..report import KINDS, ReportFacts, ReportFigure, figures_of_kind, study_figures, study_findings
-from ..study.analyses import NAMES
+from ..study.analyses import frame_names
 from .diagnoses import Diagnosed, Diagnoses
 from .selection import OF_FIGURES, OF_VARIANTS, check_known, matches, of_variant, options, rows, the_one
 from .shown import Figures, Findings, Variants, html_table
@@ -125,22 +126,22 @@ class Results(ABC):
         StudyError
             If there is no such frame, column or value.
         """
-        if name not in NAMES:
-            raise StudyError(unknown("frame", name, NAMES))
+        if name not in frame_names():
+            raise StudyError(unknown("frame", name, frame_names()))
         return rows(self.frames[name], name, what)
 
     def __getattr__(self, name: str) -> pd.DataFrame:
         """Return the frame of this name."""
-        if name in NAMES:
+        if name in frame_names():
             return self.frames[name]
         raise AttributeError(
             f'{type(self).__name__} has no attribute "{name}"'
-            + ("" if name.startswith("_") else f"; frames: {did_you_mean(name, NAMES)}")
+            + ("" if name.startswith("_") else f"; frames: {did_you_mean(name, frame_names())}")
         )
 
     def __dir__(self) -> Iterable[str]:
         """List the attributes, frames among them."""
-        return [*super().__dir__(), *NAMES]
+        return [*super().__dir__(), *frame_names()]
 
     # -- figures -----------------------------------------------------------------------------------------------------
 
@@ -230,10 +231,10 @@ class Results(ABC):
         return f"{self.title}: {number} variant{'s' * (number != 1)} in {', '.join(self.languages)}"
 
     def _repr_html_(self) -> str:
-        frames = [(name, "; ".join(FRAMES[name].metrics)) for name in NAMES]
+        frames = [(name, "; ".join(spec_of(name).metrics)) for name in frame_names()]
         return (
             f"<h4>{escape(repr(self))}</h4>{Variants(self._variants.values())._repr_html_()}"
-            f"<details><summary>{len(NAMES)} frames, such as <code>.perplexity</code> or "
+            f"<details><summary>{len(frame_names())} frames, such as <code>.perplexity</code> or "
             f'<code>.frame("perplexity", language="{escape(self.languages[0])}")</code></summary>'
             f"{html_table(('frame', 'metrics'), frames)}</details>"
             f'<details><summary>figures, such as <code>.figure("signal", method="…")</code></summary>'

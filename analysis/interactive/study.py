@@ -21,7 +21,7 @@ from pruning.variants.store import RECIPE_FILE
 from ..frames import VARIANT_COLUMNS, Frames, dense_columns, read_frame
 from ..metrics import lape
 from ..report import ReportFacts
-from ..study.analyses import NAMES
+from ..study.analyses import frame_names
 from ..study.configuration import StudyConfig
 from ..study.diagnose import FOLDER as DIAGNOSES
 from ..study.diagnose import REQUEST_FILE
@@ -209,7 +209,7 @@ class _StoredFrames(Mapping[str, pd.DataFrame]):
         self._read: dict[str, pd.DataFrame] = {}
 
     def __getitem__(self, name: str) -> pd.DataFrame:
-        if name not in NAMES:
+        if name not in frame_names():
             raise KeyError(name)
         if name not in self._read:
             path = self._folder / FRAMES_FOLDER / f"{name}.parquet"
@@ -222,10 +222,10 @@ class _StoredFrames(Mapping[str, pd.DataFrame]):
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(NAMES)
+        return iter(frame_names())
 
     def __len__(self) -> int:
-        return len(NAMES)
+        return len(frame_names())
 
 
 def _as_known(variant: Variant, known: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

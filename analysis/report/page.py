@@ -21,7 +21,8 @@ from PIL import Image
 from pruning.files import write_text
 from pruning.text.languages import language_name
 
-from ..frames import FRAMES, Frames, labels
+from ..frames import Frames, labels
+from ..frames.added import all_specs
 from .catalogue import ReportFigure
 from .cells import ReportTable
 from .explore import CALIBRATION, EVERYTHING, LANGUAGE, LAYER, RECIPE, ROLE, Chart, charts, columns_of, menus
@@ -99,7 +100,7 @@ def write_report(
         sections=[(section, list(group)) for section, group in groupby(shown, key=lambda figure: figure.section)],
         tables=[(section, list(group)) for section, group in groupby(tables, key=lambda table: table.section)],
         image=lambda name: picture(figure_folder / f"{name}.png"),
-        specs=FRAMES,
+        specs=all_specs(),
         language_name=language_name,
     )
     write_text(path, html)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from probes import ChoiceScores, Item, LensMargins, LensReadings, Readings
 from pruning import Anatomy, Segment, Variant
+from pruning.errors import PrunescopeError, StudyError, first_line
+from pruning.extensions import Extension
 
-from ..frames import Frames, joined
+from ..frames import Frames, check, joined
+from ..frames.added import added_frames
 from ..metrics import (
     accuracy,
     code_agreement,
@@ -58,7 +62,7 @@ class Measured(ABC):
     answers
         Answers to other questions, as parts of the frame ``items``.
     frames
-        The frames that others are made from (:data:`MADE_FROM`).
+        The frames that others are made from (:func:`made_from`).
     """
 
     @property
@@ -225,5 +229,36 @@ ANALYSES: dict[tuple[str, ...], Callable[[Measured], Analyzed]] = {
 }
 #: Frames that are made from others.
 MADE_FROM: dict[tuple[str, ...], tuple[str, ...]] = {("task_contrasts",): ("items", "perplexity")}
-#: Names of all frames of a study, in order.
+#: Names of all frames that prunescope makes of a study, in order.
 NAMES = tuple(name for names in ANALYSES for name in names)
+
+
+def all_analyses() -> dict[tuple[str, ...], Callable[[Measured], Analyzed]]:
+    """Return the frames of each analysis, and what makes them, those that other packages add at the end."""
+    return ANALYSES | {(name,): partial(_added, name, added) for name, added in added_frames().items()}
+
+
+def frame_names() -> tuple[str, ...]:
+    """Return the names of all frames of a study, in order."""
+    return (*NAMES, *added_frames())
+
+
+def made_from(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the frames that those of an analysis are made from: for those of other packages all of prunescope's."""
+    return MADE_FROM.get(names, ()) if names in ANALYSES else NAMES
+
+
+def _added(name: str, added: Extension, of: Measured) -> Analyzed:
+    """Return a frame that another package makes.
+
+    Raises
+    ------
+    StudyError
+        If the package raises an error, or returns something else.
+    """
+    try:
+        return {name: check(name, added.found.analyze(of))}
+    except PrunescopeError:
+        raise
+    except Exception as error:
+        raise StudyError(f'the frame "{name}" of {added.package} cannot be made: {first_line(error)}') from error

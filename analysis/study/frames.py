@@ -15,9 +15,10 @@ from pruning.code_version import code_version
 from pruning.files import content_sha256
 
 from ..frames import Frames, read_frame, write_frame
+from ..frames.added import added_frames
 from ..metrics.lsar import LSAR
 from . import benchmark
-from .analyses import ANALYSES, MADE_FROM, NAMES, Measured
+from .analyses import Measured, all_analyses, frame_names, made_from
 from .context import Context
 from .read import (
     fitting_key,
@@ -52,16 +53,16 @@ class MakeFrames:
 
     name = "frames"
 
-    def __init__(self, only: Collection[str] = NAMES) -> None:
-        self._only = frozenset(only)
-        self._work = float(self._only != {*NAMES})  # the stage's share of the time is that of all frames
+    def __init__(self, only: Collection[str] | None = None) -> None:
+        self._only = None if only is None else frozenset(only)
+        self._work = float(only is not None)  # the stage's share of the time is that of all frames
 
     def units(self, context: Context) -> Sequence[Unit]:
         """Return the remaining frames."""
         found = []
-        for names in ANALYSES:
-            if not self._only.issuperset(names) or not all(
-                frame_finished(context, name) for name in MADE_FROM.get(names, ())
+        for names in all_analyses():
+            if not (self._only is None or self._only.issuperset(names)) or not all(
+                frame_finished(context, name) for name in made_from(names)
             ):
                 continue
             outputs = tuple(Output(f"{FOLDER}/{name}", frame_key(context, name)) for name in names)
@@ -74,7 +75,7 @@ class MakeFrames:
         """Make the frames of a unit, and record each."""
         began = time.monotonic()
         names = tuple(output.name.partition("/")[2] for output in unit.outputs)
-        frames = ANALYSES[names](StudyMeasured(context))
+        frames = all_analyses()[names](StudyMeasured(context))
         for output, name in zip(unit.outputs, names, strict=True):
             path = write_frame(context.folder / FOLDER, name, frames[name])
             context.records.finish(output.name, output.key, [path], time.monotonic() - began)
@@ -98,9 +99,11 @@ def frame_key(context: Context, name: str) -> str:
         inputs += [margins_key(context, model, lang) for model in models for lang in asked]
         inputs.append(context.texts.task)
     elif name == "task_contrasts":
-        inputs += [frame_key(context, other) for other in MADE_FROM[name,]]
+        inputs += [frame_key(context, other) for other in made_from((name,))]
     elif name in OF_VARIANTS:
         inputs += [context.variants.key(model) for model in models]
+    elif name in added_frames():
+        inputs += [added_frames()[name].code, *(frame_key(context, other) for other in made_from((name,)))]
     else:
         inputs += [readings_key(context, model, lang) for model in models for lang in languages]
         inputs += [fitting_key(context, lang) for lang in languages]
@@ -115,7 +118,7 @@ def frame_finished(context: Context, name: str) -> bool:
 
 def frames_finished(context: Context) -> bool:
     """Whether all frames and the dense model's readings are finished."""
-    return all(frame_finished(context, name) for name in NAMES) and all(
+    return all(frame_finished(context, name) for name in frame_names()) and all(
         readings_finished(context, DENSE, language) for language in context.study.languages
     )
 
@@ -134,17 +137,17 @@ class StudyFrames(Mapping[str, pd.DataFrame]):
         self._read: dict[str, pd.DataFrame] = {}
 
     def __getitem__(self, name: str) -> pd.DataFrame:
-        if name not in NAMES:
+        if name not in frame_names():
             raise KeyError(name)
         if name not in self._read:
             self._read[name] = read_frame(self._folder / f"{name}.parquet")
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(NAMES)
+        return iter(frame_names())
 
     def __len__(self) -> int:
-        return len(NAMES)
+        return len(frame_names())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pruning.code_version import code_version
 from pruning.files import content_sha256
 
 from ..frames import read_frame
+from ..frames.added import added_frames
 from ..report import write_report
 from .context import Context
 from .diagnose import diagnoses
@@ -33,7 +34,15 @@ class WriteReport:
         said = {diagnosis.request.name: diagnosis.key for diagnosis in diagnoses(context)}
         code = code_version("analysis.report", "analysis.frames")
         key = content_sha256(
-            [code, figure_keys(context), table_keys(context), said, context.variants.set_aside, context.study.to_toml()]
+            [
+                code,
+                figure_keys(context),
+                table_keys(context),
+                said,
+                context.variants.set_aside,
+                context.study.to_toml(),
+                {name: added.code for name, added in added_frames().items()},  # whose definitions it gives
+            ]
         )
         if context.records.finished(self.name, key):
             return []

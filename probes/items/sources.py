@@ -10,6 +10,8 @@ An item source is
   Lines of XWinograd, XCOPA and BLiMP, as they are published in JSON Lines, are read as items too
   (:mod:`probes.items.benchmarks`).
 
+- ``"KIND:REST"``: what another package adds (docs/extending.md).
+
 Items with the same id or template in different languages are taken for translations of each other: where languages are
 pooled, they are not independent. Items that were written for one language need names that no other language uses, such
 as ``fluency-de-agreement-01``.
@@ -24,7 +26,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from pruning.errors import TextError, first_line, shortened
+from pruning.errors import PrunescopeError, TextError, first_line, shortened
+from pruning.extensions import Extension, extensions
 from pruning.files import is_file
 from pruning.text.languages import named
 from pruning.text.segments import whole_characters
@@ -51,17 +54,21 @@ class ItemSource:
 
     def __post_init__(self) -> None:
         kind, _, path = self.spec.partition(":")
-        if self.spec != BUNDLED_ITEMS and not (kind == "file" and path.endswith(".jsonl") and "{lang}" in path):
+        if self.spec == BUNDLED_ITEMS or (kind == "file" and path.endswith(".jsonl") and "{lang}" in path):
+            return
+        if kind not in _added():
+            others = "".join(f', "{name}:…"' for name in _added())
             raise TextError(
-                f'unknown item source "{shortened(self.spec)}"; use "bundled" or "file:FOLDER/{{lang}}.jsonl"'
+                f'unknown item source "{shortened(self.spec)}"; use "bundled"{others} or "file:FOLDER/{{lang}}.jsonl"'
             )
 
     @property
     def task(self) -> str:
-        """The task's name in frames: ``bundled``, or the name of the folder."""
-        if self.spec == BUNDLED_ITEMS:
-            return self.spec
-        names = [part for part in Path(self.spec.partition(":")[2]).parent.parts if "{lang}" not in part]
+        """The task's name in frames: ``bundled``, the name of the folder, or of another package's source."""
+        kind, _, path = self.spec.partition(":")
+        if kind != "file":
+            return kind
+        names = [part for part in Path(path).parent.parts if "{lang}" not in part]
         return names[-1].strip("/") or "items" if names else "items"
 
     def items(self, language: str) -> list[Item]:
@@ -79,18 +86,64 @@ class ItemSource:
                     'use your own with items = "file:FOLDER/{lang}.jsonl"'
                 )
             return list(bundled_items(language))
-        path = Path(self.spec.partition(":")[2].replace("{lang}", language))
+        kind, _, rest = self.spec.partition(":")
+        if kind != "file":
+            return _with_own_ids(_of_another_package(kind, rest, language), self.spec)
+        path = Path(rest.replace("{lang}", language))
         if not is_file(path):
             raise TextError(f"no items for {named(language)}: there is no file {shortened(path, 200)}")
         items = list(_read(path, language))
         if not items:
             raise TextError(f"no items for {named(language)}: {path} is empty")
-        seen: set[str] = set()
-        for item in items:
-            if item.id in seen:
-                raise TextError(f'{path}: two items have the id "{item.id}"; ids must be unique')
-            seen.add(item.id)
-        return items
+        return _with_own_ids(items, path)
+
+
+def _with_own_ids(items: list[Item], where: object) -> list[Item]:
+    """Return items if no two have the same id.
+
+    Raises
+    ------
+    TextError
+        If two have.
+    """
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise TextError(f'{where}: two items have the id "{item.id}"; ids must be unique')
+        seen.add(item.id)
+    return items
+
+
+def _of_another_package(kind: str, rest: str, language: str) -> list[Item]:
+    """Return the items of a source that another package adds.
+
+    Raises
+    ------
+    TextError
+        If the package raises an error, or returns anything but items.
+    """
+    added = _added()[kind]
+    what = f'no items for {named(language)}: "{shortened(f"{kind}:{rest}")}" of {added.package}'
+    try:
+        items = list(added.found(rest, language))
+    except PrunescopeError:
+        raise
+    except Exception as error:
+        raise TextError(f"{what} failed ({first_line(error)})") from error
+    if not items or not all(isinstance(item, Item) for item in items):
+        raise TextError(f"{what} should return some probes.Item")
+    return items
+
+
+def _added() -> dict[str, Extension]:
+    return extensions("item_sources", _check_added)
+
+
+def _check_added(kind: str, found: object) -> None:
+    if kind in (BUNDLED_ITEMS, "file", "none") or not kind.isidentifier():
+        raise TextError(f'"{shortened(kind)}" cannot be the name of a source of items')
+    if not callable(found):
+        raise TextError("it should be a function of what follows the colon, and a language")
 
 
 def _read(path: Path, language: str) -> Iterator[Item]:

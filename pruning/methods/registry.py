@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..errors import MethodError, RecipeError, unknown
+from ..extensions import Extension, extensions
 from ..parameters import Parameter
 from ..quantization import Quantized
 from ..statistics import OF_INPUTS, OF_THE_LOSS, STATISTICS
@@ -140,21 +141,25 @@ _METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Register a method.
+    """Register a method. Other packages name theirs in an entry point instead (docs/extending.md).
 
     Raises
     ------
     MethodError
         If the name is taken, the method needs an unknown statistic, or it neither scores nor quantizes, or both.
     """
+    _check(method)
+    _METHODS[method.name] = method
+    return method
+
+
+def _check(method: Method) -> None:
     if method.name in _METHODS:
         raise MethodError(f'a method named "{method.name}" is already registered; choose another name')
     if (method.score is None) == (method.quantize is None):
         raise MethodError(f'method "{method.name}" should have either a score, by which it prunes, or quantize')
     for need in sorted(set(method.needs) - set(STATISTICS)):
         raise MethodError(f'method "{method.name}": {unknown("statistic", need, STATISTICS)}')
-    _METHODS[method.name] = method
-    return method
 
 
 def method_named(name: str) -> Method:
@@ -165,11 +170,30 @@ def method_named(name: str) -> Method:
     RecipeError
         If there is none.
     """
-    if name not in _METHODS:
-        raise RecipeError(unknown("method", name, _METHODS))
-    return _METHODS[name]
+    if name in _METHODS:
+        return _METHODS[name]
+    if name in _added():
+        method: Method = _added()[name].found
+        return method
+    raise RecipeError(unknown("method", name, known_methods()))
 
 
 def known_methods() -> tuple[str, ...]:
-    """Return the names of all registered methods."""
-    return tuple(sorted(_METHODS))
+    """Return the names of all methods, those that other packages add among them."""
+    return tuple(sorted({*_METHODS, *_added()}))
+
+
+def added_code(name: str) -> str | None:
+    """Return a hash of the code of a method that another package adds; ``None`` for any other method."""
+    return _added()[name].code if name in _added() else None
+
+
+def _added() -> dict[str, Extension]:
+    return extensions("methods", _check_added)
+
+
+def _check_added(name: str, found: object) -> None:
+    if not isinstance(found, Method) or found.name != name:
+        raise MethodError(f'it should be a pruning.Method with the name "{name}"')
+    if found is not _METHODS.get(name):  # unless its module has registered it
+        _check(found)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..extensions import Extension, extensions
 from .head import head_logits
 
 #: Every kind of prunable projection. A role is a kind, or that of one expert, as in ``"gate.3"``.
@@ -263,8 +264,33 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 
 def supported_architectures() -> tuple[str, ...]:
-    """Return the ``model_type`` of every architecture in the table; others may be inferred from their structure."""
-    return tuple(sorted(_LAYOUTS))
+    """Return the ``model_type`` of every architecture in the table, and of those that other packages add.
+
+    Others may be inferred from their structure.
+    """
+    return tuple(sorted({*_LAYOUTS, *_added()}))
+
+
+def _added() -> dict[str, Extension]:
+    return extensions("architectures", _check_added)
+
+
+def _check_added(kind: str, found: object) -> None:
+    if kind in _LAYOUTS:
+        raise ModelError(f'the architecture "{kind}" is known already')
+    if not all(isinstance(layout, Layout) for layout in _several(found)):
+        raise ModelError("it should be a pruning.Layout, or a tuple of some")
+
+
+def _several(layouts: object) -> tuple[object, ...]:
+    return layouts if isinstance(layouts, tuple) else (layouts,)
+
+
+def _layouts(kind: str) -> tuple[Layout, ...]:
+    """Return the layouts of an architecture in the table, or of another package; none if it is in neither."""
+    if kind in _LAYOUTS or kind not in _added():
+        return _LAYOUTS.get(kind, ())
+    return tuple(layout for layout in _several(_added()[kind].found) if isinstance(layout, Layout))
 
 
 def register_architecture(kind: str, *layouts: Layout) -> None:
@@ -290,10 +316,10 @@ def layout_of(model: nn.Module) -> Layout:
         If a part is missing, or the architecture is unknown and its structure ambiguous.
     """
     kind = _kind(model)
-    if kind in _LAYOUTS:
-        missing = [next(_missing(model, layout), None) for layout in _LAYOUTS[kind]]
+    if layouts := _layouts(kind):
+        missing = [next(_missing(model, layout), None) for layout in layouts]
         if None in missing:
-            return _LAYOUTS[kind][missing.index(None)]
+            return layouts[missing.index(None)]
         raise ModelError(
             f'this "{kind}" model has no part "{missing[-1]}"; load it with its language modelling head '
             "(AutoModelForCausalLM, or AutoModelForSeq2SeqLM for T5 and its relatives), unmodified"

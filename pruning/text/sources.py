@@ -1,11 +1,12 @@
-"""Text by language, from three kinds of source.
+"""Text by language, from several kinds of source.
 
 A study file names a *source* as
 
 - ``"bundled"``: the parallel corpus that ships with prunescope;
 - ``"file:PATH"``: one file per language, with ``{lang}`` in place of the tag: ``.jsonl`` (``text`` and, if aligned
   with other languages, ``id``), ``.txt`` (one segment per line) or ``.parquet`` (columns ``text`` and ``id``);
-- ``"hub:PRESET"`` or a table: a dataset of the ``datasets`` library, streamed.
+- ``"hub:PRESET"`` or a table: a dataset of the ``datasets`` library, streamed;
+- ``"KIND:REST"``: what another package adds (docs/extending.md).
 
 Segments with the same id in two languages are translations of each other.
 """
@@ -21,7 +22,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import TextError, shortened, unknown
+from ..errors import PrunescopeError, TextError, first_line, shortened, unknown
+from ..extensions import Extension, extensions
 from ..files import content_sha256, is_file
 from .hub import HUB_PRESETS, STREAM_LIMIT, HubDataset
 from .languages import named
@@ -31,6 +33,7 @@ Part = Literal["calibration", "parallel", "heldout"]
 #: The three parts of a study's text, and their shares when several are drawn from the same source.
 PART_SHARES: dict[Part, int] = {"calibration": 2, "parallel": 1, "heldout": 1}
 
+_KINDS = ("bundled", "file", "hub")
 #: Characters of a segment that does not occur inside of another text by chance.
 _NOT_BY_CHANCE = 20
 
@@ -83,7 +86,53 @@ class BundledText(BaseModel):
         yield from read_jsonl(Path(str(package_files("pruning.text"))) / "corpus" / f"{language}.jsonl")
 
 
-TextSource = BundledText | FileText | HubDataset
+class AddedText(BaseModel):
+    """Text from a source that another package adds.
+
+    Attributes
+    ----------
+    kind, rest
+        What a study file says, ``"KIND:REST"``: the name of an entry point, and what is passed on to it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    rest: str
+
+    def segments(self, language: str) -> Iterator[Segment]:
+        """Return the segments of one language.
+
+        Raises
+        ------
+        TextError
+            If the package raises an error, or returns anything but segments with text.
+        """
+        added = _added()[self.kind]
+        what = f'no text for {named(language)}: "{shortened(f"{self.kind}:{self.rest}")}" of {added.package}'
+        try:
+            found = list(added.found(self.rest, language))
+        except PrunescopeError:
+            raise
+        except Exception as error:
+            raise TextError(f"{what} failed ({first_line(error)})") from error
+        if not found or not all(isinstance(segment, Segment) and segment.text for segment in found):
+            raise TextError(f"{what} should return some pruning.Segment, each with text")
+        yield from found
+
+
+TextSource = BundledText | FileText | HubDataset | AddedText
+
+
+def _added() -> dict[str, Extension]:
+    return extensions("text_sources", _check_added)
+
+
+def _check_added(kind: str, found: object) -> None:
+    if kind in _KINDS or not kind.isidentifier():
+        raise TextError(f'"{shortened(kind)}" cannot be the name of a source of text')
+    if not callable(found):
+        raise TextError("it should be a function of what follows the colon, and a language")
 
 
 def text_source(spec: str | dict[str, Any]) -> TextSource:
@@ -107,8 +156,11 @@ def text_source(spec: str | dict[str, Any]) -> TextSource:
         if rest not in HUB_PRESETS:
             raise TextError(unknown("hub preset", rest, HUB_PRESETS))
         return HUB_PRESETS[rest]
+    if kind in _added():
+        return AddedText(kind=kind, rest=rest)
+    others = "".join(f', "{name}:…"' for name in _added())
     raise TextError(
-        f'unknown text source "{shortened(spec)}"; use "bundled", "file:FOLDER/{{lang}}.jsonl" or "hub:PRESET"'
+        f'unknown text source "{shortened(spec)}"; use "bundled", "file:FOLDER/{{lang}}.jsonl"{others} or "hub:PRESET"'
     )
 
 

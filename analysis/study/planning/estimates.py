@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from probes import DENSE
 
-from ..analyses import NAMES
+from ..analyses import frame_names
 from ..benchmark import Benchmark
 from ..context import Context
 from ..figures import DrawFigures, figure_keys
@@ -134,8 +134,8 @@ def _reporting(context: Context, whole: float, *, anything: bool) -> Iterator[Es
     """Yield frames, figures, tables and the report; those that cannot be listed yet as one each."""
     listed = MakeFrames().units(context)
     names = {output.name.partition("/")[2] for unit in listed for output in unit.outputs}
-    later = [name for name in NAMES if name not in names and not frame_finished(context, name)]
-    a_frame = whole * SHARES["frames"] / len(NAMES)
+    later = [name for name in frame_names() if name not in names and not frame_finished(context, name)]
+    a_frame = whole * SHARES["frames"] / len(frame_names())
     for unit in listed:
         yield _estimate(unit, a_frame * len(unit.outputs), share=True)
     for name in later:
