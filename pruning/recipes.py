@@ -481,6 +481,10 @@ class Recipe(BaseModel):
         'wanda+admm-0.5-2of4-pruned-sw-s0'
         >>> Recipe(method="gptq", bits=4).variant_id(CalibrationSet.named("en"))
         'gptq-4bit-g128-pruned-en-s0'
+        >>> Recipe(method="wanda", sparsity=0.5).variant_id(
+        ...     CalibrationSet.named("sw", items="reasoning", item_share=0.5)
+        ... )
+        'wanda-0.5-row-pruned-sw-items=0.5-s0'
         """
         sparsity = f"{self.sparsity:g}" if n_of_m(self.pattern) else exact(self.sparsity)  # the pattern says it all
         parts = ["+".join(self._steps)] if self.quantizes else ["+".join(self._steps), sparsity]
@@ -490,7 +494,9 @@ class Recipe(BaseModel):
         parts += ["+".join(self.roles)] if self.roles else []
         parts += [f"blocks{self.blocks.replace(':', '_')}"] if self.blocks else []
         if calibration is not None:
-            parts += [self.propagation, calibration.name, f"s{calibration.seed}"]
+            parts += [self.propagation, calibration.name]
+            parts += [f"items={exact(calibration.item_share)}"] if calibration.item_share else []
+            parts += [f"s{calibration.seed}"]
         return "-".join(parts)
 
 

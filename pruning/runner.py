@@ -137,8 +137,7 @@ class Wave:
 
     def __str__(self) -> str:
         """Describe the wave for the progress bar."""
-        sets = [f"{job.calibration.name} (seed {job.calibration.seed})" for job in self.jobs if job.calibration]
-        sets = list(dict.fromkeys(sets))
+        sets = list(dict.fromkeys(job.calibration.title for job in self.jobs if job.calibration))
         methods = ", ".join(dict.fromkeys(job.recipe.method for job in self.jobs))
         if not sets:
             return f"{methods}, without text"
@@ -256,8 +255,9 @@ class PruningRun:
         if pending and sets and corpus is not None:
             self.text = CalibrationText.draw(tokenizer, corpus, sets)
             trained = [job.calibration for job in pending if job.recipe.recovers and job.calibration]
-            for language, length in dict.fromkeys((lang, c.length) for c in trained for lang in c.languages):
-                corpus.check_apart(language, self.text.read[language, length])
+            places = dict.fromkeys((*part, one.length) for one in trained for part in one.parts())
+            for language, items, length in places:
+                corpus.check_apart(language, self.text.read[language, items, length], items)
         self.plan: Plan | None = None
         if pending:
             self.plan = make_plan(

@@ -52,7 +52,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         frame = parquet.read_table(path).to_pandas()
     except (pa.ArrowInvalid, OSError) as error:
         raise StudyError(f"{path} is damaged; delete it and run again") from error
-    return check(path.stem, _with_bits(frame), f"{path}: ")
+    return check(path.stem, _with_share(_with_bits(frame)), f"{path}: ")
 
 
 def _with_bits(frame: pd.DataFrame) -> pd.DataFrame:
@@ -64,4 +64,11 @@ def _with_bits(frame: pd.DataFrame) -> pd.DataFrame:
         for method, sparsity, pattern in zip(frame["method"], frame["sparsity"], frame["pattern"], strict=True)
     ]
     frame.insert(frame.columns.get_loc("propagation") + 1, "bits", bits)
+    return frame
+
+
+def _with_share(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame with the column ``item_share``, which earlier versions lack: they calibrated on no items."""
+    if "item_share" not in frame and "propagation" in frame:
+        frame.insert(frame.columns.get_loc("propagation") + 1, "item_share", 0.0)
     return frame

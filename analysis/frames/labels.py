@@ -60,6 +60,7 @@ def variant_rank(row: pd.Series) -> tuple[Any, ...]:
         str(row["method"]),
         float(row["sparsity"]),
         *(str(row[name]) for name in ("pattern", "allocation", "scope", "propagation")),
+        float(row["item_share"]),
     ]
     return row["method"] != DENSE, *recipe, calibration_rank(str(row["calibration"])), int(row["seed"])
 
@@ -99,7 +100,7 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
     calibrated = frame[frame["method"] != DENSE]
     several = {
         column: (calibrated.groupby("method", observed=True)[column].nunique() > 1).any()
-        for column in ("pattern", "allocation", "scope", "propagation")
+        for column in ("pattern", "allocation", "scope", "propagation", "item_share")
     }
     labels = []
     for row in frame.to_dict("records"):
@@ -115,6 +116,7 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
         words += [f"{row['propagation']} propagation"] if several["propagation"] else []
         if row["calibration"] != UNCALIBRATED:
             words += ["·", set_label(row["calibration"], row["seed"])]
+            words += [f"with {percent(row['item_share'])} items"] if several["item_share"] and row["item_share"] else []
         labels.append(" ".join(words))
     return labels
 
@@ -131,6 +133,7 @@ def recipe_label(recipe: Mapping[str, Any]) -> str:
     words += [f"{recipe['allocation']} allocation"] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
     words += [f"in {recipe['scope']}"] if recipe["scope"] != EVERYWHERE else []
     words += ["dense propagation"] if recipe["propagation"] == "dense" else []
+    words += [f"calibrated on {percent(recipe['item_share'])} items"] if recipe.get("item_share") else []
     return ", ".join(words)
 
 
@@ -140,7 +143,9 @@ def recipe_slug(recipe: Mapping[str, Any]) -> str:
     words = [str(recipe["method"]), *sparsity, str(recipe["pattern"]).replace(":", "of")]
     words += [str(recipe["allocation"])] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
     words += [str(recipe["scope"])] if recipe["scope"] != EVERYWHERE else []
-    return slug("-".join([*words, str(recipe["propagation"])]))
+    words.append(str(recipe["propagation"]))
+    words += [f"items={recipe['item_share']:g}"] if recipe.get("item_share") else []
+    return slug("-".join(words))
 
 
 def slug(text: str) -> str:
@@ -191,6 +196,15 @@ def short(value: float) -> str:
     if value < 10:
         return f"{value:.2f}"
     return f"{value:.0f}" if value < 1e5 else f"{value:.2g}"
+
+
+def percent(share: float) -> str:
+    """Return a share as short as it can be read.
+
+    >>> percent(0.5), percent(0.125), percent(1.0)
+    ('50%', '12.5%', '100%')
+    """
+    return f"{100 * share:.3g}%"
 
 
 def common_text(share: float) -> str:

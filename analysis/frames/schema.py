@@ -11,6 +11,8 @@ largest such share among the draws of one of its sets.
 compared (:meth:`pruning.Variant.bits`): 16 for a weight that is kept (also where models compute in float32), 1 for the
 mask, or log2 C(m, n) / m for an n:m mask (none for whole neurons and heads); for a quantized weight the bits of its
 code, and for every group 16 for the scale and as many as a code has for the zero point. The dense model has 16.
+``item_share`` is the share of a calibration set's sequences that are items (prompt and right answer), 0 for ordinary
+text alone: sets are compared at one share.
 ``pattern`` is ``4bit-g128`` for codes of 4 bits in groups of 128 inputs, ``4bit-row`` where a row has one scale.
 """
 
@@ -31,6 +33,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "allocation": _WORD,
     "scope": _WORD,
     "propagation": _WORD,
+    "item_share": pa.float64(),
     "bits": pa.float64(),
     "calibration": _WORD,
     "seed": pa.int32(),
@@ -76,7 +79,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "p_adjusted": pa.float64(),
 }
 #: The columns that say what was done to a model.
-RECIPE_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation")
+RECIPE_COLUMNS = ("model", "method", "sparsity", "pattern", "allocation", "scope", "propagation", "item_share")
 #: The columns that say which model was measured.
 VARIANT_COLUMNS = (*RECIPE_COLUMNS, "bits", "calibration", "seed")
 #: Category of a diagnosis of text, which has no items, and of one of all items together.

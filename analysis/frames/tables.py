@@ -16,6 +16,9 @@ from pruning.variants.size import DENSE_BITS
 from .added import spec_of
 from .schema import RECIPE_COLUMNS, FrameSpec
 
+#: Values of columns of the variant that rows may leave out.
+_ASSUMED = {"item_share": 0.0}
+
 
 @runtime_checkable
 class Frames(Protocol):
@@ -27,7 +30,8 @@ class Frames(Protocol):
 def dense_columns(model: str) -> dict[str, Any]:
     """Return the variant columns of the dense model."""
     none = dict.fromkeys(("pattern", "allocation", "propagation", "calibration"), UNCALIBRATED)
-    described = {"model": model, "method": DENSE, "sparsity": 0.0, "scope": EVERYWHERE, "bits": DENSE_BITS}
+    described = {"model": model, "method": DENSE, "sparsity": 0.0, "scope": EVERYWHERE, "item_share": 0.0}
+    described["bits"] = DENSE_BITS
     return {**described, **none, "seed": 0}
 
 
@@ -94,7 +98,7 @@ def alike(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def recipes_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """List the recipes that a frame has pruned models of, by what tells them apart; calibrated ones first."""
-    columns = ["method", "sparsity", "pattern", "allocation", "scope", "propagation"]
+    columns = list(RECIPE_COLUMNS[1:])
     unique = frame[frame["method"] != DENSE][columns].drop_duplicates().sort_values(columns)
     unique = unique.sort_values("propagation", key=lambda column: column == UNCALIBRATED, kind="stable")
     return [{str(key): value for key, value in row.items()} for row in unique.to_dict("records")]
@@ -104,7 +108,7 @@ def _broadcast(row: Mapping[str, Any], spec: FrameSpec) -> list[pa.Array]:
     length = next((len(value) for value in row.values() if hasattr(value, "__len__") and not isinstance(value, str)), 1)
     arrays = []
     for field in spec.schema:
-        value = row.get(field.name)
+        value = row.get(field.name, _ASSUMED.get(field.name))
         if hasattr(value, "__len__") and not isinstance(value, str):
             array = pa.array(value, from_pandas=False).cast(_plain(field.type))
         else:

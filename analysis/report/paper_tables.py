@@ -13,7 +13,7 @@ import pandas as pd
 from probes import DENSE
 from pruning.recipes import UNCALIBRATED
 
-from ..frames import ALL, Frames, labels, of_recipe, recipes_of
+from ..frames import ALL, RECIPE_COLUMNS, Frames, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS
 from .by_calibration import Look, language_table, set_table
@@ -158,7 +158,7 @@ def pooled(rows: pd.DataFrame) -> pd.DataFrame:
 
     At chance only if all of the tasks are.
     """
-    keys = ["method", "sparsity", "pattern", "allocation", "scope", "propagation", "calibration", "seed", "language"]
+    keys = [*RECIPE_COLUMNS[1:], "calibration", "seed", "language"]
     right = rows.assign(right=rows["value"] * rows["n"]).astype({"at_chance": bool})
     found = right.groupby(keys, observed=True, sort=False).agg({"right": "sum", "n": "sum", "at_chance": "all"})
     return found.assign(value=found["right"] / found["n"]).reset_index()

@@ -108,12 +108,20 @@ def _calibrated(facts: ReportFacts, frames: Frames, diagnosed: bool) -> Iterator
     if not facts.sets or not any(recipe.calibrated for recipe in facts.recipes):
         return
     names = list(dict.fromkeys(one.name for one in facts.sets))
-    draws = [sum(one.name == name for one in facts.sets) for name in names]
+    draws = [len({one.seed for one in facts.sets if one.name == name}) for name in names]
     first = facts.sets[0]
     yield (
         f"Each calibration set ({_listed(names)}) has {first.samples} sequences of {first.length} tokens and was drawn "
         f"{_times(draws)}."
     )
+    shares = sorted({one.item_share for one in facts.sets if one.item_share})
+    if shares:
+        categories = _listed(list(dict.fromkeys(one.items for one in facts.sets if one.items)))
+        yield (
+            f"Sets were also drawn with {_listed([labels.percent(share) for share in shares])} of their sequences from "
+            f"{categories} items, as text with the right answer; the templates of these items are not among those that "
+            "models were evaluated on."
+        )
 
 
 def _times(draws: Sequence[int]) -> str:

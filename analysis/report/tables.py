@@ -8,7 +8,7 @@ import pandas as pd
 
 from probes import DENSE
 
-from ..frames import Frames, labels, of_recipe, recipes_of
+from ..frames import RECIPE_COLUMNS, Frames, labels, of_recipe, recipes_of
 from .facts import ReportFacts
 
 
@@ -36,7 +36,7 @@ def model_table(frames: Frames) -> list[dict[str, Any]]:
     if not len(shown):
         return []
     shown["variant"] = labels.variant_labels(shown)
-    place = ["method", "sparsity", "pattern", "allocation", "scope", "propagation", "calibration", "seed", "language"]
+    place = [*RECIPE_COLUMNS[1:], "calibration", "seed", "language"]
     residual = frames["signal"][(frames["signal"]["metric"] == "snr_db") & (frames["signal"]["role"] == "residual")]
     last = dict(residual[residual["layer"] == residual["layer"].max()].set_index(place)["value"])
     errors = dict(frames["subspaces"].groupby(["metric", *place], observed=True)["value"].median())

@@ -19,6 +19,7 @@ from pruning.models.naming import DEMO, DEMO_NAME
 from pruning.text.languages import language_tags, named
 from pruning.text.sources import BUNDLED_LANGUAGES
 
+from .calibration_items import CalibrationItems
 from .published import Checkpoint, Imported, all_checkpoints
 from .sections import (
     NO_ITEMS,
@@ -87,6 +88,10 @@ class StudyConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
         self.calibration_sets()
+        try:
+            self.calibration_items()
+        except StudyError as error:
+            raise ValueError(str(error)) from error
         rank = self.evaluation.rank
         if rank is not None and rank > len(self.languages) - 1:
             raise ValueError(f"evaluation.rank {rank} must be less than the number of languages, {len(self.languages)}")
@@ -128,12 +133,19 @@ class StudyConfig(Section):
         """Return the calibration sets."""
         config = self.calibration
         pairs = [*product(config.sets, config.seeds), *config.extra]
-        return [
+        sets = [
             CalibrationSet.named(
-                name, all_languages=self.languages, samples=config.samples, length=config.length, seed=seed
+                name,
+                all_languages=self.languages,
+                samples=config.samples,
+                length=config.length,
+                seed=seed,
+                items=config.items or "",
+                item_share=share,
             )
-            for name, seed in dict.fromkeys(pairs)
+            for (name, seed), share in product(dict.fromkeys(pairs), config.shares)
         ]
+        return list(dict.fromkeys(sets))
 
     def item_source(self) -> ItemSource | None:
         """Return the source of the items, if the study has any."""
@@ -142,8 +154,37 @@ class StudyConfig(Section):
             return ItemSource() if set(self.languages) <= set(BUNDLED_LANGUAGES) else None
         return None if spec == NO_ITEMS else ItemSource(spec)
 
-    def items(self, language: str) -> list[Item]:
+    def calibration_items(self) -> CalibrationItems | None:
+        """Return the items that models are calibrated on, if any are.
+
+        Raises
+        ------
+        StudyError
+            If the study has no items.
+        """
+        category, source = self.calibration.items, self.item_source()
+        if category is None:
+            return None
+        if source is None:
+            raise StudyError(
+                f'calibration.items = "{shortened(category)}" needs items, and this study has none; add items = '
+                '"file:FOLDER/{lang}.jsonl" under [tasks]'
+            )
+        sets = self.calibration_sets()
+        languages = (*self.languages, *(language for one in sets for language in one.languages))
+        return CalibrationItems(source, category, tuple(dict.fromkeys(languages)))
+
+    def items(self, language: str, calibrated_on: CalibrationItems | None = None) -> list[Item]:
         """Return the items that models are asked in a language; none if the study has no items.
+
+        If models are calibrated on items, those that share a template with them are left out.
+
+        Parameters
+        ----------
+        language
+            The language.
+        calibrated_on
+            Of :meth:`calibration_items`, if it is known, so that all items need not be read again.
 
         Raises
         ------
@@ -154,14 +195,20 @@ class StudyConfig(Section):
         if source is None:
             return []
         items, wanted = source.items(language), self.tasks.per_category
+        apart = calibrated_on or self.calibration_items()
         if isinstance(wanted, Mapping):
             categories = dict.fromkeys(item.category for item in items)
             for name in wanted:
                 if name not in categories:
                     known = unknown("category", name, categories)
                     raise StudyError(f"tasks.per_category, items in {named(language)}: {known}")
-        chosen = some_twins(items, wanted)
+        chosen = some_twins(apart.left(items) if apart else items, wanted)
         if not chosen:
+            if apart is not None:
+                raise StudyError(
+                    f"calibration.items leaves no items to ask in {named(language)}; add items of other templates, or "
+                    "ask more of another category (tasks.per_category)"
+                )
             raise StudyError(
                 f'tasks.per_category leaves no items in {named(language)}; raise a number, or set items = "none"'
             )

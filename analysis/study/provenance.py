@@ -34,6 +34,8 @@ def provenance(
     text = {"calibration": texts.calibration_fingerprints}
     if not only_variants:
         text |= {"heldout": texts.heldout_fingerprints, "parallel": texts.fitting_fingerprints}
+    if texts.calibration_item_fingerprints:
+        text |= {"calibration_items": texts.calibration_item_fingerprints}
     sets = [job.calibration for job in context.variants.jobs.values() if job.calibration]
     results = {
         name: {

@@ -17,7 +17,7 @@ from probes import ItemSource
 from pruning import Corpus, Remedy, text_source
 from pruning.errors import TextError
 from pruning.parameters import NONE
-from pruning.text.sources import HubDataset
+from pruning.text.sources import HubDataset, ItemText
 
 _TextSpec = str | HubDataset
 #: Value of `items` for a study without items.
@@ -59,17 +59,17 @@ class TextConfig(Section):
                 raise ValueError(str(error)) from error
         return spec
 
-    def corpus(self) -> Corpus:
-        """Open the sources."""
+    def corpus(self, items: ItemText | None = None) -> Corpus:
+        """Open the sources; with items to calibrate on, if there are any."""
         sources = [
             text_source(spec) if isinstance(spec, str) else spec
             for spec in (self.calibration, self.parallel, self.heldout)
         ]
-        return Corpus(calibration=sources[0], parallel=sources[1], heldout=sources[2])
+        return Corpus(calibration=sources[0], parallel=sources[1], heldout=sources[2], items=items)
 
 
 class CalibrationConfig(Section):
-    """Calibration sets: a grid of mixes and seeds, all with the same amount of text."""
+    """Calibration sets: a grid of mixes, seeds and shares of items, all with the same amount of text."""
 
     sets: tuple[str, ...] = ("all",)
     samples: int = Field(default=32, ge=1)
@@ -78,6 +78,25 @@ class CalibrationConfig(Section):
     extra: tuple[tuple[str, int], ...] = Field(
         default=(), description="further (set, seed) pairs, such as a second seed for some sets only"
     )
+    items: str | None = Field(default=None, min_length=1, description="category of the items to calibrate on")
+    item_share: float | tuple[float, ...] | None = Field(
+        default=None, description="share of the samples that are items of this category; every set with every share"
+    )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The shares of items."""
+        return (0.0,) if self.item_share is None else _axis(self.item_share)
+
+    @model_validator(mode="after")
+    def _items_with_a_share(self) -> CalibrationConfig:
+        if not self.shares:
+            raise ValueError("item_share is an empty list; leave it out or add a value")
+        if self.items is None and self.item_share is not None:
+            raise ValueError('item_share needs items, the category to calibrate on; add items = "reasoning", say')
+        if self.items is not None and self.item_share is None:
+            raise ValueError("items are calibrated on by a share of the samples; add item_share = [0, 0.5, 1], say")
+        return self
 
 
 def _axis(value: Any) -> tuple[Any, ...]:

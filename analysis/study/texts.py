@@ -7,7 +7,7 @@ from functools import cached_property
 from probes import Item
 from probes.items import items_fingerprint
 from pruning import CalibrationSet, Corpus, Segment
-from pruning.files import content_sha256
+from pruning.text.calibration import set_fingerprint
 from pruning.text.sources import fingerprint
 
 from .configuration import StudyConfig
@@ -24,7 +24,8 @@ class StudyTexts:
 
     def __init__(self, study: StudyConfig) -> None:
         self._study = study
-        self.corpus: Corpus = study.text.corpus()
+        self._calibrated_on = study.calibration_items()
+        self.corpus: Corpus = study.text.corpus(self._calibrated_on)
 
     @cached_property
     def heldout(self) -> dict[str, list[Segment]]:
@@ -42,7 +43,7 @@ class StudyTexts:
         """The questions; none if the study has no items."""
         if self._study.item_source() is None:
             return {}
-        return {language: self._study.items(language) for language in self._study.languages}
+        return {language: self._study.items(language, self._calibrated_on) for language in self._study.languages}
 
     @property
     def task(self) -> str:
@@ -53,13 +54,22 @@ class StudyTexts:
     @cached_property
     def calibration_fingerprints(self) -> dict[str, str]:
         """SHA-256 of the calibration text, by language."""
-        sets = self._study.calibration_sets()
-        languages = dict.fromkeys(language for calibration in sets for language in calibration.languages)
-        return {language: fingerprint(self.corpus.segments("calibration", language)) for language in languages}
+        return {language: known for (language, items), known in self._pools.items() if not items}
+
+    @cached_property
+    def calibration_item_fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the items that models are calibrated on, by language; none if they are not."""
+        return {language: known for (language, items), known in self._pools.items() if items}
+
+    @cached_property
+    def _pools(self) -> dict[tuple[str, str], str]:
+        """SHA-256 of all that calibration sets draw from, by language and category of items (none: text)."""
+        parts = dict.fromkeys(part for calibration in self._study.calibration_sets() for part in calibration.parts())
+        return {part: fingerprint(self.corpus.pool(*part)) for part in parts}
 
     def of_calibration(self, calibration: CalibrationSet) -> str:
         """Return a SHA-256 of the text that a calibration set draws from."""
-        return content_sha256({lang: self.calibration_fingerprints[lang] for lang in calibration.languages})
+        return set_fingerprint(calibration, lambda language, items: self._pools[language, items])
 
     @cached_property
     def heldout_fingerprints(self) -> dict[str, str]:

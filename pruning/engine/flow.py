@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -221,7 +222,8 @@ def _compared(passage: Passage, stream: Stream, sink: Callable[[Tensor], object]
 
 
 def _piece_name(piece: Piece) -> str:
-    return f"{piece.language}-{piece.length}-{piece.start}-{piece.stop}"
+    kind = f"-items{zlib.crc32(piece.items.encode())}" if piece.items else ""  # a category may have any characters
+    return f"{piece.language}{kind}-{piece.length}-{piece.start}-{piece.stop}"
 
 
 @contextmanager

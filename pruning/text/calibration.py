@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,7 +24,7 @@ _NAME = re.compile(r"\w[\w.+=-]{0,99}")
 
 
 class CalibrationSet(BaseModel):
-    """A named mix of languages, with a sample count, a sequence length and a seed.
+    """A named mix of languages, with a sample count, a sequence length and a seed; part of it may be test items.
 
     Attributes
     ----------
@@ -38,11 +38,15 @@ class CalibrationSet(BaseModel):
         Tokens per sequence.
     seed
         Which draw of the text: those of consecutive seeds share no text while there is enough (:meth:`Pool.ranges`).
+    items, item_share
+        Category of the items, such as ``reasoning``, that this share of the samples is taken from, as text with the
+        right answer (:class:`pruning.text.sources.ItemText`); without a share, no category.
 
     Raises
     ------
     RecipeError, LanguageError
-        (wrapped in pydantic's ``ValidationError``) if the name or a tag is invalid, or a language has no sample.
+        (wrapped in pydantic's ``ValidationError``) if the name or a tag is invalid, a language has no sample, or the
+        share is none of the samples, or without a category.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +56,8 @@ class CalibrationSet(BaseModel):
     samples: int = Field(default=32, ge=1)
     length: int = Field(default=256, ge=8)
     seed: int = Field(default=0, ge=0)
+    items: str = ""
+    item_share: float = 0.0
 
     @field_validator("name")
     @classmethod
@@ -77,6 +83,24 @@ class CalibrationSet(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _possible_share(self) -> CalibrationSet:
+        share = self.item_share
+        if not 0 <= share <= 1:
+            raise RecipeError(f"item_share {share:g} is not between 0 and 1; it is the share of samples from items")
+        if not share:
+            object.__setattr__(self, "items", "")
+            return self
+        if not self.items:
+            raise RecipeError(f'item_share {share:g} needs items, the category to take them from, such as "reasoning"')
+        if _rounded(share * self.samples) in {0, self.samples} and share < 1:
+            all_or_none = "all" if _rounded(share * self.samples) else "none"
+            raise RecipeError(
+                f"item_share {share:g} of {self.samples} samples is {all_or_none} of them; raise samples, or choose "
+                "another share"
+            )
+        return self
+
     @classmethod
     def named(
         cls,
@@ -86,6 +110,8 @@ class CalibrationSet(BaseModel):
         samples: int = 32,
         length: int = 256,
         seed: int = 0,
+        items: str = "",
+        item_share: float = 0.0,
     ) -> CalibrationSet:
         """Build the set that a name describes: a language, languages joined by ``+``, or ``all``.
 
@@ -97,16 +123,42 @@ class CalibrationSet(BaseModel):
         else:
             languages = tuple(language_tag(tag) for tag in name.split("+"))
             name = "+".join(languages)
-        return cls(name=name, languages=languages, samples=samples, length=length, seed=seed)
+        sizes = {"samples": samples, "length": length, "seed": seed}
+        return cls(name=name, languages=languages, **sizes, items=items, item_share=item_share)
 
     def shares(self) -> dict[str, int]:
         """Return the number of samples of each language."""
         each, rest = divmod(self.samples, len(self.languages))
         return {lang: each + (i < rest) for i, lang in enumerate(self.languages)}
 
+    def parts(self) -> dict[tuple[str, str], int]:
+        """Return the number of samples from each pool: language, and category of items (empty for ordinary text).
+
+        The share of items is exact over all languages together, up to rounding to whole samples, and as even between
+        them as the samples are.
+
+        >>> CalibrationSet.named("en+sw", samples=6, items="reasoning", item_share=0.5).parts()
+        {('en', 'reasoning'): 2, ('en', ''): 1, ('sw', 'reasoning'): 1, ('sw', ''): 2}
+        """
+        parts: dict[tuple[str, str], int] = {}
+        samples = of_items = 0
+        for language, share in self.shares().items():
+            samples += share
+            taken = _rounded(self.item_share * samples) - of_items
+            of_items += taken
+            parts[language, self.items] = taken
+            parts[language, ""] = share - taken
+        return {part: number for part, number in parts.items() if number}
+
+    @property
+    def title(self) -> str:
+        """Its name and seed, and its share of items if it has any, in words."""
+        share = f", {100 * self.item_share:.3g}% {self.items} items" if self.item_share else ""
+        return f"{self.name} (seed {self.seed}{share})"
+
 
 class Drawn(BaseModel):
-    """What a calibration set takes of one language's calibration text.
+    """What a calibration set takes of one language's calibration text, or of its items.
 
     Attributes
     ----------
@@ -116,6 +168,8 @@ class Drawn(BaseModel):
         SHA-256 (hex) of the text that it is taken from.
     tokens
         Ranges ``(start, stop)`` of that text's tokens.
+    items
+        Category of the items that this text consists of; empty for ordinary text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -123,6 +177,7 @@ class Drawn(BaseModel):
     language: str
     pool: str
     tokens: tuple[tuple[int, int], ...]
+    items: str = ""
 
 
 def shared_text(one: Sequence[Drawn], other: Sequence[Drawn]) -> float:
@@ -163,6 +218,8 @@ class Pool:
         Its tag, for messages.
     length
         Tokens of a sequence.
+    items
+        Category of the items that the text consists of, for messages; empty for ordinary text.
 
     Attributes
     ----------
@@ -172,7 +229,9 @@ class Pool:
         How many segments were tokenized.
     """
 
-    def __init__(self, tokenizer: Any, segments: Sequence[Segment], language: str, length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, segments: Sequence[Segment], language: str, length: int, items: str = ""
+    ) -> None:
         start = tokenizer("a")["input_ids"][:1]
         if start != [tokenizer.bos_token_id]:  # some tokenizers have a BOS token but do not add it
             start = []
@@ -180,6 +239,7 @@ class Pool:
         self._start = start
         self._language = language
         self._length = length
+        self._items = items
         self._tokenizer = tokenizer
         self._left = iter(segments)
         self._tokens = array("i")
@@ -201,8 +261,9 @@ class Pool:
         if there < samples:
             raise TextError(
                 f"{samples} samples of {self._length} tokens requested for {named(self._language)}, but its "
-                f"calibration text has {len(self._tokens)} tokens, enough for {there}; "
-                "lower samples or length, or add text"
+                f"{f'{self._items} items have' if self._items else 'calibration text has'} {len(self._tokens)} tokens, "
+                f"enough for {there}; lower samples{', item_share' if self._items else ''} or length, or add "
+                f"{'items' if self._items else 'text'}"
             )
         in_a_lap = there // samples
         lap, place = divmod(seed, in_a_lap)
@@ -225,12 +286,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive sequences of one language: the unit that calibration sets share."""
+    """Consecutive sequences of one language, and one category of items if there is one: what calibration sets share."""
 
     language: str
     length: int
     start: int
     stop: int
+    items: str = ""
 
 
 class CalibrationText:
@@ -248,7 +310,8 @@ class CalibrationText:
     drawn
         Calibration set to what it takes of each language's text.
     read
-        Language and length of sequences to the number of segments that all draws are taken from, the first ones.
+        Language, category of items (empty for text) and length of sequences to the number of segments that all draws
+        are taken from, the first ones.
     """
 
     def __init__(
@@ -256,7 +319,7 @@ class CalibrationText:
         tokens: Mapping[Piece, Tensor],
         pieces: Mapping[CalibrationSet, Sequence[Piece]],
         drawn: Mapping[CalibrationSet, tuple[Drawn, ...]] | None = None,
-        read: Mapping[tuple[str, int], int] | None = None,
+        read: Mapping[tuple[str, str, int], int] | None = None,
     ) -> None:
         self.tokens = dict(tokens)
         self.pieces = {calibration: tuple(parts) for calibration, parts in pieces.items()}
@@ -270,43 +333,46 @@ class CalibrationText:
         Raises
         ------
         TextError
-            If a language has too little text.
+            If a language has too little text, or too few items.
         """
-        pools: dict[tuple[str, int], Pool] = {}
-        ranges: dict[CalibrationSet, dict[str, tuple[tuple[int, int], ...]]] = {}
+        pools: dict[tuple[str, str, int], Pool] = {}
+        ranges: dict[CalibrationSet, dict[tuple[str, str], tuple[tuple[int, int], ...]]] = {}
         for calibration in dict.fromkeys(sets):
-            for language, share in calibration.shares().items():
-                place = language, calibration.length
+            for (language, items), share in calibration.parts().items():
+                place = language, items, calibration.length
                 if place not in pools:
-                    segments = corpus.segments("calibration", language)
-                    pools[place] = Pool(tokenizer, segments, language, calibration.length)
-                ranges.setdefault(calibration, {})[language] = pools[place].ranges(share, calibration.seed)
+                    segments = corpus.pool(language, items)
+                    pools[place] = Pool(tokenizer, segments, language, calibration.length, items)
+                ranges.setdefault(calibration, {})[language, items] = pools[place].ranges(share, calibration.seed)
         tokens = {}
-        for (language, length), pool in pools.items():
-            taken = {bounds for c, of in ranges.items() if c.length == length for bounds in of.get(language, ())}
+        for (language, items, length), pool in pools.items():
+            taken = {
+                bounds for c, of in ranges.items() if c.length == length for bounds in of.get((language, items), ())
+            }
             for start, stop in pairwise(sorted({bound for bounds in taken for bound in bounds})):
                 if _within(start, stop, taken):
-                    tokens[Piece(language, length, start, stop)] = pool.sequences(start, stop)
+                    tokens[Piece(language, length, start, stop, items)] = pool.sequences(start, stop)
         pieces = {
             calibration: [
                 piece
-                for language, own in of.items()
+                for (language, items), own in of.items()
                 for piece in tokens
-                if (piece.language, piece.length) == (language, calibration.length)
+                if (piece.language, piece.items, piece.length) == (language, items, calibration.length)
                 and _within(piece.start, piece.stop, own)
             ]
             for calibration, of in ranges.items()
         }
-        texts = {language: fingerprint(corpus.segments("calibration", language)) for language, _ in pools}
+        texts = {(lang, items): fingerprint(corpus.pool(lang, items)) for lang, items, _ in pools}
         drawn = {
             calibration: tuple(
                 Drawn(
                     language=language,
-                    pool=texts[language],
+                    pool=texts[language, items],
                     tokens=tuple((start * step, stop * step) for start, stop in own),
+                    items=items,
                 )
-                for language, own in of.items()
-                for step in [pools[language, calibration.length].step]
+                for (language, items), own in of.items()
+                for step in [pools[language, items, calibration.length].step]
             )
             for calibration, of in ranges.items()
         }
@@ -319,7 +385,17 @@ class CalibrationText:
 
 def calibration_fingerprint(corpus: Corpus, calibration: CalibrationSet) -> str:
     """Return the SHA-256 (hex) of the text that a calibration set draws from."""
-    return content_sha256({lang: fingerprint(corpus.segments("calibration", lang)) for lang in calibration.languages})
+    return set_fingerprint(calibration, lambda language, items: fingerprint(corpus.pool(language, items)))
+
+
+def set_fingerprint(calibration: CalibrationSet, pool: Callable[[str, str], str]) -> str:
+    """Return the same, given the SHA-256 of each language's text, and of its items of a category."""
+    return content_sha256({"/".join(filter(None, part)): pool(*part) for part in calibration.parts()})
+
+
+def _rounded(number: float) -> int:
+    """Round to the nearest whole number, halves up."""
+    return int(number + 0.5)
 
 
 def _within(start: int, stop: int, ranges: Iterable[tuple[int, int]]) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -135,6 +135,20 @@ def _check_added(kind: str, found: object) -> None:
         raise TextError("it should be a function of what follows the colon, and a language")
 
 
+@runtime_checkable
+class ItemText(Protocol):
+    """Test items as text to calibrate on: what each item says, with the right answer."""
+
+    def segments(self, category: str, language: str) -> Sequence[Segment]:
+        """Return the items of a category in one language, a segment each.
+
+        Raises
+        ------
+        PrunescopeError
+            If there are none.
+        """
+
+
 def text_source(spec: str | dict[str, Any]) -> TextSource:
     """Parse a text source as written in a study file.
 
@@ -176,13 +190,17 @@ class Corpus:
     ----------
     calibration, parallel, heldout
         The source of each part.
+    items
+        Items to calibrate on, for calibration sets with a share of them.
     """
 
     calibration: TextSource
     parallel: TextSource
     heldout: TextSource
+    items: ItemText | None = None
     _parts: dict[tuple[Part, str], list[Segment]] = field(default_factory=dict, init=False, repr=False)
     _read: dict[tuple[str, str], list[Segment]] = field(default_factory=dict, init=False, repr=False)
+    _items: dict[tuple[str, str], list[Segment]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, spec: str) -> Corpus:
@@ -215,6 +233,23 @@ class Corpus:
                 raise TextError(f"no {part} text for {named(language)} in {self._source(part)!r}")
             self._parts[part, language] = sorted(segments, key=lambda s: (_hash(s.id), s.id))
         return self._parts[part, language]
+
+    def pool(self, language: str, items: str = "") -> list[Segment]:
+        """Return what calibration draws from: the calibration part or, given a category, items, in the same order.
+
+        Raises
+        ------
+        TextError
+            If there are none in this language.
+        """
+        if not items:
+            return self.segments("calibration", language)
+        if self.items is None:
+            raise TextError(f'calibration on "{shortened(items)}" items needs items; give the corpus some (items=...)')
+        if (items, language) not in self._items:
+            segments = self.items.segments(items, language)
+            self._items[items, language] = sorted(segments, key=lambda s: (_hash(s.id), s.id))
+        return self._items[items, language]
 
     def take(self, part: Part, language: str, count: int) -> list[Segment]:
         """Return the first `count` segments of one part.
@@ -250,9 +285,9 @@ class Corpus:
             )
         return {lang: [by_id[lang][id] for id in ids] for lang in languages}
 
-    def check_apart(self, language: str, count: int) -> None:
-        """Check that the first `count` calibration segments of a language, on which a model is to be trained, hold no
-        held-out text, as far as whole segments go (ignoring case and spacing).
+    def check_apart(self, language: str, count: int, items: str = "") -> None:
+        """Check that the first `count` calibration segments of a language (or its items of a category), on which a
+        model is to be trained, hold no held-out text, as far as whole segments go (ignoring case and spacing).
 
         A held-out segment that is a calibration segment itself would be left out of calibration, but is refused if the
         two parts have different sources: then this is a mistake. One of at least 20 characters may not be inside of a
@@ -265,11 +300,11 @@ class Corpus:
         """
         held = {_normalised(s.text): s.id for s in self.segments("heldout", language)}
         found = []
-        if self._source("calibration") != self._source("heldout"):
+        if not items and self._source("calibration") != self._source("heldout"):
             same = ((s.id, _normalised(s.text)) for s in self._dealt("calibration", language))
             found = [(id, held[text]) for id, text in same if text in held]
         long = [text for text in held if len(text) >= _NOT_BY_CHANCE]
-        for segment in self.segments("calibration", language)[:count]:
+        for segment in self.pool(language, items)[:count]:
             around = _normalised(segment.text)
             found += [(segment.id, held[text]) for text in long if text in around]
         if found:

@@ -118,7 +118,7 @@ class VariantRecord(BaseModel):
         """
         recipe, calibration, stated = self.recipe, self.calibration, self.stated
         columns: dict[str, Any] = {"model": self.model}
-        propagation, drawn, seed = UNCALIBRATED, UNCALIBRATED, 0
+        propagation, drawn, seed, share = UNCALIBRATED, UNCALIBRATED, 0, 0.0
         if recipe is None:
             seed = stated.seed or 0
             if stated.calibration is not None:
@@ -133,6 +133,7 @@ class VariantRecord(BaseModel):
         else:
             if calibration:
                 propagation, drawn, seed = recipe.propagation, calibration.name, calibration.seed
+                share = calibration.item_share
             columns |= {
                 "method": recipe.method_label,
                 "sparsity": recipe.sparsity,
@@ -140,7 +141,8 @@ class VariantRecord(BaseModel):
                 "allocation": recipe.allocation_label,
                 "scope": recipe.scope,
             }
-        return columns | {"bits": bits, "propagation": propagation, "calibration": drawn, "seed": seed}
+        text = {"calibration": drawn, "seed": seed}
+        return columns | {"propagation": propagation, "item_share": share, "bits": bits, **text}
 
 
 def _reason(error: ValueError) -> str:

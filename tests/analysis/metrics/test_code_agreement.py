@@ -18,6 +18,7 @@ BASE = {
     "allocation": "uniform",
     "scope": "all",
     "propagation": "pruned",
+    "item_share": 0.0,
     "bits": 5.375,
 }
 

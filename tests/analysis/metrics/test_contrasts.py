@@ -21,7 +21,8 @@ HIDDEN = 10
 
 def columns(calibration: str, seed: int) -> dict[str, object]:
     recipe = {"method": "wanda", "sparsity": 0.5, "pattern": "row", "allocation": "uniform", "scope": "all"}
-    return {"model": "m", **recipe, "propagation": "pruned", "bits": 9.0, "calibration": calibration, "seed": seed}
+    recipe |= {"propagation": "pruned", "item_share": 0.0}
+    return {"model": "m", **recipe, "bits": 9.0, "calibration": calibration, "seed": seed}
 
 
 def study(effect: float, seeds: int, spread: float = 0.02, seed: int = 0, quality: float = 0.0, text=None):

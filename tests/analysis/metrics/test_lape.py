@@ -76,6 +76,7 @@ COLUMNS = {
     "allocation": "uniform",
     "scope": "all",
     "propagation": "pruned",
+    "item_share": 0.0,
     "bits": 9.0,
     "calibration": "none",
     "seed": 0,

@@ -79,7 +79,7 @@ def reading(pooled: np.ndarray) -> Readings:
 
 
 BASE = {"model": "m", "method": "wanda", "sparsity": 0.5, "pattern": "row", "allocation": "uniform", "scope": "all"}
-COLUMNS = BASE | {"propagation": "pruned", "bits": 9.0, "calibration": "en", "seed": 0}
+COLUMNS = BASE | {"propagation": "pruned", "item_share": 0.0, "bits": 9.0, "calibration": "en", "seed": 0}
 
 
 @pytest.mark.parametrize("inside", [True, False])

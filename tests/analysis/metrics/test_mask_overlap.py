@@ -27,6 +27,7 @@ BASE = {
     "allocation": "uniform",
     "scope": "all",
     "propagation": "pruned",
+    "item_share": 0.0,
     "bits": 9.0,
 }
 

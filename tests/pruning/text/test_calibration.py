@@ -13,7 +13,7 @@ from tokenizers.processors import ByteLevel
 
 from pruning import CalibrationSet, Corpus, Segment, text_source
 from pruning.errors import TextError
-from pruning.text.calibration import CalibrationText, Drawn, Pool, shared_text
+from pruning.text.calibration import CalibrationText, Drawn, Pool, calibration_fingerprint, shared_text
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +188,98 @@ def test_texts_of_other_pools_and_languages_share_nothing():
     for language, pool_of_it in (("en", "b"), ("sw", "a")):
         assert shared_text([one], [Drawn(language=language, pool=pool_of_it, tokens=((0, 100),))]) == 0
     assert shared_text([one], [one.model_copy(update={"tokens": ((0, 50),)})]) == 1  # all of the smaller one
+
+
+# -- items ----------------------------------------------------------------------------------------------------------
+
+
+class Questions:
+    """Items that no other text holds, many more in English than in Swahili."""
+
+    def segments(self, category, language):
+        number = {"en": 400, "sw": 40}[language]
+        return [Segment(f"{i}", f"{category} {language} {i}: right") for i in range(number)]
+
+
+@pytest.fixture(scope="module")
+def asking(corpus):
+    return Corpus(corpus.calibration, corpus.parallel, corpus.heldout, Questions())
+
+
+def mixed(name, share, samples=6, seed=0, length=64):
+    return CalibrationSet.named(name, samples=samples, length=length, seed=seed, items="logic", item_share=share)
+
+
+@given(st.sampled_from(["en", "en+sw", "en+sw+zh+ar+de+es+fr"]), st.integers(7, 200), st.floats(0, 1))
+def test_the_share_of_items_is_exact_and_even_over_languages(name, samples, share):
+    if round(share * samples) in (0, samples) and share not in (0, 1):
+        return
+    chosen = CalibrationSet.named(name, samples=samples, items="logic", item_share=share)
+    parts = chosen.parts()
+    by_language = {language: sum(n for (of, _), n in parts.items() if of == language) for language in chosen.languages}
+    assert by_language == chosen.shares()
+    asked = {language: n for (language, items), n in parts.items() if items}
+    assert abs(sum(asked.values()) - share * samples) <= 0.5
+    assert all(abs(asked.get(lang, 0) - share * n) < 1 for lang, n in chosen.shares().items())
+
+
+def test_without_a_share_a_set_is_the_plain_one(asking):
+    plain = CalibrationSet.named("en+sw", samples=6, length=64)
+    assert mixed("en+sw", 0.0) == plain
+    assert calibration_fingerprint(asking, mixed("en+sw", 0.0)) == calibration_fingerprint(asking, plain)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_share_of_the_sequences_is_of_items_and_of_nothing_else(asking, tokenizer, share):
+    plain, chosen = mixed("en+sw", 0.0), mixed("en+sw", share)
+    text = CalibrationText.draw(tokenizer, asking, [plain, chosen])
+
+    def sequences(segments, number):
+        tokens = [token for s in segments for token in tokenizer(s.text + "\n", add_special_tokens=False)["input_ids"]]
+        return [[tokenizer.bos_token_id, *tokens[i * 63 : (i + 1) * 63]] for i in range(number)]
+
+    of_items = {"en": 2, "sw": 1} if share == 0.5 else {"en": 3, "sw": 3}
+    expected = [row for lang, n in of_items.items() for row in sequences(asking.pool(lang, "logic"), n)]
+    expected += [row for lang, n in of_items.items() for row in sequences(asking.pool(lang), 3 - n)]
+    assert sorted(drawn_rows(text, chosen)) == sorted(expected)
+    assert sorted(drawn_rows(text, plain)) == sorted(r for lang in of_items for r in sequences(asking.pool(lang), 3))
+    assert {part.items for part in text.drawn[chosen]} == {"logic", *[""] * (share < 1)}
+
+
+def test_draws_of_items_are_disjoint_while_they_last_and_say_what_they_share(asking, tokenizer):
+    sets = [mixed("sw", 0.5, seed=seed) for seed in range(4)]
+    text = CalibrationText.draw(tokenizer, asking, sets)
+    there = len(asking.pool("sw", "logic"))
+    assert there == 40
+    drawn = [{tuple(row) for row in drawn_rows(text, chosen)} for chosen in sets]
+    for one, other in combinations(range(4), 2):
+        expected = len(drawn[one] & drawn[other]) / 6
+        assert shared_text(text.drawn[sets[one]], text.drawn[sets[other]]) == pytest.approx(expected)
+    available = sum(len(tokenizer(s.text + "\n")["input_ids"]) - 1 for s in asking.pool("sw", "logic")) // 63
+    disjoint = available // 3
+    assert 1 < disjoint < 5
+    assert not set.intersection(*drawn[:disjoint])
+
+
+def test_text_and_items_of_two_sets_are_shared_piece_by_piece(asking, tokenizer):
+    one, other = mixed("en", 0.5, samples=4), mixed("en", 0.5, samples=8)
+    text = CalibrationText.draw(tokenizer, asking, [one, other])
+    assert set(text.pieces[one]) <= set(text.pieces[other])
+    assert {piece.items for piece in text.pieces[one]} == {"", "logic"}
+
+
+def test_mistakes_with_items_are_one_clear_line(asking, corpus, tokenizer):
+    for share, message in (
+        (1.5, "item_share 1.5 is not between 0 and 1"),
+        (-0.1, "item_share -0.1 is not between 0 and 1"),
+        (0.05, "item_share 0.05 of 6 samples is none of them; raise samples"),
+        (0.95, "item_share 0.95 of 6 samples is all of them; raise samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mixed("en", share)
+    with pytest.raises(ValueError, match=r"item_share 0\.5 needs items, the category"):
+        CalibrationSet.named("en", item_share=0.5)
+    with pytest.raises(TextError, match=r"requested for Swahili .*, but its logic items have \d+ tokens, enough for"):
+        CalibrationText.draw(tokenizer, asking, [mixed("sw", 1.0, samples=400)])
+    with pytest.raises(TextError, match='calibration on "logic" items needs items'):
+        CalibrationText.draw(tokenizer, corpus, [mixed("en", 0.5)])

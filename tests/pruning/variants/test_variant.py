@@ -226,6 +226,7 @@ def test_a_model_pruned_elsewhere_is_taken_over_to_the_bit(make_model, tokenizer
         "allocation": "unknown",
         "scope": "all",
         "propagation": "none",
+        "item_share": 0.0,
         "bits": 9.0,
         "calibration": "none",
         "seed": 0,
