@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 from pruning.engine.streams import Arguments, StackStarter
 from pruning.errors import ModelError
-from pruning.models.anatomy import CONTEXT_ROLES, ROUTING, Anatomy, Stack
+from pruning.models.anatomy import CONTEXT_ROLES, HEADS, ROUTING, Anatomy, Stack
 from pruning.models.arithmetic import fast_float32
 from pruning.projections import Key
 from pruning.text.sources import Segment
@@ -45,7 +45,7 @@ class Edit(Protocol):
 
     @property
     def site(self) -> str:
-        """The site: a role, ``activation`` or ``residual``."""
+        """The site: a role, ``heads``, ``activation`` or ``residual``."""
 
     def change(self, value: Tensor, batch: Batch) -> Tensor:
         """Return the new value of a site, ``[batch, tokens, width]``; must not change `value` in place."""
@@ -174,13 +174,16 @@ class Session:
                 block.skip(goes_on_from)
             for module, visits in wanted:
                 routed = visits[0].routed(module)
-                before = module.output
+                at_input = visits[0].at_input
+                before = module.input if at_input else module.output
                 output = before
                 for visit in visits:
                     output = visit(output, batch, routed)
                     if keep is not None and visit.site == "residual":
                         keep[visit.layer] = output
-                if output is not before:
+                if output is not before and at_input:
+                    module.input = output
+                elif output is not before:
                     module.output = output
             trace.stop()
         for reader in readers:
@@ -293,7 +296,7 @@ class Session:
         ):
             for module, visits in wanted:
                 routed = visits[0].routed(module)
-                output = module.output
+                output = module.input if visits[0].at_input else module.output
                 for visit in visits:
                     visit(output, batch, routed)
         return after.values[layer, "residual"]
@@ -333,8 +336,8 @@ class Session:
         *,
         every_block: bool = False,
     ) -> list[tuple[Any, list[_Visit]]]:
-        """List the visits at every module in order of execution, which nnsight requires."""
-        wanted: dict[str, list[_Visit]] = {}
+        """List the visits at every module, its input before its output, in order of execution: nnsight requires it."""
+        wanted: dict[tuple[str, bool], list[_Visit]] = {}
         edits_at = defaultdict(list)
         for edit in edits:
             edits_at[edit.layer, edit.site].append(edit)
@@ -344,8 +347,8 @@ class Session:
                 editing = edits_at.get((layer, site), [])
                 if interested or editing or (every_block and site == "residual"):
                     visit = _Visit(self.anatomy, layer, site, interested, editing, dense)
-                    wanted.setdefault(self.anatomy.path(layer, site), []).append(visit)
-        return [(self._envoy(path), visits) for path, visits in wanted.items()]
+                    wanted.setdefault((self.anatomy.path(layer, site), visit.at_input), []).append(visit)
+        return [(self._envoy(path), visits) for (path, _), visits in wanted.items()]
 
     def _envoy(self, path: str) -> Any:
         found = self._traced
@@ -369,7 +372,7 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Visit:
-    """One site of a module's output, with its edits and readers."""
+    """One site of a module's output (or, of heads, its input), with its edits and readers."""
 
     anatomy: Anatomy
     layer: int
@@ -377,6 +380,11 @@ class _Visit:
     readers: list[Reader]
     edits: list[Edit]
     dense: Mapping[str, Tensor]
+
+    @property
+    def at_input(self) -> bool:
+        """Whether the value is what the module reads."""
+        return self.site in HEADS
 
     @property
     def inside_experts(self) -> bool:
@@ -391,7 +399,7 @@ class _Visit:
         return Routed.of(self.anatomy, self.layer, module.inputs) if self.inside_experts else None
 
     def __call__(self, output: Any, batch: Batch, routed: Routed | None = None) -> Any:
-        """Apply the edits, call the readers, and return the module's output."""
+        """Apply the edits, call the readers, and return the module's output (or input)."""
         batch = part_at(self.anatomy, self.layer, self.site, batch)
         if self.inside_experts:
             assert routed is not None

@@ -8,6 +8,7 @@ from operator import attrgetter
 import torch
 
 from pruning import Recipe, prune
+from pruning.models.anatomy import HEADS
 
 
 def half_pruned(model, tokenizer, sparsity=0.5):
@@ -27,7 +28,14 @@ def hooked(model, anatomy, edits, **run):
             changed = change(value.clone())
             return None if changed is None else anatomy.with_site(layer, site, output, changed)
 
-        return attrgetter(anatomy.path(layer, site))(model).register_forward_hook(replace)
+        def replace_first(module, inputs):
+            changed = change(inputs[0].clone())
+            return None if changed is None else (changed, *inputs[1:])
+
+        module = attrgetter(anatomy.path(layer, site))(model)
+        if site in HEADS:
+            return module.register_forward_pre_hook(replace_first)
+        return module.register_forward_hook(replace)
 
     with ExitStack() as hooks, torch.no_grad():
         for edit in edits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,13 +19,16 @@ _VariantId = Annotated[str, typer.Option(help="Id of the variant: a folder below
     rich_help_panel=AFTER,
     epilog=examples(
         "prunescope diagnose runs/demo --variant wanda-0.5-row-pruned-sw-s0 --language en --category text",
+        "prunescope diagnose runs/demo --variant wanda-0.5-row-pruned-sw-s0 --language all --category text",
         "prunescope diagnose runs/demo --variant wanda-0.5-row-pruned-sw-s0 --language sw --half first",
     ),
 )
 def diagnose(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study (or of prunescope look).")],
     variant: _VariantId,
-    language: Annotated[str, typer.Option(help="One of the study's languages.")],
+    language: Annotated[
+        list[str], typer.Option(help='One of the study\'s languages; several times, or "all", for several of them.')
+    ],
     category: Annotated[
         str, typer.Option(help='A category of the items, "all" of them, or "text" for held-out text.')
     ] = "reasoning",
@@ -51,20 +54,16 @@ def diagnose(
     from ..study.run import diagnose_study
 
     check_study_in(folder)
-    request = DiagnosisRequest(
-        variant=variant,
-        language=language,
-        category=category,
-        half=half,
-        confirm=confirm,
-        sample=sample,
-        positions=positions,
-    )
+    settings: dict[str, Any] = {"half": half, "confirm": confirm, "sample": sample, "positions": positions}
+    requests = [DiagnosisRequest(variant=variant, language=own, category=category, **settings) for own in language]
     report, found = diagnose_study(
-        folder, request, memory=bytes_of("--memory", memory), device_memory=bytes_of("--device-memory", device_memory)
+        folder, requests, memory=bytes_of("--memory", memory), device_memory=bytes_of("--device-memory", device_memory)
     )
-    for sentence in found:
-        typer.echo(f"- {sentence}")
+    for heading, sentences in found.items():
+        if len(found) > 1:
+            typer.echo(heading)
+        for sentence in sentences:
+            typer.echo(f"- {sentence}")
     ends("report", report, ("export", folder, f"{variant}-checkpoint", "--variant", variant))
 
 

@@ -55,6 +55,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "estimated_on": _WORD,
     "position": pa.int32(),
     "sample": _WORD,
+    "masks": pa.int32(),
+    "weight_share": pa.float64(),
     "rank": pa.int32(),
     "quantile": pa.float64(),
     "dense_firing": pa.float64(),
@@ -555,6 +557,8 @@ FRAMES: dict[str, FrameSpec] = {
             "estimated_on",
             "position",
             "sample",
+            "masks",
+            "weight_share",
         ),
         {
             "margin_lost": Metric("nat", f"mean margin of the dense model minus that of the pruned one; {_DIAGNOSED}"),
@@ -579,12 +583,30 @@ FRAMES: dict[str, FrameSpec] = {
                 "margin_restored (for text: loss_restored) as it is estimated from gradients; of neurons, summed over "
                 "blocks, so that what reaches those of later blocks counts twice; controls: as above",
             ),
+            "beyond_sum": Metric(
+                "nat",
+                "margin_restored (for text: loss_restored) of masks undone together minus the sum of what each of them "
+                f"restores alone: positive if they need each other; {_DIAGNOSED}",
+            ),
             "attributed_recovery": Metric("", "the same as a share of the drop, where that is significant"),
             "error_ratio": Metric(
                 "",
                 "variance of the pruning error (dense minus pruned mean states of held-out segments) in random "
                 "subspaces over that in the language-specific one of the block; low, high: range over the n draws",
             ),
+        },
+    ),
+    "dose": FrameSpec(
+        ("language", "task", "category"),
+        {
+            "breaking_sparsity": Metric(
+                "",
+                "sparsity at which accuracy (on minimal pairs, where there are any) has fallen half way from the dense "
+                "model's to chance, or perplexity (category text) has doubled; of the variants that differ in nothing "
+                "but sparsity, which is therefore empty; interpolated on the nearest curve that never rises; inf: not "
+                "at the highest sparsity; no language: over all; left out where the dense model is not shown to be "
+                "above chance; 95 % bootstrap interval over templates (text: segments) for one draw",
+            )
         },
     ),
     "sparsity": FrameSpec(("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False),

@@ -58,7 +58,7 @@ def agreement(frame: pd.DataFrame) -> list[Agreement]:
     """
     restored = frame[(frame["direction"] == RESTORE) & (frame["estimated_on"].astype(str) == EVERY)]
     found = []
-    for kind in ("weights", "output", *_CURVES):
+    for kind in ("weights", "output", "head", *_CURVES):
         rows = restored[restored["component"] == kind].copy()
         rows["role"] = rows["role"].astype(object).where(rows["role"].notna(), "")
         both = rows.pivot_table(index=["layer", "role"], columns="metric", values="value", observed=True)

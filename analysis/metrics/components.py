@@ -1,4 +1,4 @@
-"""The components that a diagnosis examines: masks, outputs, parts of the stream, neurons, and their controls."""
+"""The components that a diagnosis examines: masks, outputs, heads, parts of the stream, neurons, and their controls."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from probes.patching import (
     Component,
     expert_output,
     experts_output,
+    head,
     neurons,
     residual,
     role_output,
     role_weights,
     stream_part,
 )
-from pruning.models.anatomy import Anatomy
+from pruning.models.anatomy import HEADS, Anatomy
 
 from .controls import DRAWS, random_neurons, random_subspaces
 from .lsar import LSAR
@@ -58,6 +59,8 @@ def components_of(
     found: list[Component] = [role_weights(*key) for key in projections]
     found += [role_output(layer, role) for layer, role in anatomy if role in anatomy.sites(layer)]
     for layer in range(len(anatomy.blocks)):
+        for site in HEADS:
+            found += [head(anatomy, layer, number, site) for number in range(anatomy.n_heads(layer, site))]
         if anatomy.n_experts(layer):
             found.append(experts_output(layer))
             found += [expert_output(layer, expert) for expert in range(anatomy.n_experts(layer))]

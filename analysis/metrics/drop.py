@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -119,6 +119,29 @@ class Drop:
             filled[:, there] = part.reshape(whole.shape)
         return result
 
+    def beyond_sum(self, together: ChoiceScores, alone: Mapping[str, Sequence[ChoiceScores]]) -> dict[str, Estimate]:
+        """Return what several patches restore together beyond the sum of what each does, in the metric ranked by.
+
+        Parameters
+        ----------
+        together
+            Scores of all questions with the patches of each half made together.
+        alone
+            Half to the scores with each of the patches made alone that the other half's questions are asked with.
+
+        Returns
+        -------
+        dict
+            Half, or both, to the estimate on its questions, ``[1, 1]``.
+        """
+        found = {}
+        for half in HALVES:
+            (other,) = set(HALVES) - {half}
+            single = self._changes(alone[other], RESTORE, None).sum(axis=0)
+            both = self._changes([together], RESTORE, None)[0]
+            found[half] = self._means((both - single)[None, :, :1], half, shares=False)
+        return {**found, BOTH: _averaged([found[half] for half in HALVES])}
+
     def total(self, effect: Float[np.ndarray, " questions"], on: str) -> float:
         """Return the sum over a half's questions, or all."""
         return float(effect[self._there[on]].sum())
@@ -146,8 +169,8 @@ class Drop:
         names, unit = np.unique(self._templates[self._there[on]], return_inverse=True)
         return unit, len(names)
 
-    def _means(self, change: np.ndarray, on: str) -> Estimate:
-        """Return means of ``[components, questions, metrics]``; accuracy's intervals are those of shares."""
+    def _means(self, change: np.ndarray, on: str, *, shares: bool = True) -> Estimate:
+        """Return means of ``[components, questions, metrics]``; accuracy's intervals are those of shares, if wanted."""
         unit, units = self._units(on)
         change = change[:, self._there[on]]
         size = np.bincount(unit, minlength=units).astype(np.float64)
@@ -157,7 +180,7 @@ class Drop:
             return Estimate(empty, empty, empty)
         found = unit_interval(lambda w: (w @ sums.reshape(units, -1)) / (w @ size)[:, None], units)
         value, low, high = (np.array(part).reshape(sums.shape[1:]) for part in found)
-        if "accuracy" in self.metrics:
+        if shares and "accuracy" in self.metrics:
             at = self.metrics.index("accuracy")
             for own, rows in enumerate(change[..., at]):
                 gained, lost = (np.bincount(unit, rows == sign, units) for sign in (1, -1))

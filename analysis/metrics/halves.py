@@ -16,6 +16,8 @@ from probes.items import Item
 #: Values of ``estimated_on``: all questions, one half (what was chosen on the other), or the average of both halves.
 EVERY, FIRST, SECOND, BOTH = "all", "first", "second", "both"
 HALVES = (FIRST, SECOND)
+#: Half to the other one.
+OTHER = {FIRST: SECOND, SECOND: FIRST}
 
 
 def halves(templates: Sequence[str], strata: Sequence[str] = ()) -> Int[np.ndarray, " questions"]:

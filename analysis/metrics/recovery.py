@@ -33,12 +33,14 @@ from probes.patching import (
 from probes.reading import Progress
 from probes.scoring import ChoiceScores, Question
 from pruning.errors import StudyError
+from pruning.projections import Key
 
 from .added import AGNOSTIC_ADDED, Added, added
 from .components import components_of
 from .drop import Drop
-from .halves import HALVES, halves
+from .halves import HALVES, OTHER, halves
 from .recovery_frame import EVERYTHING, importance, main_metric, recovery_frame
+from .together import MaskGroup, mask_groups, together_rows
 
 __all__ = [
     "CONFIRMED",
@@ -58,13 +60,13 @@ __all__ = [
 CONFIRMED = 20
 #: Components of each of these kinds that are drawn at random and patched exactly too, to see how well gradients do.
 SAMPLED = 8
-_SAMPLED_KINDS = ("weights", "output")
+_SAMPLED_KINDS = ("weights", "output", "head")
 #: What blocks add to the damage of the agnostic part: how many each half chooses beside the other causes.
 ADDED = 2
 #: Kinds that may be named as causes, in the order in which equals are ranked. What restoring the whole stream, or
 #: nearly all of it, recovers after a block says where the damage has accumulated, not what caused it; so of the
 #: agnostic part it is what a single block adds. Controls never are causes.
-CAUSES = ("weights", "neurons", "specific", "output", AGNOSTIC_ADDED)
+CAUSES = ("weights", "neurons", "head", "specific", "output", AGNOSTIC_ADDED)
 #: Kinds that are what causes are compared with.
 CONTROLS = ("random", "random_neurons")
 #: Kinds that are patched exactly after every block, as curves.
@@ -115,18 +117,18 @@ class Asked:
 
     def drop(self, estimates: Mapping[str, Patched]) -> Drop:
         """Return the drop, from the scores that attribution on either half came with."""
+        dense, pruned = ({half: getattr(estimates[half], name) for half in HALVES} for name in ("dense", "pruned"))
+        return Drop(self.questions, self.templates, self.strata, self.joined(dense), self.joined(pruned))
 
-        def whole(model: str) -> ChoiceScores:
-            parts = {half: getattr(estimates[half], model) for half in HALVES}
-            width = max(part.values.shape[1] for part in parts.values())
-            values = np.full((len(self.questions), width), -np.inf)
-            answers = np.zeros(len(self.questions), dtype=np.int64)
-            for half, part in parts.items():
-                values[self.halves[half], : part.values.shape[1]] = part.values
-                answers[self.halves[half]] = part.answers
-            return ChoiceScores(values, answers)
-
-        return Drop(self.questions, self.templates, self.strata, whole("dense"), whole("pruned"))
+    def joined(self, parts: Mapping[str, ChoiceScores]) -> ChoiceScores:
+        """Return the scores of all questions from those of either half."""
+        width = max(part.values.shape[1] for part in parts.values())
+        values = np.full((len(self.questions), width), -np.inf)
+        answers = np.zeros(len(self.questions), dtype=np.int64)
+        for half, part in parts.items():
+            values[self.halves[half], : part.values.shape[1]] = part.values
+            answers[self.halves[half]] = part.answers
+        return ChoiceScores(values, answers)
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,14 @@ class Confirmation:
         Components drawn at random.
     exact
         Direction to all components to patch; empty if there is no significant drop.
+    together
+        Half to the masks that it chose to be undone together, on the other half; empty likewise.
     """
 
     chosen: Mapping[str, Sequence[int]]
     sampled: Sequence[int]
     exact: Mapping[Direction, Sequence[int]]
+    together: Mapping[str, Sequence[MaskGroup]]
 
 
 def diagnose(
@@ -205,7 +210,13 @@ def diagnose(
             session, asked.questions, damage, some, direction=direction, positions=positions, progress=progress
         )
         exact[direction] = {i: found.exact[k] for k, i in enumerate(chosen)}
-    return collect(asked, components, columns, estimates, exact, plan, errors)
+    together: dict[str, dict[str, ChoiceScores]] = {}
+    for half, sets in plan.together.items():
+        masks = [one.component for one in sets]
+        found = patch(session, asked.half(OTHER[half]), damage, masks, positions=positions, progress=progress)
+        together[half] = {one.name: found.exact[k] for k, one in enumerate(sets)}
+    weights = {key: damage.numel(key) for key in damage.projections}
+    return collect(asked, components, columns, estimates, exact, plan, together, weights, errors)
 
 
 def to_confirm(
@@ -229,12 +240,14 @@ def to_confirm(
         Of the random sample.
     """
     if not asked.drop(estimates).significant()[0]:
-        return Confirmation({half: [] for half in HALVES}, [], {})
+        return Confirmation({half: [] for half in HALVES}, [], {}, {})
     additions = added(components)
     chosen = {}
     layers: set[int | None] = set()
+    together = {}
     for half in HALVES:
         effects = {i: float(effect.sum()) for i, effect in estimates[half].attributed.items()}
+        together[half] = mask_groups(components, effects, seed=seed)
         causes = [i for i, component in enumerate(components) if component.kind in CAUSES]
         chosen[half] = _likeliest(components, sorted(causes, key=lambda i: -effects[i]), confirm)
         # a gated neuron of which neither factor is left has no gradient, and its effect is known exactly anyway
@@ -257,7 +270,7 @@ def to_confirm(
     }
     likeliest = {i for half in HALVES for i in _patched_for(chosen[half], len(components), additions)}
     exact: dict[Direction, list[int]] = {RESTORE: sorted(likeliest | fixed | set(sampled)), DAMAGE: sorted(likeliest)}
-    return Confirmation(chosen, sorted(sampled), exact)
+    return Confirmation(chosen, sorted(sampled), exact, together)
 
 
 def collect(
@@ -267,6 +280,8 @@ def collect(
     estimates: Mapping[str, Patched],
     exact: Mapping[Direction, Mapping[int, ChoiceScores]],
     plan: Confirmation,
+    together: Mapping[str, Mapping[str, ChoiceScores]],
+    weights: Mapping[Key, int],
     errors: Sequence[np.ndarray] | None = None,
 ) -> pd.DataFrame:
     """Return the frame ``recovery`` of what attribution and exact patching found.
@@ -279,12 +294,27 @@ def collect(
         Direction to the scores with each component of the plan patched.
     plan
         From :func:`to_confirm`.
+    together
+        Half that chose masks to the name of each set of them and the scores of the other half's questions with it
+        undone.
+    weights
+        Number of weights of each projection that was pruned.
     """
     place = {**columns, "language": asked.language, "task": asked.task, "category": asked.category}
     effects = {half: {i: float(e.sum()) for i, e in estimates[half].attributed.items()} for half in HALVES}
+    drop = asked.drop(estimates)
+    alone = {
+        components[i].weights[0]: scores
+        for i, scores in exact.get(RESTORE, {}).items()
+        if components[i].kind == "weights"
+    }
+    joined = {
+        one.name: asked.joined({OTHER[half]: together[half][one.name] for half in HALVES})
+        for one in plan.together.get(HALVES[0], ())
+    }
     return recovery_frame(
         place,
-        asked.drop(estimates),
+        drop,
         components,
         added(components),
         effects,
@@ -294,6 +324,7 @@ def collect(
         CAUSES,
         _CURVES,
         errors,
+        together_rows(drop, plan.together, joined, alone, weights),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,12 @@ from probes.scoring import ChoiceScores
 from ..frames import tidy
 from .added import AGNOSTIC_ADDED, Added
 from .drop import LOST, Drop
-from .halves import BOTH, EVERY, FIRST, HALVES, SECOND
+from .halves import BOTH, EVERY, FIRST, HALVES, OTHER, SECOND
 
 #: Component of the rows on the drop itself.
 EVERYTHING = "everything"
 #: What ``sample`` says of components that were drawn at random.
 RANDOM_SAMPLE = "random"
-_OTHER = {FIRST: SECOND, SECOND: FIRST}
 
 
 def recovery_frame(
@@ -35,6 +34,7 @@ def recovery_frame(
     causes: Sequence[str],
     curves: Sequence[str],
     errors: Sequence[np.ndarray] | None,
+    together: Iterable[Mapping[str, Any]] = (),
 ) -> pd.DataFrame:
     """Return the frame.
 
@@ -58,6 +58,8 @@ def recovery_frame(
         Kinds that may be named as causes, in the order in which equals are ranked; kinds that are drawn as curves.
     errors
         After each block: what random subspaces are matched in.
+    together
+        Rows on masks that are undone together (:func:`analysis.metrics.together.together_rows`).
     """
     rows: list[dict[str, Any]] = []
     for on in (EVERY, *HALVES):
@@ -77,6 +79,7 @@ def recovery_frame(
         if direction == RESTORE:
             rows += ({**place, "direction": direction, **row} for row in _attributed(drop, components, effects))
             rows += ({**place, "direction": direction, **row} for row in _matched(components, errors))
+    rows += ({**place, **row} for row in together)
     names = {_key(_where(components[i])) for i in sampled}
     for row in rows:
         row["sample"] = RANDOM_SAMPLE if _key(row) in names else None
@@ -123,7 +126,7 @@ class _Patched:
             if not by and (component.kind == AGNOSTIC_ADDED or self.direction != RESTORE):
                 continue  # it was patched for another's sake
             whole = component.kind in curves or component.kind == "neurons"
-            sets = [EVERY, *(half for half in HALVES if whole or _OTHER[half] in by), *([BOTH] * (len(by) == 2))]
+            sets = [EVERY, *(half for half in HALVES if whole or OTHER[half] in by), *([BOTH] * (len(by) == 2))]
             for on in sets:
                 if on in self.restored:
                     yield component, on, list(self._values(on, k))
@@ -172,7 +175,7 @@ def _positions(
                 each[1].layer if each[1].layer is not None else -1,
             )
         )
-        found[_OTHER[half]] = {component.label: rank for rank, (_, component) in enumerate(own, start=1)}
+        found[OTHER[half]] = {component.label: rank for rank, (_, component) in enumerate(own, start=1)}
     first, second = found.get(FIRST, {}), found.get(SECOND, {})
     shared = sorted((label for label in first if label in second), key=lambda label: first[label] + second[label])
     found[BOTH] = {label: rank for rank, label in enumerate(shared, start=1)}

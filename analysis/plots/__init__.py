@@ -9,6 +9,7 @@ from __future__ import annotations
 from . import (
     accuracy,
     contrasts,
+    dose,
     geometry,
     lape,
     lens,
@@ -28,6 +29,7 @@ __all__ = [
     "accuracy",
     "colour",
     "contrasts",
+    "dose",
     "geometry",
     "lape",
     "lens",

@@ -27,7 +27,7 @@ def matrix(
 ) -> Figure:
     """Draw the change by calibration set and evaluation language, a table a category.
 
-    Cells in which the dense model only guesses have no colour: nothing can be lost there.
+    Cells in which the dense model only guesses are grey: nothing can be lost there.
     """
     shown = of_recipe(frame, {**recipe, "task": task, "metric": metric, "part": ALL})
     shown = shown[shown["language"].notna()]
@@ -37,7 +37,7 @@ def matrix(
         rows = shown[shown["category"] == category]
         guessed = charts.by_calibration(rows.assign(value=rows["at_chance"].astype(float))) > 0
         tables[category] = (points * charts.by_calibration(rows)).mask(guessed)
-        written[category] = tables[category].map(lambda v: AT_CHANCE if pd.isna(v) else digits.format(v))
+        written[category] = tables[category].map(lambda v: "" if pd.isna(v) else digits.format(v))
     return charts.heatmaps(
         tables,
         title=f"{_TITLES[metric]} ({labels.recipe_label(recipe)})",

@@ -23,6 +23,8 @@ from .style import GREY, PAGE_WIDTH, STYLE, set_style, wrapped
 
 #: Characters of a legend that fit into an inch.
 _CHARACTERS = 17
+#: Colour of cells without a value.
+_EMPTY = "0.9"
 
 
 def by_calibration(rows: pd.DataFrame, reduce: str = "mean") -> pd.DataFrame:
@@ -49,7 +51,7 @@ def heatmaps(
     diverging: bool = False,
     width: float = PAGE_WIDTH,
 ) -> Figure:
-    """Draw tables side by side on one colour scale, each cell annotated with its value or its label.
+    """Draw tables side by side on one colour scale; cells show their value or label, and are grey where they have none.
 
     Parameters
     ----------
@@ -99,7 +101,7 @@ def heatmaps(
                 cbar=last,
                 cbar_kws={"label": colour_label, "fraction": 0.04, "pad": 0.02} if last else None,
             )
-            axes.set(xlabel=x_label, ylabel=y_label if axes is grid[0] else "", title=name)
+            axes.set(xlabel=x_label, ylabel=y_label if axes is grid[0] else "", title=name, facecolor=_EMPTY)
             axes.tick_params(length=0)
             axes.tick_params(axis="y", rotation=0)
         figure.suptitle(wrapped(title, width))
@@ -227,6 +229,7 @@ def line_panels(
             axes.grid(axis="y")
             if panel.log_x:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:g}")
             elif panel.whole_x:
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if panel.x_range:

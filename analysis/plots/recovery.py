@@ -14,8 +14,13 @@ from pruning.text.languages import language_name
 
 from ..frames import labels
 from ..metrics.halves import BOTH, EVERY
+from ..metrics.maps import likeness
 from ..metrics.recovery_frame import main_metric, named_causes
+from ..metrics.together import RANDOM_TOGETHER, TOGETHER
 from . import charts, style
+
+#: Most heads of a block whose values are written into the cells of a heatmap.
+_WRITTEN_HEADS = 16
 
 
 def shares_known(frame: pd.DataFrame) -> bool:
@@ -49,6 +54,93 @@ def heatmap(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         x_label="role",
         y_label=labels.layer_label("block", labels.encoder_blocks(frame)),
         height=0.17,
+        width=width,
+    )
+
+
+def heads(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
+    """Draw what restoring each attention head recovers, as gradients estimate it; in the units of :func:`heatmap`."""
+    shares = shares_known(frame)
+    shown = frame[(frame["metric"] == _attributed(shares)) & (frame["component"] == "head")]
+    shown = shown[shown["estimated_on"].astype(str) == EVERY]
+    names = shown["role"].astype(str).str.rpartition(".")
+    shown = shown.assign(layer=shown["layer"].astype(int), kind=names[0], head=names[2].astype(int))
+    titles = {"head": "self-attention", "cross_head": "cross-attention"}
+    tables = {}
+    for kind, rows in shown.groupby("kind", sort=False):
+        table = rows.pivot_table(index="layer", columns="head", values="value", aggfunc="sum")
+        tables[titles[str(kind)]] = ((100 * table).round(1) if shares else table) + 0.0
+    crowded = max(len(table.columns) for table in tables.values()) > _WRITTEN_HEADS
+    return charts.heatmaps(
+        tables,
+        title=f"Estimated recovery by attention head and block ({_title(frame)})",
+        colour_label="share of the drop (%)" if shares else "nats",
+        labels={name: table.astype(object).map(lambda _: "") for name, table in tables.items()} if crowded else None,
+        digits="{:.1f}" if shares else "{:.2f}",
+        diverging=True,
+        x_label="head",
+        y_label=labels.layer_label("block", labels.encoder_blocks(frame)),
+        height=0.17,
+        width=width,
+    )
+
+
+def across(frames: Mapping[str, pd.DataFrame], *, width: float = style.PAGE_WIDTH) -> Figure:
+    """Draw how alike the maps of several languages are.
+
+    Parameters
+    ----------
+    frames
+        Language to the frame ``recovery`` of one diagnosis in it.
+    width
+        In inches.
+    """
+    names = {"weights": "weights", "output": "outputs", "head": "heads"}
+    first = next(iter(frames.values())).iloc[0]
+    return charts.heatmaps(
+        {names[kind]: table for kind, table in likeness(frames).items()},
+        title=f"Agreement of the maps of languages ({labels.category_label(str(first['category']))})",
+        colour_label="Spearman's ρ",
+        low=0.0,
+        high=1.0,
+        x_label="second half",
+        y_label="first half",
+        width=width,
+    )
+
+
+def together(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
+    """Draw what undoing 1, 2, 4, … masks together recovers: those that gradients rank highest, and random ones.
+
+    On the half of the questions that did not rank them, averaged over both halves; as shares of the drop, or in nats
+    (of accuracy: as it is) if the drop is not significant on both.
+    """
+    rows = frame[frame["estimated_on"].astype(str) == BOTH].astype({"component": object, "metric": object})
+    shares = bool((rows["component"].eq(TOGETHER) & rows["metric"].eq(main_metric(frame))).any())
+    what = "recovery" if shares else "restored"
+    units = ("margin", "accuracy", "loss") if shares else ("margin (nats)", "accuracy", "loss (nats)")
+    shown = {
+        TOGETHER: ("ranked highest by gradients on the other half", style.TWO_COLOURS[0], "-"),
+        RANDOM_TOGETHER: ("the same roles in random blocks, range of draws", style.GREY, "--"),
+    }
+    panels = []
+    for name in units:
+        lines = []
+        for kind, (label, colour, dash) in shown.items():
+            own = rows[(rows["component"] == kind) & (rows["metric"] == f"{name.split()[0]}_{what}")]
+            x, y, low, high = (
+                own.sort_values("masks")[column].tolist() for column in ("masks", "value", "low", "high")
+            )
+            lines.append(charts.Line(label, x, y, colour, dash, low, high))
+        if any(len(line.x) for line in lines):
+            levels = {"half of the drop": 0.5} if shares else {}
+            panels.append(charts.Panel(name, lines, levels, log_x=True))
+    return charts.line_panels(
+        panels,
+        title=f"Masks undone together ({_title(frame)})",
+        x_label="masks undone",
+        y_label="share of the drop" if shares else "restored",
+        share=shares,
         width=width,
     )
 
@@ -142,7 +234,8 @@ def _attributed(shares: bool) -> str:
 
 def _label(row: Mapping[Any, Any]) -> str:
     layer = [] if pd.isna(row["layer"]) else [str(int(row["layer"]))]
-    place = ".".join([*layer, *([] if pd.isna(row["role"]) else [str(row["role"])])])
+    role = [] if pd.isna(row["role"]) else [str(row["role"]).removeprefix("head.")]
+    place = ".".join([*layer, *role])
     return f"{row['component'].replace('_', ' ')} {place}".strip()
 
 

@@ -61,6 +61,11 @@ def colour(name: str) -> str:
     return _OF_LANGUAGES.get(name) or _OF_OTHERS[zlib.crc32(name.encode()) % len(_OF_OTHERS)]
 
 
+def nth(number: int) -> str:
+    """Return the colour of one of several lines that are neither languages nor calibration sets."""
+    return _OF_OTHERS[number % len(_OF_OTHERS)]
+
+
 def set_style(calibration: str, seed: int) -> tuple[str, str]:
     """Return colour and style of a calibration set's line; further seeds are dotted."""
     return GREY if calibration == UNCALIBRATED else colour(calibration), ":" if seed else "-"

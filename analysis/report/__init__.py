@@ -9,12 +9,14 @@ from .catalogue import (
     figures_of_group,
     figures_of_kind,
     kinds_of_group,
+    map_figures,
     study_figures,
 )
 from .cells import ReportTable
 from .facts import ReportFacts
 from .findings import study_findings
 from .latex import document, latex
+from .maps import map_findings
 from .page import write_report
 from .paper_tables import study_tables
 from .paragraph import methods_latex, methods_paragraph, references
@@ -32,6 +34,8 @@ __all__ = [
     "figures_of_kind",
     "kinds_of_group",
     "latex",
+    "map_figures",
+    "map_findings",
     "methods_latex",
     "methods_paragraph",
     "references",

@@ -14,7 +14,10 @@ from pruning.text.languages import named
 from .. import plots
 from ..frames import Frames, labels, recipes_of
 from ..metrics import recovery
+from ..metrics.maps import likeness
 from ..metrics.recovery_frame import named_causes
+from ..metrics.together import DRAWS as TOGETHER_DRAWS
+from ..metrics.together import TOGETHER
 from .facts import ReportFacts, described_text
 from .recipe_figures import GROUPS, OF_LENSES, RecipeFigures, sampled
 
@@ -49,9 +52,10 @@ class ReportFigure:
 
 ALL_MODELS = "All models"
 _PERPLEXITY, _LANGUAGES = "perplexity", "routing-languages"
+_RESPONSE, _BREAKING, _AT_PERPLEXITY = "dose-response", "dose-breaking", "accuracy-at-perplexity"
 #: Lens to the kind of its figure.
 _LENSES = {lens: f"{figure}-languages" for lens, figure in OF_LENSES.items()}
-_OF_ALL_MODELS = (_PERPLEXITY, _LANGUAGES, *_LENSES.values())
+_OF_ALL_MODELS = (_PERPLEXITY, _RESPONSE, _BREAKING, _AT_PERPLEXITY, _LANGUAGES, *_LENSES.values())
 #: Every kind of figure of a study, in the order of the report.
 KINDS = (*_OF_ALL_MODELS, *(kind for _, kinds in GROUPS.values() for kind in kinds))
 
@@ -105,6 +109,8 @@ def _of_all_models(frames: Frames, facts: ReportFacts, kinds: tuple[str, ...]) -
             lambda **settings: plots.perplexity.all_models(frames["perplexity"], **settings),
             _PERPLEXITY,
         )
+    if {_RESPONSE, _BREAKING, _AT_PERPLEXITY} & {*kinds} and len(frames["dose"]):
+        yield from (figure for figure in _of_doses(frames) if figure.kind in kinds)
     if _LANGUAGES in kinds and (frames["routing"]["metric"] == "language_distance").any():
         yield ReportFigure(
             ALL_MODELS,
@@ -118,6 +124,48 @@ def _of_all_models(frames: Frames, facts: ReportFacts, kinds: tuple[str, ...]) -
     for lens, kind in _LENSES.items():
         if kind in kinds and (frames["lens"]["lens"] == lens).any():
             yield _languages_of_tokens(frames, lens, kind)
+
+
+def _of_doses(frames: Frames) -> Iterator[ReportFigure]:
+    """Yield what remains at which sparsity, of every series of variants that differ in sparsity alone."""
+    several = plots.dose.series_of(frames["dose"])
+    for series in several:
+        label, name = plots.dose.series_label(series), labels.slug("-".join(map(str, series.values())))
+        yield ReportFigure(
+            ALL_MODELS,
+            f"{_RESPONSE}-{name}",
+            f"{label}: perplexity and accuracy by sparsity, which is the only thing in which these variants differ. "
+            "Text: log2 of the perplexity over the dense model's, mean over languages. Accuracy: over all languages "
+            "(on minimal pairs, where there are any); categories in which the dense model is not shown to be above "
+            "chance are left out. Lines: means over draws of a calibration set; bands: their range.",
+            lambda series=series, **settings: plots.dose.response(
+                frames["perplexity"], frames["accuracy"], series, **settings
+            ),
+            _RESPONSE,
+            series,
+        )
+        yield ReportFigure(
+            ALL_MODELS,
+            f"{_BREAKING}-{name}",
+            f"{label}: the sparsity at which a capability breaks, by calibration set and evaluation language. Text: "
+            "perplexity has doubled. Others: accuracy has fallen half way from the dense model's to chance. "
+            "Interpolated; –: not at any sparsity of these variants; grey: the dense model is not shown to be above "
+            "chance. Below: 95 % bootstrap intervals over templates (text: segments), for one draw of the calibration "
+            "text.",
+            lambda series=series, **settings: plots.dose.breaking(frames["dose"], series, **settings),
+            _BREAKING,
+            series,
+        )
+    if len(frames["accuracy"]):
+        yield ReportFigure(
+            ALL_MODELS,
+            _AT_PERPLEXITY,
+            "Accuracy over all languages against perplexity (log2 over the dense model's, mean over languages): which "
+            "method keeps more at the same perplexity. A line a method, from the dense model through its sparsities; "
+            "means over calibration sets and draws.",
+            lambda **settings: plots.dose.at_perplexity(frames["perplexity"], frames["accuracy"], **settings),
+            _AT_PERPLEXITY,
+        )
 
 
 def _languages_of_tokens(frames: Frames, lens: str, kind: str) -> ReportFigure:
@@ -139,6 +187,35 @@ def _of_recipe(own: RecipeFigures, group: str) -> Iterator[ReportFigure]:
         words = [drawn.kind, *([labels.slug(drawn.task)] if drawn.task else []), labels.recipe_slug(own.recipe)]
         what = {**own.recipe, **({"task": drawn.task} if drawn.task else {})}
         yield ReportFigure(section_of(own.recipe), "-".join(words), drawn.caption, drawn.draw, drawn.kind, what)
+
+
+def map_figures(
+    frames: Mapping[str, pd.DataFrame], *, section: str, name: str, variant: str, category: str
+) -> Iterator[ReportFigure]:
+    """Yield the figure of several diagnoses that differ in language alone; none if their maps have nothing in common.
+
+    Parameters
+    ----------
+    frames
+        Language to the frame ``recovery``.
+    section
+        Heading under which it stands.
+    name
+        Of the diagnoses, as part of file names.
+    variant, category
+        What was diagnosed.
+    """
+    if likeness(frames):
+        yield ReportFigure(
+            section,
+            f"diagnosis-languages-{name}",
+            f"Is {variant} damaged in the same places in all languages ({category})? Spearman's ρ of "
+            "what gradients estimate that each component recovers, in one language on the first half of its questions "
+            "and in another on the second; both ways, averaged. Diagonal: a language with itself, which is the "
+            "ceiling that the number of questions sets.",
+            lambda **settings: plots.recovery.across(frames, **settings),
+            "diagnosis-languages",
+        )
 
 
 def diagnosis_figures(
@@ -185,6 +262,28 @@ def diagnosis_figures(
         lambda **settings: plots.recovery.heatmap(frame, **settings),
         "diagnosis-map",
     )
+    kinds = set(frame["component"].astype(str))
+    if "head" in kinds:
+        yield ReportFigure(
+            section,
+            f"diagnosis-heads-{name}",
+            f"What restoring the output of each attention head recovers, before the heads are mixed ({what}), "
+            f"{in_units}, estimated from gradients (attribution). With grouped keys and values these are the heads of "
+            "queries.",
+            lambda **settings: plots.recovery.heads(frame, **settings),
+            "diagnosis-heads",
+        )
+    if TOGETHER in kinds:
+        yield ReportFigure(
+            section,
+            f"diagnosis-together-{name}",
+            f"What undoing the masks of 1, 2, 4, … projections together recovers ({what}): those that gradients rank "
+            "highest on one half of the questions, on the other half, averaged over both. Band: 95 % interval over "
+            f"templates. Controls: the same roles in blocks drawn at random, mean and range of {TOGETHER_DRAWS} draws. "
+            "The last number is that of all masks.",
+            lambda **settings: plots.recovery.together(frame, **settings),
+            "diagnosis-together",
+        )
     if not len(named_causes(frame)):
         return
     yield ReportFigure(

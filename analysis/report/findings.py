@@ -16,6 +16,7 @@ from ..frames import ALL, Frames, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from .catalogue import ALL_MODELS, section_of
+from .dose import breaking_points
 from .geometry import geometry_of_dense, geometry_of_recipe
 from .lens import lens_of_dense, lens_of_recipe, margins_of_recipe
 from .routing import routing_of_dense, routing_of_recipe
@@ -44,7 +45,7 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
     )
     dense_only = (_knowledge(frames["subspaces"]), geometry_of_dense(frames["geometry"]))
     read = (routing_of_dense(frames["routing"]), lens_of_dense(frames["lens"]))
-    yield ALL_MODELS, [before, after, *chain(*dense_only, *read)]
+    yield ALL_MODELS, [before, after, *breaking_points(frames["dose"]), *chain(*dense_only, *read)]
     for recipe in recipes_of(perplexity):
         sentences = [sentence for part in _PARTS for sentence in part(frames, recipe)]
         yield section_of(recipe), sentences

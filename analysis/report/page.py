@@ -28,6 +28,7 @@ from .cells import ReportTable
 from .explore import CALIBRATION, EVERYTHING, LANGUAGE, LAYER, RECIPE, ROLE, Chart, charts, columns_of, menus
 from .facts import ReportFacts
 from .findings import study_findings
+from .maps import map_findings
 from .paragraph import methods_paragraph, methods_plain
 from .recovery import diagnosis_findings
 from .summary import summary
@@ -54,6 +55,7 @@ def write_report(
     facts: ReportFacts,
     tables: Sequence[ReportTable],
     diagnoses: Mapping[str, tuple[str, pd.DataFrame]] | None = None,
+    across: Mapping[str, Mapping[str, pd.DataFrame]] | None = None,
 ) -> None:
     """Write ``report.html``: no other file and no network is needed to read it.
 
@@ -73,6 +75,8 @@ def write_report(
         The tables, whose files are in a folder ``tables`` beside the page.
     diagnoses
         Heading of each diagnosis to its name and its frame ``recovery``.
+    across
+        Heading of diagnoses that differ in language alone to the frames by language.
     """
     environment = Environment(
         loader=PackageLoader("analysis.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -80,6 +84,7 @@ def write_report(
     environment.filters |= {"digits": labels.three_digits, "factor": labels.short}
     diagnoses = diagnoses or {}
     said = {heading: diagnosis_findings(frame) for heading, (_, frame) in diagnoses.items()}
+    said |= {heading: found for heading, frames_ in (across or {}).items() if (found := map_findings(frames_))}
     explored = list(charts(frames, diagnoses))
     html = environment.get_template("report.html.j2").render(
         facts=facts,

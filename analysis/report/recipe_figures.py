@@ -148,7 +148,7 @@ def _accuracy(of: RecipeFigures) -> Iterator[Drawn]:
             yield Drawn(
                 "questions-matrix",
                 f"The same change on {task} by calibration set and evaluation language; red: worse than dense. "
-                "Where the dense model is not shown to be above chance, no change is given.",
+                "Grey: the dense model is not shown to be above chance, so that no change is given.",
                 of.drawing(plots.accuracy.matrix, "accuracy", task=str(task), metric=metric),
                 task=str(task),
             )

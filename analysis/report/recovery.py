@@ -15,19 +15,22 @@ from pruning.text.languages import language_name
 from ..frames import labels
 from ..metrics.added import AGNOSTIC_ADDED
 from ..metrics.agreement import RANDOM, WHOLE, agreement
-from ..metrics.halves import BOTH, EVERY, FIRST, HALVES, SECOND
+from ..metrics.halves import BOTH, EVERY, HALVES, OTHER
 from ..metrics.recovery_frame import EVERYTHING, main_metric, named_causes
+from ..metrics.together import RANDOM_TOGETHER, TOGETHER
 
-_OTHER = {FIRST: SECOND, SECOND: FIRST}
 _KINDS = {
     "weights": "weights",
     "output": "outputs",
+    "head": "heads",
     "residual": "the whole residual stream",
     "specific": "the language-specific part",
     "agnostic": "the language-agnostic part",
 }
 #: Causes that are listed.
 _LISTED = 3
+#: Share of the drop that masks undone together are counted up to.
+_HALF = 0.5
 
 
 def diagnosis_findings(frame: pd.DataFrame) -> list[str]:
@@ -52,6 +55,7 @@ def diagnosis_findings(frame: pd.DataFrame) -> list[str]:
     sentences += _without_shares(lost, shown)
     sentences += _stream_in_words(shown)
     sentences += _causes_in_words(frame, shown)
+    sentences += _together_in_words(frame)
     sentences += _neurons_in_words(shown)
     sentences += _agreement_in_words(frame)
     return sentences
@@ -152,7 +156,7 @@ def _stream_in_words(shown: _Shown) -> Iterator[str]:
     if not found:
         return
     said = [
-        f"{shown.words('residual', layer, on=_OTHER[half])} after block {layer} (on the {_OTHER[half]} half)"
+        f"{shown.words('residual', layer, on=OTHER[half])} after block {layer} (on the {OTHER[half]} half)"
         for half, layer in found.items()
     ]
     yield (
@@ -196,10 +200,10 @@ def _causes_in_words(frame: pd.DataFrame, shown: _Shown) -> Iterator[str]:
     """Name the components that either half chose, by what they recover on the other."""
     ranked = frame[(frame["direction"] == RESTORE) & frame["position"].notna() & (frame["metric"] == shown.nats)]
     for half in HALVES:
-        rows = ranked[ranked["estimated_on"] == _OTHER[half]].sort_values("position").head(_LISTED)
+        rows = ranked[ranked["estimated_on"] == OTHER[half]].sort_values("position").head(_LISTED)
         if len(rows):
             listed = "; ".join(_cause(row, shown) for row in rows.to_dict("records"))
-            yield f"Chosen on the {half} half of the questions, estimated on the {_OTHER[half]}: {listed}."
+            yield f"Chosen on the {half} half of the questions, estimated on the {OTHER[half]}: {listed}."
     causes = named_causes(frame)
     shared = causes[(causes["estimated_on"] == BOTH) & causes["significant"]].sort_values("position").head(_LISTED)
     if len(shared):
@@ -213,6 +217,34 @@ def _causes_in_words(frame: pd.DataFrame, shown: _Shown) -> Iterator[str]:
 
 def _cause(row: Mapping[Any, Any], shown: _Shown) -> str:
     return f"{describe(row)}, {shown.words(row['component'], row['layer'], row['role'], row['estimated_on'])}"
+
+
+def _together_in_words(frame: pd.DataFrame) -> Iterator[str]:
+    """Say how many masks have to be undone until half of the drop is back, and how many random ones."""
+    rows = frame[frame["estimated_on"] == BOTH].astype({"component": object})
+    rows = rows[rows["metric"] == main_metric(frame)]
+    ranked, random = (rows[rows["component"] == kind].sort_values("masks") for kind in (TOGETHER, RANDOM_TOGETHER))
+    if not len(ranked):
+        return
+    every = int(ranked["masks"].max())
+    reached = ranked[ranked["value"] >= _HALF]
+    first = (reached if len(reached) else ranked).iloc[0]
+    at_random = random[random["value"] >= _HALF]
+    beside = f"{int(at_random['masks'].iloc[0])} masks" if len(at_random) else f"more than {int(random['masks'].max())}"
+    yield (
+        f"Undone together, on the half of the questions that did not rank them, {int(first['masks'])} of {every} "
+        f"masks ({100 * first['weight_share']:.0f} % of the weights in all of these projections) recover "
+        f"{100 * first['value']:.0f} % {_interval(first, 100, 0)} of the drop, the first of 1, 2, 4, … "
+        f"that bring back half of it; of the same roles in random blocks it takes {beside}."
+    )
+    beyond = frame[(frame["metric"] == "beyond_sum") & (frame["estimated_on"] == BOTH)].sort_values("masks")
+    beyond = beyond[beyond["masks"] > 1]
+    if len(beyond):
+        row = beyond.iloc[-1]
+        yield (
+            f"The first {int(row['masks'])} restore {row['value']:+.2f} nats {_interval(row, 1, 2)} beyond the sum of "
+            "what each restores alone."
+        )
 
 
 def _neurons_in_words(shown: _Shown) -> Iterator[str]:
@@ -244,11 +276,12 @@ def describe(row: Mapping[Any, Any]) -> str:
     role = str(row["role"])
     if role == EXPERTS:
         role = "all experts together"
-    elif role_kind(role) == "expert":
-        role = role.replace(".", " ")
+    elif role_kind(role) in ("expert", "head", "cross_head"):
+        role = role.replace("cross_", "cross-attention ").replace(".", " ")
     return {
         "weights": f"the weights of {role}{layer}",
         "output": f"the output of {role}{layer}",
+        "head": f"{role}{layer}",
         "specific": f"the language-specific part{layer.replace('in', 'after')}",
         "neurons": "the language-specific neurons",
         AGNOSTIC_ADDED: f"what{layer.removeprefix(' in')} does to the language-agnostic part",

@@ -20,6 +20,7 @@ from ..metrics import (
     accuracy,
     code_agreement,
     contrasts,
+    dose,
     geometry,
     lape,
     lens,
@@ -205,6 +206,10 @@ def _task_contrasts(of: Measured) -> Analyzed:
     return {"task_contrasts": task_contrasts.analyze(of.frames["items"], of.frames["perplexity"])}
 
 
+def _dose(of: Measured) -> Analyzed:
+    return {"dose": dose.analyze(of.frames["items"], of.readings, of.columns)}
+
+
 def _sparsity(of: Measured) -> Analyzed:
     masks = {name: variant.masks for name, variant in of.variants.items() if variant.masks}  # quantized have none
     return {"sparsity": mask_overlap.sparsity(masks, of.columns)}
@@ -225,10 +230,14 @@ ANALYSES: dict[tuple[str, ...], Callable[[Measured], Analyzed]] = {
     ("contrasts",): _contrasts,
     ("items", "accuracy"): _items,
     ("task_contrasts",): _task_contrasts,
+    ("dose",): _dose,
     ("sparsity",): _sparsity,
 }
 #: Frames that are made from others.
-MADE_FROM: dict[tuple[str, ...], tuple[str, ...]] = {("task_contrasts",): ("items", "perplexity")}
+MADE_FROM: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("task_contrasts",): ("items", "perplexity"),
+    ("dose",): ("items", "perplexity"),
+}
 #: Names of all frames that prunescope makes of a study, in order.
 NAMES = tuple(name for names in ANALYSES for name in names)
 

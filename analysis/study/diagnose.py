@@ -16,12 +16,14 @@ from probes.patching import DAMAGE, RESTORE, Component, Direction, Patched, attr
 from pruning.code_version import code_version
 from pruning.errors import PrunescopeError, StudyError
 from pruning.files import content_sha256, whole_file, write_text
+from pruning.projections import Key
 from pruning.remedy import REMEDY_FILE
 
-from ..frames import write_frame
+from ..frames import ALL, write_frame
 from ..metrics.controls import DRAWS
-from ..metrics.halves import HALVES
-from ..metrics.recovery import ADDED, Confirmation, collect, to_confirm
+from ..metrics.halves import HALVES, OTHER
+from ..metrics.recovery import ADDED, CONFIRMED, SAMPLED, Confirmation, collect, to_confirm
+from ..metrics.together import DRAWS as TOGETHER_DRAWS
 from .context import Context
 from .diagnosis_inputs import DiagnosisInputs
 from .diagnosis_request import DiagnosisRequest, check
@@ -33,6 +35,7 @@ FOLDER = "diagnoses"
 REQUEST_FILE = "diagnosis.json"
 _PARTS = "parts"
 _ATTRIBUTED = "attribution"
+_TOGETHER = "together"
 #: Components patched per unit; each unit has an overhead of two passes.
 _COMPONENTS = 32
 #: Cost of attribution in forward passes: the dense run, and one with gradients.
@@ -47,50 +50,59 @@ class Diagnose:
 
     Parameters
     ----------
-    request
+    requests
         What to diagnose.
     """
 
     name = "diagnose"
 
-    def __init__(self, request: DiagnosisRequest) -> None:
-        self.request = request
+    def __init__(self, *requests: DiagnosisRequest) -> None:
+        self.requests = requests
 
     def units(self, context: Context) -> Sequence[Unit]:
         """Return the units that can run now; attribution comes first, since it selects the components to patch exactly.
 
         The work of the attribution unit includes the estimated work of the units that follow.
         """
-        diagnosis = Diagnosis(context, self.request)
+        return [unit for request in self.requests for unit in self._units_of(context, request)]
+
+    def _units_of(self, context: Context, request: DiagnosisRequest) -> Sequence[Unit]:
+        diagnosis = Diagnosis(context, request)
         done = context.records.finished
         if done(diagnosis.result, diagnosis.key):
             return []
-        if self.request.variant in context.variants.set_aside:
-            reason = context.variants.set_aside[self.request.variant]
-            raise StudyError(f"{self.request.variant} could not be made, so it cannot be diagnosed: {reason}")
-        title = f"diagnosing {self.request.variant} ({self.request.category} in {self.request.language})"
+        if request.variant in context.variants.set_aside:
+            reason = context.variants.set_aside[request.variant]
+            raise StudyError(f"{request.variant} could not be made, so it cannot be diagnosed: {reason}")
+        title = f"diagnosing {request.variant} ({request.category} in {request.language})"
         attributions = [diagnosis.part(f"{_ATTRIBUTED}/{half}") for half in HALVES]
         left = [output for output in attributions if not done(output.name, output.key)]
         if left:
-            blocks, request = context.model.facts.blocks, self.request
-            later = _CURVES * blocks + 4 * (request.confirm + 2 * ADDED) + 2 * request.sample + 4 * DRAWS
+            blocks = context.model.facts.blocks
+            later = _CURVES * blocks + 4 * (request.confirm + 2 * ADDED) + 3 * request.sample + 4 * DRAWS
+            later += (1 + TOGETHER_DRAWS) * len(diagnosis.projections).bit_length()
             return [
                 self._unit(f"{title}: attribution", [output], diagnosis.work((_ATTRIBUTION + later) // 2))
                 for output in left
             ]
         found = []
-        for direction, outputs in diagnosis.patched().items():
+        parts = {f"{direction}, %s components": (outputs, 1.0) for direction, outputs in diagnosis.patched().items()}
+        for half, outputs in diagnosis.together().items():
+            parts[f"masks together, as chosen on the {half} half, %s sets"] = outputs, 0.5
+        for words, (outputs, share) in parts.items():
             left = [output for output in outputs if not done(output.name, output.key)]
             for start in range(0, len(left), _COMPONENTS):
                 some = left[start : start + _COMPONENTS]
-                title_here = f"{title}: {direction}, {len(some)} of {len(outputs)} components"
-                found.append(self._unit(title_here, some, diagnosis.work(2 + len(some))))
+                title_here = f"{title}: {words % f'{len(some)} of {len(outputs)}'}"
+                found.append(self._unit(title_here, some, share * diagnosis.work(2 + len(some))))
         return found or [self._unit(f"{title}: results", [Output(diagnosis.result, diagnosis.key)], 0.0)]
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
         """Run one unit of the diagnosis, and record its results."""
         began = time.monotonic()
-        diagnosis = Diagnosis(context, self.request)
+        several = (Diagnosis(context, request) for request in self.requests)
+        own = unit.outputs[0].name
+        diagnosis = next(one for one in several if own == one.result or own.startswith(f"{one.result}/"))
         body = context.model.facts.body
         files: dict[str, list[Path]]
         if unit.outputs[0].name == diagnosis.result:
@@ -100,7 +112,8 @@ class Diagnose:
             files = {unit.outputs[0].name: [diagnosis.attribute(half, lambda tokens: advance(tokens * body))]}
         else:
             names = [output.name for output in unit.outputs]
-            files = {name: [path] for name, path in diagnosis.patch(names, lambda tokens: advance(tokens * body))}
+            patch = diagnosis.undo if f"/{_TOGETHER}/" in names[0] else diagnosis.patch
+            files = {name: [path] for name, path in patch(names, lambda tokens: advance(tokens * body))}
         seconds = (time.monotonic() - began) / len(unit.outputs)
         for output in unit.outputs:
             context.records.finish(output.name, output.key, files[output.name], seconds)
@@ -146,6 +159,18 @@ class Diagnosis:
             direction: [self.part(f"{direction}/{_slug(self._inputs.components[i])}") for i in indices]
             for direction, indices in self._plan(self._attributed()).exact.items()
         }
+
+    def together(self) -> dict[str, list[Output]]:
+        """Return the results of undoing masks together, given the attribution, by the half that chose them."""
+        return {
+            half: [self.part(f"{_TOGETHER}/{half}/{one.name}") for one in sets]
+            for half, sets in self._plan(self._attributed()).together.items()
+        }
+
+    @property
+    def projections(self) -> tuple[Key, ...]:
+        """The projections that were pruned."""
+        return self._inputs.variant.projections
 
     def work(self, passes: int) -> float:
         """Return the multiply-adds of `passes` passes over the questions."""
@@ -194,6 +219,25 @@ class Diagnosis:
             found.exact[i].save(path)
             yield name, path
 
+    def undo(self, names: Sequence[str], progress: Advance) -> Iterator[tuple[str, Path]]:
+        """Undo some sets of masks that one half chose, on the other half; yield the name and file of each result."""
+        plan = self._plan(self._attributed()).together
+        places = {f"{self.result}/{_TOGETHER}/{half}/{s.name}": (half, s) for half, sets in plan.items() for s in sets}
+        (half,) = {places[name][0] for name in names}
+        found = patch(
+            self.context.model.session,
+            self._inputs.asked.half(OTHER[half]),
+            self._inputs.damage,
+            [places[name][1].component for name in names],
+            direction=RESTORE,
+            positions=self.request.positions,
+            progress=progress,
+        )
+        for i, name in enumerate(names):
+            path = self._file(name.removeprefix(f"{self.result}/"))
+            found.exact[i].save(path)
+            yield name, path
+
     def write_request(self) -> Path:
         """Write the request, unless it is already on disk, and return the file."""
         path, text = self.folder / REQUEST_FILE, self.request.model_dump_json(indent=2) + "\n"
@@ -210,7 +254,14 @@ class Diagnosis:
             direction: {i: ChoiceScores.open(self._file(f"{direction}/{_slug(components[i])}")) for i in indices}
             for direction, indices in plan.exact.items()
         }
-        frame = collect(asked, components, variant.columns(), estimates, exact, plan, self._inputs.errors)
+        together = {
+            half: {one.name: ChoiceScores.open(self._file(f"{_TOGETHER}/{half}/{one.name}")) for one in sets}
+            for half, sets in plan.together.items()
+        }
+        weights = {key: self._inputs.damage.numel(key) for key in variant.projections}
+        frame = collect(
+            asked, components, variant.columns(), estimates, exact, plan, together, weights, self._inputs.errors
+        )
         files = [write_frame(self.folder, "recovery", frame), self.write_request()]
         (self.folder / REMEDY_FILE).unlink(missing_ok=True)  # it may belong to an earlier version of this variant
         remedy = self._inputs.remedy(frame)
@@ -267,6 +318,15 @@ def diagnoses(context: Context) -> Iterator[Diagnosis]:
             diagnosis.result, diagnosis.key
         ):
             yield diagnosis
+
+
+def across_languages(context: Context) -> Iterator[tuple[DiagnosisRequest, dict[str, Diagnosis]]]:
+    """Yield the finished diagnoses that differ in language alone: the request for all languages, and each diagnosis."""
+    groups: dict[DiagnosisRequest, dict[str, Diagnosis]] = {}
+    for diagnosis in diagnoses(context):
+        request = diagnosis.request.model_copy(update={"language": ALL, "confirm": CONFIRMED, "sample": SAMPLED})
+        groups.setdefault(request, {})[diagnosis.request.language] = diagnosis
+    yield from ((request, group) for request, group in groups.items() if len(group) > 1)
 
 
 def _slug(component: Component) -> str:

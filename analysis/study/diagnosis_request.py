@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from probes import Item
 from probes.patching import COUNTED, Positions
-from pruning.errors import StudyError, did_you_mean, shortened
+from pruning.errors import PrunescopeError, StudyError, did_you_mean, shortened
 from pruning.text.languages import language_tag, named
 
 from ..frames import ALL, TEXT, labels
@@ -30,7 +30,7 @@ class DiagnosisRequest(BaseModel):
     Attributes
     ----------
     variant, language
-        A variant and a language of the study.
+        A variant and a language of the study, or ``"all"`` of them, which stands for a diagnosis in each.
     category
         A category of its items, ``"all"`` of them, or ``"text"`` for its held-out text.
     half
@@ -65,9 +65,38 @@ class DiagnosisRequest(BaseModel):
     @property
     def title(self) -> str:
         """Its heading in the report."""
+        return f"Diagnosis: {self.variant}, {self.category} in {named(self.language)}{self._conditions}"
+
+    @property
+    def title_of_all(self) -> str:
+        """The heading of all that differ from it in language alone."""
+        return f"Diagnoses across languages: {self.variant}, {self.category}{self._conditions}"
+
+    @property
+    def _conditions(self) -> str:
         half = f", {self.half} half of the questions" if self.half != ALL else ""
         tokens = ", all tokens patched" if self.positions != COUNTED else ""
-        return f"Diagnosis: {self.variant}, {self.category} in {named(self.language)}{half}{tokens}"
+        return f"{half}{tokens}"
+
+
+def in_each_language(study: StudyConfig, request: DiagnosisRequest) -> list[DiagnosisRequest]:
+    """Return a request in each language of the study, if it is for all of them, else the request itself.
+
+    Of items those languages are left out that have none of the category.
+    """
+    if request.language != ALL:
+        return [request]
+    found = [request.model_copy(update={"language": language}) for language in study.languages]
+    if request.category == TEXT or study.item_source() is None:
+        return found
+
+    def has(language: str) -> bool:
+        try:
+            return bool(asked_items(study.items(language), request))
+        except PrunescopeError:
+            return False
+
+    return [one for one in found if has(one.language)] or found[:1]
 
 
 def check(study: StudyConfig, request: DiagnosisRequest) -> DiagnosisRequest:

@@ -13,11 +13,20 @@ from pruning.files import content_sha256
 
 from ..frames import read_frame
 from ..plots import save
-from ..report import ReportFacts, ReportFigure, diagnosis_figures, figures_of_group, kinds_of_group, study_figures
+from ..report import (
+    ReportFacts,
+    ReportFigure,
+    diagnosis_figures,
+    figures_of_group,
+    kinds_of_group,
+    map_figures,
+    study_figures,
+)
 from .analyses import NAMES
 from .configuration import StudyConfig
 from .context import Context
-from .diagnose import Diagnosis, diagnoses
+from .diagnose import Diagnosis, across_languages, diagnoses
+from .diagnosis_request import DiagnosisRequest
 from .frames import StudyFrames, frame_finished, frame_key, frames_finished
 from .read import readings_file
 from .units import Advance, Output, Unit
@@ -90,6 +99,8 @@ def figures(context: Context) -> Iterator[ReportFigure]:
     yield from study_figures(StudyFrames(context), report_facts(context))
     for diagnosis in diagnoses(context):
         yield from figures_of(diagnosis)
+    for request, group in across_languages(context):
+        yield from figures_across(request, group)
 
 
 def figures_of(diagnosis: Diagnosis) -> Iterator[ReportFigure]:
@@ -101,6 +112,17 @@ def figures_of(diagnosis: Diagnosis) -> Iterator[ReportFigure]:
         name=request.name,
         variant=request.variant,
         language=request.language,
+        category=request.category,
+    )
+
+
+def figures_across(request: DiagnosisRequest, group: Mapping[str, Diagnosis]) -> Iterator[ReportFigure]:
+    """Yield the figures of diagnoses that differ in language alone."""
+    yield from map_figures(
+        {language: read_frame(diagnosis.frame) for language, diagnosis in group.items()},
+        section=request.title_of_all,
+        name=request.name,
+        variant=request.variant,
         category=request.category,
     )
 
@@ -118,6 +140,9 @@ def figure_keys(context: Context) -> dict[str, str]:
     }
     for diagnosis in diagnoses(context):
         found |= {figure.name: content_sha256([code, diagnosis.key, figure.name]) for figure in figures_of(diagnosis)}
+    for request, group in across_languages(context):
+        of_each = [diagnosis.key for diagnosis in group.values()]
+        found |= {f.name: content_sha256([code, of_each, f.name]) for f in figures_across(request, group)}
     return found
 
 

@@ -18,7 +18,7 @@ from ..frames import Frames, read_frame, write_frame
 from ..frames.added import added_frames
 from ..metrics.lsar import LSAR
 from . import benchmark
-from .analyses import Measured, all_analyses, frame_names, made_from
+from .analyses import MADE_FROM, Measured, all_analyses, frame_names, made_from
 from .context import Context
 from .read import (
     fitting_key,
@@ -98,7 +98,7 @@ def frame_key(context: Context, name: str) -> str:
         asked = context.texts.items if context.study.lens.tokens else ()
         inputs += [margins_key(context, model, lang) for model in models for lang in asked]
         inputs.append(context.texts.task)
-    elif name == "task_contrasts":
+    elif (name,) in MADE_FROM:
         inputs += [frame_key(context, other) for other in made_from((name,))]
     elif name in OF_VARIANTS:
         inputs += [context.variants.key(model) for model in models]

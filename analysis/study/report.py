@@ -12,7 +12,7 @@ from ..frames import read_frame
 from ..frames.added import added_frames
 from ..report import write_report
 from .context import Context
-from .diagnose import diagnoses
+from .diagnose import across_languages, diagnoses
 from .figures import FOLDER as FIGURES_FOLDER
 from .figures import figure_keys, figures, report_facts
 from .frames import StudyFrames, frames_finished
@@ -62,5 +62,9 @@ class WriteReport:
             report_facts(context),
             list(tables(context)),
             found,
+            {
+                request.title_of_all: {language: read_frame(one.frame) for language, one in group.items()}
+                for request, group in across_languages(context)
+            },
         )
         context.records.finish(output.name, output.key, [path], time.monotonic() - began)

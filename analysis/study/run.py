@@ -21,7 +21,7 @@ from .benchmark import Benchmark
 from .configuration import StudyConfig
 from .context import Context
 from .diagnose import Diagnose, Diagnosis
-from .diagnosis_request import DiagnosisRequest, check
+from .diagnosis_request import DiagnosisRequest, check, in_each_language
 from .executors import ThisProcess, executor_named
 from .figures import FOLDER as FIGURES
 from .figures import DrawFigures, DrawFirstFigures, figure_keys
@@ -85,20 +85,20 @@ def run_study(
 
 def diagnose_study(
     folder: Path,
-    request: DiagnosisRequest,
+    requests: Sequence[DiagnosisRequest],
     console: Console | None = None,
     *,
     memory: int | None = None,
     device_memory: int | None = None,
-) -> tuple[Path, list[str]]:
-    """Diagnose one variant of a study, and return the path of the report and the findings in sentences.
+) -> tuple[Path, dict[str, list[str]]]:
+    """Diagnose variants of a study, and return the path of the report and the findings of each in sentences.
 
     Parameters
     ----------
     folder
         Folder of the study, which is completed first if necessary.
-    request
-        What to diagnose.
+    requests
+        What to diagnose; a request with the language ``"all"`` stands for one in each language of the study.
     console, memory, device_memory
         As for :func:`run_study`.
 
@@ -108,12 +108,14 @@ def diagnose_study(
         If there is no such study, variant, language or category, or the model does not fit into memory.
     """
     study = load_study(folder / STUDY_FILE)
-    request = check(study, request)
+    several = [check(study, one) for request in requests for one in in_each_language(study, request)]
+    several = list(dict.fromkeys(several))
     with _opened(study, folder, console, memory, device_memory, "a diagnosis needs") as (context, console):
-        diagnosis = Diagnosis(context, request)
-        diagnosis.write_request()
-        _carry_out(context, [*_MEASURING, Diagnose(request), *_REPORTING], ThisProcess(context), console)
-        return folder / REPORT_FILE, diagnosis_findings(read_frame(diagnosis.frame))
+        each = [Diagnosis(context, request) for request in several]
+        for diagnosis in each:
+            diagnosis.write_request()
+        _carry_out(context, [*_MEASURING, Diagnose(*several), *_REPORTING], ThisProcess(context), console)
+        return folder / REPORT_FILE, {one.request.title: diagnosis_findings(read_frame(one.frame)) for one in each}
 
 
 #: Stages of every study, before and after a diagnosis.

@@ -1,13 +1,13 @@
 """Activation and weight patching between the dense and the pruned model, to locate where pruning does its damage.
 
 A *component* is what is patched: the residual stream after a block, a subspace of it, the output of a role, what one
-expert adds to the stream (nothing to tokens that are not routed to it), some neurons, or the weights of a projection.
-In an encoder-decoder it lies in either stack: what is patched in the encoder acts on the rest of the encoder, and
-through its output on the whole decoder. *Restoring* patches the dense model's values into the pruned model; *damaging*
-patches the pruned model's values into the dense one. Both runs read the same tokens, so values correspond position by
-position. By default activations are patched where tokens count (:meth:`probes.batches.Batcher.counts`), so not at the
-first one unless the session was told to count it; weights act on every token. The start token of a decoder is always
-patched: the first token is predicted from it.
+expert adds to the stream (nothing to tokens that are not routed to it), what an attention head puts out, some neurons,
+or the weights of one or several projections. In an encoder-decoder it lies in either stack: what is patched in the
+encoder acts on the rest of the encoder, and through its output on the whole decoder. *Restoring* patches the dense
+model's values into the pruned model; *damaging* patches the pruned model's values into the dense one. Both runs read
+the same tokens, so values correspond position by position. By default activations are patched where tokens count
+(:meth:`probes.batches.Batcher.counts`), so not at the first one unless the session was told to count it; weights act on
+every token. The start token of a decoder is always patched: the first token is predicted from it.
 
 Exact patching needs one run per component. Attribution patching (Nanda, 2023; Syed et al., 2024, 2310.10348) estimates
 all effects at once from gradients of the patched run. It is a first-order approximation, and of a component in several
@@ -22,6 +22,7 @@ from .components import (
     Place,
     expert_output,
     experts_output,
+    head,
     neurons,
     residual,
     role_output,
@@ -46,6 +47,7 @@ __all__ = [
     "attribute",
     "expert_output",
     "experts_output",
+    "head",
     "neurons",
     "patch",
     "residual",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pruning.models.anatomy import EXPERTS, Anatomy, expert_site
+from pruning.models.anatomy import EXPERTS, HEADS, Anatomy, expert_site
 from pruning.projections import Key
 
 Site = tuple[int, str]
@@ -71,10 +71,10 @@ class Component:
     Attributes
     ----------
     kind
-        One of ``residual``, ``specific``, ``agnostic``, ``random``, ``output``, ``weights``, ``neurons``,
+        One of ``residual``, ``specific``, ``agnostic``, ``random``, ``output``, ``head``, ``weights``, ``neurons``,
         ``random_neurons``.
     layer, role
-        Block and role, if the component belongs to a single one.
+        Block and role, if the component belongs to a single one; of a head ``"head.3"``.
     places
         Activations to patch.
     weights
@@ -125,6 +125,26 @@ def stream_part(kind: str, layer: int, basis: Tensor, *, outside: bool = False, 
 def role_output(layer: int, role: str) -> Component:
     """Return the output of a role in one block."""
     return Component("output", layer, role, places=(Place(layer, role),))
+
+
+def head(anatomy: Anatomy, layer: int, number: int, site: str = "heads") -> Component:
+    """Return what one head of a block's attention puts out, before it is mixed with that of the others.
+
+    With grouped keys and values it is a head of queries. Where a norm follows the attention (Gemma), heads do not add
+    up to its output.
+    """
+    width = anatomy.shape(layer, HEADS[site])[1] // anatomy.n_heads(layer, site)
+    columns = torch.arange(number * width, (number + 1) * width)
+    return Component("head", layer, head_role(number, site), places=(Place(layer, site, columns=columns),))
+
+
+def head_role(number: int, site: str = "heads") -> str:
+    """Return what a head is called.
+
+    >>> head_role(3), head_role(0, "cross_heads")
+    ('head.3', 'cross_head.0')
+    """
+    return f"{site.removesuffix('s')}.{number}"
 
 
 def expert_output(layer: int, expert: int) -> Component:

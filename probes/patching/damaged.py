@@ -42,6 +42,10 @@ class DamagedModel:
         """The projections that were pruned or quantized."""
         return self._variant.projections
 
+    def numel(self, key: Key) -> int:
+        """Return the number of weights of a projection."""
+        return self._owner.dense[key].numel()
+
     def damaged(self) -> AbstractContextManager[None]:
         """Context manager within which the model is pruned."""
         return self._owner.pruned_to(self._variant)

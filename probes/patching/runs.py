@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from pruning.models.anatomy import ROLES, Anatomy
+from pruning.models.anatomy import HEADS, ROLES, Anatomy
 
 from ..batches import Batch, within_memory
 from ..readers.base import Reader
@@ -109,4 +109,6 @@ def groups(
 def _width(anatomy: Anatomy, layer: int, site: str) -> int:
     if site in ROLES:
         return anatomy.shape(layer, site)[0]
+    if site in HEADS:
+        return anatomy.shape(layer, HEADS[site])[1]
     return anatomy.n_neurons if site == "activation" else anatomy.hidden_size

@@ -1,9 +1,9 @@
 """The parts of a loaded model by canonical names, whatever its architecture.
 
-The rest of prunescope uses *roles* (the projections, :data:`ROLES`) and *sites* (the roles, the MLP ``activation``, the
-``residual`` stream after a block and the ``final`` normed state; of experts also :data:`ROUTING`, what each adds to the
-stream, ``"expert.3"``, and what all add, :data:`EXPERTS`); only this file and :mod:`pruning.models.layouts` know the
-attribute paths and storage behind them.
+The rest of prunescope uses *roles* (the projections, :data:`ROLES`) and *sites* (the roles, the ``heads`` of attention,
+the MLP ``activation``, the ``residual`` stream after a block and the ``final`` normed state; of experts also
+:data:`ROUTING`, what each adds to the stream, ``"expert.3"``, and what all add, :data:`EXPERTS`); only this file and
+:mod:`pruning.models.layouts` know the attribute paths and storage behind them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from .streaming import residence_of
 __all__ = [
     "CONTEXT_ROLES",
     "EXPERTS",
+    "HEADS",
     "ROLES",
     "ROUTING",
     "Anatomy",
@@ -50,6 +51,8 @@ __all__ = [
 
 #: Sites of a block with experts: what they are given, and the sum of what they add to the stream.
 ROUTING, EXPERTS = "routing", "experts"
+#: Sites of what all heads of an attention put out, one behind the other, to the role that reads them.
+HEADS = {"heads": "o", "cross_heads": "cross_o"}
 
 
 def expert_site(expert: int) -> str:
@@ -489,26 +492,40 @@ class Anatomy:
     def sites(self, layer: int) -> tuple[str, ...]:
         """Return the sites of one block, in order of execution.
 
-        These are its roles outside experts, the ``activation`` of its MLP (or ``shared_activation``, of its shared
-        expert), and the ``residual`` stream after the block; before that, of experts, :data:`ROUTING`, what each adds,
-        and :data:`EXPERTS`.
+        These are its roles outside experts, the ``heads`` of its attention (and the ``cross_heads``), the
+        ``activation`` of its MLP (or ``shared_activation``, of its shared expert), and the ``residual`` stream after
+        the block; before that, of experts, :data:`ROUTING`, what each adds, and :data:`EXPERTS`.
         """
         block = self._blocks[layer]
+        heads = {role: site for site, role in HEADS.items()}
+        outside = [site for role in block.sites for site in ([heads[role]] if role in heads else []) + [role]]
         inside = (ROUTING, *map(expert_site, range(block.n_experts)), EXPERTS) if block.n_experts else ()
-        return (*block.sites, *inside, "residual")
+        return (*outside, *inside, "residual")
 
     def path(self, layer: int, site: str) -> str:
         """Return the attribute path, from the model's root, of the module whose output contains `site`.
 
-        That of :data:`ROUTING` is in the arguments of the module.
+        Those of :data:`HEADS` are its input, and that of :data:`ROUTING` is among its arguments.
         """
         block = self._blocks[layer]
         if site == "residual":
             return block.path
+        site = HEADS.get(site, site)
         if site in block.sites:
             return f"{block.path}.{path_of(block.sites[site])}"
         assert block.experts is not None
         return f"{block.path}.{block.experts.path}"
+
+    def n_heads(self, layer: int, site: str = "heads") -> int:
+        """Return the number of heads that an attention of a block has, 0 if its width is no multiple of it.
+
+        Each is a run of as many dimensions of the site: with grouped keys and values these are the heads of queries.
+        """
+        role = HEADS[site]
+        if role not in self._blocks[layer].sites:
+            return 0
+        number = int(getattr(self.config, "num_attention_heads", 0) or 0)
+        return number if number and self.shape(layer, role)[1] % number == 0 else 0
 
     def n_experts(self, layer: int) -> int:
         """Return the number of experts of a block, 0 if it has none."""

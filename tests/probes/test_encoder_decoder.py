@@ -34,7 +34,7 @@ from probes.readers.signal import SIGNAL_SITES
 from probes.streams import AtHead
 from pruning import MaskSet, Recipe, Segment, load_model, prune
 from pruning.errors import ModelError, TextError
-from pruning.models.anatomy import ROLES
+from pruning.models.anatomy import HEADS, ROLES
 from pruning.models.arithmetic import fast_float32
 
 KINDS = ["mt5", "t5", "umt5"]
@@ -59,7 +59,7 @@ def pruned(model, tokenizer, *sparsities):
 
 
 class Recorder(Reader):
-    sites = frozenset({*ROLES, "activation", "residual", "final"})
+    sites = frozenset({*ROLES, *HEADS, "activation", "residual", "final"})
 
     def __init__(self):
         self.seen = {}
@@ -78,7 +78,8 @@ def hooked(model, anatomy, encoder, decoder=None):
 
     def keep(key):
         def hook(module, inputs, output):
-            seen[key] = (anatomy.site(*key, output) if key[0] < BLOCKS else output).clone()
+            value = anatomy.site(*key, output) if key[0] < BLOCKS else output
+            seen[key] = (inputs[0] if key[1] in HEADS else value).clone()
 
         return hook
 

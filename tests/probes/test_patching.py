@@ -18,6 +18,7 @@ from probes.patching import (
     RESTORE,
     DamagedModel,
     attribute,
+    head,
     neurons,
     patch,
     residual,
@@ -84,8 +85,10 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
         stream_part("specific", 1, basis),
         stream_part("agnostic", 1, basis, outside=True),
         neurons("neurons", anatomy, chosen),
+        *(head(anatomy, layer, number) for layer in (0, 2) for number in range(anatomy.n_heads(layer))),
         *roles,
     ]
+    assert sum(component.kind == "head" for component in components) >= 4
     item = ITEMS[2]
     for direction in (RESTORE, DAMAGE):
         patched = patch(

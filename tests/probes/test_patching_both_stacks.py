@@ -19,6 +19,7 @@ from probes.patching import (
     RESTORE,
     DamagedModel,
     attribute,
+    head,
     neurons,
     patch,
     residual,
@@ -67,8 +68,9 @@ def test_patching_through_nnsight_equals_patching_with_plain_hooks(make_model, k
         *(stream_part("agnostic", layer, basis(), outside=True) for layer in (1, 3)),
         neurons("neurons", anatomy, {0: torch.tensor([1, 5, 7]), 3: torch.tensor([0])}),
         *(role_output(layer, role) for layer in (0, 3) for role in anatomy.roles(layer)),
+        *(head(anatomy, *place) for place in ((0, 1), (1, 0), (3, 0), (3, 1, "cross_heads"), (2, 0, "cross_heads"))),
     ]
-    assert {"cross_q", "cross_k", "cross_v", "cross_o"} <= {component.role for component in components}
+    assert {"cross_q", "cross_k", "cross_v", "cross_o", "head.1", "cross_head.1"} <= {c.role for c in components}
     item = ITEMS[1]
     source = torch.tensor([tokenizer(item.prompt)["input_ids"]])
     for direction in (RESTORE, DAMAGE):

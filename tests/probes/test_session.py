@@ -12,14 +12,14 @@ from probes import NeuronFiring, PooledStates, Reader, Session, TokenLoss
 from probes.readers.firing import FOLDS, neuron_places
 from pruning import Segment
 from pruning.errors import TextError
-from pruning.models.anatomy import ROLES
+from pruning.models.anatomy import HEADS, ROLES
 from pruning.models.arithmetic import fast_float32
 
 
 class Recorder(Reader):
     """Keeps everything: what the probes see."""
 
-    sites = frozenset({*ROLES, "activation", "shared_activation", "experts", "residual", "final"})
+    sites = frozenset({*ROLES, *HEADS, "activation", "shared_activation", "experts", "residual", "final"})
 
     def __init__(self):
         self.seen = {}
@@ -48,7 +48,7 @@ def hooked(model, anatomy, batch):
     def hook(key):
         def keep(module, inputs, output):
             value = anatomy.site(*key, output, batch.ids.shape) if key[0] < 3 else output
-            seen[key] = value.clone()
+            seen[key] = (inputs[0] if key[1] in HEADS else value).clone()
 
         return keep
 

@@ -19,7 +19,7 @@ _STREAM = {
     "specific": "language-specific part",
     "random": "random subspaces",
 }
-_OF_ROLES = {"output": "outputs", "weights": "weights"}
+_OF_ROLES = {"output": "outputs", "weights": "weights", "head": "heads"}
 
 
 def recovery(diagnoses: Mapping[str, tuple[str, pd.DataFrame]]) -> Chart | None:

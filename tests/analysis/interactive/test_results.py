@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         patched.setattr(figures, "diagnosis_figures", lambda *_, **__: iter(()))
         assert prunescope("run", place / "study.toml", "--out", place / "out").returncode == 0
         request = DiagnosisRequest(variant=DIAGNOSED, language="sw", category="text", confirm=2, sample=1)
-        diagnose_study(place / "out", request, Console(quiet=True))
+        diagnose_study(place / "out", [request], Console(quiet=True))
     return place / "out"
 
 

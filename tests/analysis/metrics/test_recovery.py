@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted import COLUMNS, diagnosed, planted_variant, questions_that_suffer, subspaces_of
 from scipy.stats import t
 
-from analysis import LSAR, plots
-from analysis.frames import dense_columns, tidy
+from analysis import plots
+from analysis.frames import tidy
 from analysis.metrics.added import AGNOSTIC_ADDED
 from analysis.metrics.agreement import agreement
 from analysis.metrics.drop import Drop
@@ -29,61 +30,13 @@ from analysis.metrics.recovery import (
 from analysis.metrics.recovery_frame import named_causes
 from analysis.report import diagnosis_findings
 from analysis.report.recovery import describe
-from probes import Session, item_questions, text_questions
-from probes.items import Item
+from probes import Session, text_questions
 from probes.patching import DAMAGE, RESTORE, Component, DamagedModel, attribute, patch, residual
 from probes.scoring import ChoiceScores, score
 from pruning import Anatomy, Recipe, Segment, prune
-from pruning.variants.masks import MaskSet
 from pruning.variants.owner import DenseModel
-from pruning.variants.store import VariantRecord
-from pruning.variants.variant import Variant
 
-COLUMNS = dense_columns("m") | {"method": "planted", "sparsity": 0.1}
 EVERYTHING = 1000
-
-
-def planted_variant(model, change):
-    """A variant that keeps all weights but those that `change` takes out of the masks."""
-    anatomy = Anatomy(model)
-    masks = {key: torch.ones(anatomy.shape(*key), dtype=torch.bool) for key in anatomy}
-    change(masks)
-    return Variant(
-        VariantRecord(id="planted", model="m", model_fingerprint=anatomy.fingerprint()), MaskSet.pack(masks), {}
-    )
-
-
-def subspaces_of(model, rank=2):
-    rng = np.random.default_rng(5)
-    return [LSAR(rank).fit(rng.normal(size=(4, 32))) for _ in Anatomy(model).blocks]
-
-
-def questions_that_suffer(session, damage, number=16):
-    """Items in pairs of twins; of their random choices that is right which the damage hurts more."""
-    rng = np.random.default_rng(2)
-    letters = list("abcdefghijklmnopqrstuvwxyz ")
-
-    def text(length):
-        return "".join(rng.choice(letters, length))
-
-    items = [
-        Item(id=str(i), twin=str(i // 2), prompt=text(9 + i % 5), choices=(text(2), text(2), text(2)), answer=0)
-        for i in range(number)
-    ]
-    questions = item_questions(session, items)
-    dense = score(session, questions).values
-    with damage.damaged():
-        pruned = score(session, questions).values
-    answers = (dense - pruned).argmax(axis=1)
-    items = [item.model_copy(update={"answer": int(answer)}) for item, answer in zip(items, answers, strict=True)]
-    return Asked("mine", "reasoning", "sw", item_questions(session, items), [item.twin for item in items])
-
-
-def diagnosed(model, tokenizer, damage, asked=None, components=None, skip_first=True, **settings):
-    session = Session(model, tokenizer, skip_first=skip_first)
-    asked = asked or questions_that_suffer(session, damage)
-    components = components or components_of(session.anatomy, damage.projections, subspaces_of(model), draws=3)
-    return diagnose(session, damage, asked, components, COLUMNS, **settings)
 
 
 def exactly(frame, component, metric="margin_recovery", direction=RESTORE):
@@ -150,6 +103,30 @@ def test_a_damaged_expert_is_found_and_no_other_one(make_model, kind, role, toke
     assert max(estimated, key=lambda place: estimated[place] * (place[0] == 1)) in ((1, expert), (1, "experts"))
     assert f"the output of expert {role[-1]} in block 1" in [describe(row) for row in frame.to_dict("records")]
     assert plots.recovery.heatmap(frame)
+
+
+@pytest.mark.parametrize(("kind", "number"), [("llama", 1), ("gpt_neox", 0), ("phi3", 1)])
+def test_a_damaged_head_is_found_and_no_other_one(make_model, kind, number, tokenizer):
+    """It has no queries any more, so that it attends to all tokens alike."""
+    model = make_model(kind)
+    anatomy = Anatomy(model)
+    rows = anatomy.shape(1, "q")[0] // anatomy.n_heads(1)
+
+    def change(masks):
+        masks[1, "q"][number * rows : (number + 1) * rows] = False
+
+    damage = DamagedModel(DenseModel(model), planted_variant(model, change))
+    frame = diagnosed(model, tokenizer, damage, skip_first=False, confirm=EVERYTHING)
+    assert first_cause(frame) == ("weights", 1, "q")
+    heads = exactly(frame, "head")
+    assert heads.pop((1, f"head.{number}")) == pytest.approx(1, abs=1e-4)
+    before = {place: value for place, value in heads.items() if place[0] <= 1}
+    assert len(before) == 2 * anatomy.n_heads(1) - 1
+    assert list(before.values()) == pytest.approx([0] * len(before), abs=1e-4)
+    estimated = {p: v for p, v in exactly(frame, "head", "attributed_recovery").items() if p[0] == 1}
+    assert max(estimated, key=estimated.get) == (1, f"head.{number}")
+    assert f"head {number} in block 1" in [describe(row) for row in frame.to_dict("records")]
+    assert plots.recovery.heads(frame)
 
 
 def test_a_removed_projection_is_found_by_attribution_alone(model, tokenizer):
@@ -568,7 +545,8 @@ def test_a_larger_random_sample_contains_the_smaller_one(pruned_model):
     estimates = {half: attribute(session, asked.half(half), damage, components) for half in asked.halves}
     few, more = (to_confirm(asked, components, estimates, 2, number) for number in (3, 6))
     kinds = [[components[i].kind for i in plan.sampled] for plan in (few, more)]
-    assert kinds == [["weights"] * n + ["output"] * n for n in (3, 6)]
+    wanted = [["weights"] * n + ["output"] * n + ["head"] * n for n in (3, 6)]
+    assert [sorted(own, key=["weights", "output", "head"].index) for own in kinds] == wanted
     assert set(few.sampled) < set(more.sampled)
     assert set(more.sampled) <= set(more.exact[RESTORE])
 
@@ -609,7 +587,7 @@ def test_text_is_diagnosed_by_its_loss_alone(model, tokenizer, segments):
     assert lost.loc["loss_added", "value"] == pytest.approx(np.sort(change)[-10:].mean(), rel=1e-5)
     assert lost.loc["loss_added", "low"] > 0
     estimates = {"attributed_recovery", "attributed_restored"}
-    assert set(frame["metric"]) == {"loss_added", "loss_recovery", "loss_restored"} | estimates
+    assert set(frame["metric"]) == {"loss_added", "loss_recovery", "loss_restored", "beyond_sum"} | estimates
     assert exactly(frame, "residual", "loss_recovery")[2, None] == pytest.approx(1, abs=1e-4)
     said = diagnosis_findings(frame)
     row = lost.loc["loss_added"]

@@ -127,7 +127,7 @@ def test_a_diagnosis_is_printed_and_kept(diagnosed):
         "remedy.json",
     ]
     frame = read_frame(place / "recovery.parquet")
-    assert set(frame["n"].dropna()) == {20, 10}
+    assert set(frame["n"].dropna()) == {20, 10, 5}  # five draws of masks undone together
     assert set(frame["task"]) == {"riddles"}
     *said, last, following = result.stdout.strip().splitlines()
     assert said == [f"- {sentence}" for sentence in diagnosis_findings(frame)]
@@ -139,15 +139,15 @@ def test_a_diagnosis_is_printed_and_kept(diagnosed):
 def test_the_report_has_a_section_with_sentences_and_figures(diagnosed):
     folder, result = diagnosed
     page = page_of(folder)
-    names = [f"diagnosis-{kind}-{VARIANT}-sw-reasoning" for kind in ("curves", "map", "causes")]
+    names = [f"diagnosis-{kind}-{VARIANT}-sw-reasoning" for kind in ("curves", "map", "heads", "together", "causes")]
     for name in names:
         assert {path.suffix for path in (folder / "figures").glob(f"{name}.*")} == {".pdf", ".png"}
     assert re.search(rf"<h[23][^>]*>\s*{re.escape(TITLE)}", page)
-    assert page.count("<img") == page.count('"data:image"') == 3
+    assert page.count("<img") == page.count('"data:image"') == 5
     for sentence in result.stdout.splitlines()[:2]:
         assert sentence.removeprefix("- ") in page
     captions = re.findall(r"<figcaption>(.*?)<small>", page, re.DOTALL)
-    assert len(captions) == 3
+    assert len(captions) == 5
     assert all("reasoning in Swahili" in caption and "n = 20" in caption for caption in captions)
     assert not re.search(r"\bnan\b", page)
 
@@ -196,7 +196,8 @@ def patched(monkeypatch):
     real_patch, real_attribute = stage.patch, stage.attribute
 
     def patch(session, questions, damage, components, *, direction, positions, progress):
-        seen.append((direction, [component.label for component in components]))
+        on = repr(questions[0])  # masks are undone together on the half that did not choose them
+        seen.append((direction, [f"{one.label} {one.weights} {on}" for one in components]))
         return real_patch(
             session, questions, damage, components, direction=direction, positions=positions, progress=progress
         )
@@ -288,7 +289,24 @@ def test_where_nothing_was_lost_nothing_is_blamed(copied):
     page = page_of(copied)
     assert "fluency in Swahili" in page
     assert "no causes are named" in page
-    assert page.count("<img") == 3  # those of the other diagnosis
+    assert page.count("<img") == 5  # those of the other diagnosis
+
+
+def test_diagnoses_in_all_languages_are_compared(copied):
+    result = diagnose(copied, language="all", category="text")
+    assert result.returncode == 0, result.stderr
+    headings = [line for line in result.stdout.splitlines() if line.startswith("Diagnosis: ")]
+    named = ('English ("en")', 'Swahili ("sw")')
+    assert headings == [f"Diagnosis: {VARIANT}, text in {language}" for language in named]
+    name = f"diagnosis-languages-{VARIANT}-all-text"
+    assert {path.suffix for path in (copied / "figures").glob(f"{name}.*")} == {".pdf", ".png"}
+    page = page_of(copied)
+    assert f"Diagnoses across languages: {VARIANT}, text" in page
+    assert "Agreement of the maps of 2 languages" in page
+    shutil.rmtree(copied / "diagnoses" / f"{VARIANT}-en-text")
+    assert diagnose(copied, language="sw", category="text").returncode == 0
+    assert not list((copied / "figures").glob(f"{name}.*"))
+    assert "across languages" not in page_of(copied)
 
 
 def test_a_changed_study_drops_diagnoses_that_are_stale(place, copied, tmp_path):

@@ -499,12 +499,22 @@ def test_names_that_lie_are_noticed(make_model):
 
 
 def test_what_runs_first_comes_first_in_an_unknown_architecture(make_model):
-    assert Anatomy(make_model("biogpt")).sites(0) == ("q", "k", "v", "o", "up", "activation", "down", "residual")
+    assert Anatomy(make_model("biogpt")).sites(0) == (
+        "q",
+        "k",
+        "v",
+        "heads",
+        "o",
+        "up",
+        "activation",
+        "down",
+        "residual",
+    )
     model = make_model("olmo2")
     for block in model.model.layers:
         block.mlp.forward = lambda x, mlp=block.mlp: mlp.down_proj(mlp.up_proj(x) * mlp.act_fn(mlp.gate_proj(x)))
     anatomy = Anatomy(model)
-    assert anatomy.sites(0) == ("q", "k", "v", "o", "up", "gate", "activation", "down", "residual")
+    assert anatomy.sites(0) == ("q", "k", "v", "heads", "o", "up", "gate", "activation", "down", "residual")
     assert anatomy.groups(0)[2] == InputGroup(("up", "gate"), "mlp.up_proj")
 
 
