@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST = $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check format benchmarks imports soak
+.PHONY: demo test test-all check format benchmarks imports soak docs
 
 demo: $(READY)
 	$(BIN)/prunescope run demo
@@ -33,6 +33,11 @@ benchmarks: $(READY)
 # Draws which part imports which.
 imports: $(READY)
 	$(BIN)/python tests/imports.py docs/figures/imports.svg
+
+# Builds the documentation as a site, .site/index.html; a link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Kills a small study at random moments and looks at what it leaves: make soak KILLS=20 SEED=1
 KILLS ?= 5

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+import yaml
 
 from analysis.cli import app
 from analysis.study.study_file import parse_study
@@ -98,3 +99,15 @@ def test_names_that_are_imported_exist(block):
             module = importlib.import_module(node.module or "")
             for name in node.names:
                 assert hasattr(module, name.name), name.name
+
+
+def test_every_page_is_in_the_menu_of_the_site():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = [page for entry in site["nav"] for below in entry.values() for page in pages_of(below)]
+    made = {"index.md", *(f"reference/{package}.md" for package in ("pruning", "probes", "analysis"))}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {page.name for page in (ROOT / "docs").glob("*.md")} | made
+
+
+def pages_of(entry):
+    return [entry] if isinstance(entry, str) else [page for one in entry for page in one.values()]
