@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pruning.errors import StudyError, did_you_mean, shortened
-from pruning.files import write_text
+from pruning.files import disk_errors, write_text
 
 from .app import AFTER, DeviceMemory, Memory, StudyFolder, app, bytes_of, check_study_in, command, ends, examples
 
@@ -110,6 +110,42 @@ def power(
     typer.echo(
         f"Next: set the draws in {folder / STUDY_FILE}, then {command('run', folder / STUDY_FILE, '--out', folder)}"
     )
+
+
+@app.command(
+    rich_help_panel=AFTER,
+    epilog=examples(
+        "prunescope figures runs/demo --out paper/figures --width 3.25 --font-size 8 --kind mask-overlap",
+        "prunescope figures runs/demo --out slides --width 10 --font-size 14 --format png",
+    ),
+)
+def figures(
+    folder: StudyFolder,
+    out: Annotated[Path, typer.Option(help="Folder for the figures.")],
+    width: Annotated[float, typer.Option(min=1, max=40, help="In inches: 3.1 is a column, 6.5 a page.")] = 6.5,
+    font_size: Annotated[float, typer.Option(min=3, max=40, help="Of labels, in points; all text in proportion.")] = 7,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="A kind of figure, or one figure's name; all by default. Several times.")
+    ] = None,
+    form: Annotated[Literal["pdf", "png", "svg"], typer.Option("--format", help="Of the files.")] = "pdf",
+) -> None:
+    """Draw the figures of a finished study again, in the size that a paper or a talk needs."""
+    from .. import plots
+    from ..interactive import Study
+
+    check_study_in(folder)
+    there = Study.open(folder).figures
+    kinds = dict.fromkeys([*(figure.kind for figure in there.values()), *there])
+    for name in kind or []:
+        if name not in kinds:
+            raise StudyError(f'there is no figure "{shortened(name)}" in {folder}; {did_you_mean(name, list(kinds))}')
+    wanted = [figure for figure in there.values() if not kind or {figure.kind, figure.name} & {*kind}]
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with plots.font_size(font_size):
+        for figure in wanted:
+            plots.save(figure.draw(width=width), out, figure.name, [form])
+    ends(f"{len(wanted)} figure{'s' * (len(wanted) != 1)}", out)
 
 
 @app.command(

@@ -21,15 +21,17 @@ from . import (
     signal,
     task_contrasts,
 )
-from .style import COLUMN_WIDTH, PAGE_WIDTH, colour, save
+from .style import COLUMN_WIDTH, FORMATS, PAGE_WIDTH, colour, font_size, save
 
 __all__ = [
     "COLUMN_WIDTH",
+    "FORMATS",
     "PAGE_WIDTH",
     "accuracy",
     "colour",
     "contrasts",
     "dose",
+    "font_size",
     "geometry",
     "lape",
     "lens",

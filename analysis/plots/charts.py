@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..frames.labels import in_order, layer_label, set_label, sets_of
-from .style import GREY, PAGE_WIDTH, STYLE, set_style, wrapped
+from .style import GREY, PAGE_WIDTH, STYLE, panel_title, points, set_style, wrapped
 
 #: Characters of a legend that fit into an inch.
 _CHARACTERS = 17
@@ -82,7 +82,7 @@ def heatmaps(
         high = max((abs(end) for side in ends for end in side if not pd.isna(end)), default=0.0) or 1.0
         low = -high
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, max(0.95 + height * rows, 1.9)), layout="constrained")
+        figure = Figure(figsize=(width, points(max(0.95 + height * rows, 1.9))), layout="constrained")
         grid = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
         for axes, (name, table) in zip(grid, tables.items(), strict=True):
             last = axes is grid[-1]
@@ -95,13 +95,18 @@ def heatmaps(
                 cmap=colours,
                 vmin=min(ends[0]) if low is None else low,
                 vmax=max(ends[1]) if high is None else high,
-                annot_kws={"size": 6 if width >= PAGE_WIDTH and len(tables) == 1 else 5},
+                annot_kws={"size": points(6 if width >= PAGE_WIDTH and len(tables) == 1 else 5)},
                 linewidths=0.5,
                 linecolor="white",
                 cbar=last,
                 cbar_kws={"label": colour_label, "fraction": 0.04, "pad": 0.02} if last else None,
             )
-            axes.set(xlabel=x_label, ylabel=y_label if axes is grid[0] else "", title=name, facecolor=_EMPTY)
+            axes.set(
+                xlabel=x_label,
+                ylabel=y_label if axes is grid[0] else "",
+                title=panel_title(name, width / len(tables)),
+                facecolor=_EMPTY,
+            )
             axes.tick_params(length=0)
             axes.tick_params(axis="y", rotation=0)
         figure.suptitle(wrapped(title, width))
@@ -198,11 +203,11 @@ def line_panels(
     width
         Inches: :data:`PAGE_WIDTH` or :data:`COLUMN_WIDTH`.
     """
-    columns = min(max(round(width / 1.6), 1), len(panels))
+    columns = min(max(round(width / points(1.6)), 1), len(panels))
     rows = math.ceil(len(panels) / columns)
     x_label = layer_label(x_label, encoder)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, 0.7 + 1.35 * rows), layout="constrained")
+        figure = Figure(figsize=(width, points(0.7 + 1.35 * rows)), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
         handles: dict[str, Any] = {}
         for axes, panel in zip(grid.flat, panels, strict=False):
@@ -225,7 +230,7 @@ def line_panels(
                     axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.15, linewidth=0)
             for name, level in panel.levels.items():
                 handles.setdefault(name, axes.axhline(level, color=GREY, linestyle="--", linewidth=0.8))
-            axes.set_title(panel.title)
+            axes.set_title(panel_title(panel.title, width / columns))
             axes.grid(axis="y")
             if panel.log_x:
                 axes.set_xscale("log")
@@ -251,9 +256,9 @@ def line_panels(
                 grid[lowest][i].set_xlabel(x_label)
                 grid[lowest][i].tick_params(labelbottom=True)
         figure.suptitle(wrapped(title, width))
-        figure.supylabel(y_label, fontsize=7)
+        figure.supylabel(y_label, fontsize=points(7))
         if handles:
-            fitting = int(_CHARACTERS * width / (max(map(len, handles)) + 6))
+            fitting = int(_CHARACTERS * width / points(1) / (max(map(len, handles)) + 6))
             ncols = min(len(handles), max(fitting, 1))
             figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols)
     return figure
@@ -295,11 +300,11 @@ def effect_panels(
     width
         Inches.
     """
-    rows = math.ceil(len(panels) / max(round(width / 1.6), 1))
+    rows = math.ceil(len(panels) / max(round(width / points(1.6)), 1))
     columns = math.ceil(len(panels) / rows)  # as few as fill these rows
     longest = max(len(effects) for effects in panels.values())
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, 0.8 + rows * (0.35 + 0.14 * longest)), layout="constrained")
+        figure = Figure(figsize=(width, points(0.8 + rows * (0.35 + 0.14 * longest))), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for axes, (name, effects) in zip(grid.flat, panels.items(), strict=False):
             for y, effect in enumerate(reversed(effects)):
@@ -311,7 +316,7 @@ def effect_panels(
                 axes.set_xlim(*x_range)
             axes.set_yticks(range(len(effects)), [effect.label for effect in reversed(effects)])
             axes.set_ylim(-0.5, max(len(effects), 1) - 0.5)
-            axes.set_title(name)
+            axes.set_title(panel_title(name, width / columns))
             axes.tick_params(axis="y", length=0)
             axes.tick_params(labelbottom=True)
         for axes in grid.flat[len(panels) :]:

@@ -93,7 +93,7 @@ def _clusters(
     matrix = matrix.iloc[order, order]
     text = matrix.map(lambda v: "" if pd.isna(v) else f"{v:.3f}")
     with mpl.rc_context(style.STYLE):
-        figure = Figure(figsize=(width, 0.9 + 0.26 * len(matrix)), layout="constrained")
+        figure = Figure(figsize=(width, style.points(0.9 + 0.26 * len(matrix))), layout="constrained")
         heat, branches = figure.subplots(1, 2, width_ratios=[2.6, 1])
         sns.heatmap(
             matrix,
@@ -101,13 +101,13 @@ def _clusters(
             annot=text.to_numpy(),
             fmt="",
             cmap="cividis",
-            annot_kws={"size": 6 if width >= style.PAGE_WIDTH and len(matrix) <= 10 else 4.5},
+            annot_kws={"size": style.points(6 if width >= style.PAGE_WIDTH and len(matrix) <= 10 else 4.5)},
             linewidths=0.5,
             linecolor="white",
             cbar_kws={"label": label, "fraction": 0.04, "pad": 0.02},
         )
         draws = "" if np.isnan(np.diag(matrix)).all() else "; diagonal: two draws of the set"
-        heat.set(xlabel="", ylabel="", title=f"mean over layers and roles{draws}")
+        heat.set(xlabel="", ylabel="", title=style.panel_title(f"mean over layers and roles{draws}", width / 1.6))
         heat.tick_params(length=0)
         heat.tick_params(axis="x", rotation=30)
         heat.tick_params(axis="y", rotation=0)
@@ -118,10 +118,12 @@ def _clusters(
                 orientation="right",
                 labels=list(matrix.index[np.argsort(order)]),
                 link_color_func=lambda node: "#444444",
-                leaf_font_size=6,
+                leaf_font_size=style.points(6),
             )
             branches.invert_yaxis()  # in the order of the table's rows
-            branches.set(xlabel=distance, title="average linkage")
+            branches.set(
+                xlabel=style.panel_title(distance, width / 4), title=style.panel_title("average linkage", width / 4)
+            )
             branches.tick_params(axis="y", length=0)
             branches.spines["left"].set_visible(False)
         else:  # all are the same, as where only what follows a mask sees the text

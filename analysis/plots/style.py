@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import textwrap
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,16 @@ from pruning.recipes import UNCALIBRATED
 
 #: Inches; a column and a page of a two-column paper.
 COLUMN_WIDTH, PAGE_WIDTH = 3.1, 6.5
+#: Size of labels, in points.
+_POINTS = 7
 #: Characters of a title that fit into an inch.
 _TITLE_CHARACTERS = 14
+#: Characters of a panel's title that fit into an inch of the panel and its labels.
+_PANEL_CHARACTERS = 18
 
 #: Matplotlib's settings for every figure.
 STYLE: dict[str, Any] = {
-    "font.size": 7,
+    "font.size": _POINTS,
     "axes.titlesize": 7,
     "axes.labelsize": 7,
     "xtick.labelsize": 6,
@@ -71,18 +77,50 @@ def set_style(calibration: str, seed: int) -> tuple[str, str]:
     return GREY if calibration == UNCALIBRATED else colour(calibration), ":" if seed else "-"
 
 
-def wrapped(title: str, width: float) -> str:
+def wrapped(title: str, width: float | int) -> str:
     """Return a title in lines that fit a figure so many inches wide."""
-    return textwrap.fill(title, round(_TITLE_CHARACTERS * width))
+    return textwrap.fill(title, max(round(_TITLE_CHARACTERS * width / points(1)), 12))
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``NAME.pdf`` and ``NAME.png``, each whole or not at all, without a date inside: same data, same bytes."""
+def panel_title(title: str, width: float | int) -> str:
+    """Return the title of one panel, so many inches wide with its labels, in lines that fit."""
+    return textwrap.fill(title, max(round(_PANEL_CHARACTERS * width / points(1)), 10))
+
+
+#: Formats of figures, and what of their metadata is left out so that the same data gives the same bytes.
+FORMATS = {"pdf": {"CreationDate": None}, "png": {"Software": None}, "svg": {"Date": None}}
+
+
+def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("pdf", "png")) -> list[Path]:
+    """Write ``NAME.pdf`` and ``NAME.png``, or other :data:`FORMATS`, each whole or not at all."""
     paths = []
     with mpl.rc_context(STYLE):
-        for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+        for kind in formats:
             path = folder / f"{name}.{kind}"
             with whole_file(path) as partial:
-                figure.savefig(partial, format=kind, metadata=metadata, dpi=200)
+                figure.savefig(partial, format=kind, metadata=FORMATS[kind], dpi=200)
             paths.append(path)
     return paths
+
+
+@contextmanager
+def font_size(points: float | int | None) -> Iterator[None]:
+    """Context manager within which figures are drawn with labels of this size, and all other text in proportion.
+
+    Parameters
+    ----------
+    points
+        Of axis labels and titles of panels; those of :data:`STYLE` by default.
+    """
+    before = dict(STYLE)
+    scale = 1.0 if points is None else points / before["font.size"]
+    try:
+        STYLE.update({name: scale * value for name, value in before.items() if name.endswith("size")})
+        yield
+    finally:
+        STYLE.update(before)
+
+
+def points(size: float | int) -> float:
+    """Return a size, of text or of a figure's height, in the proportion that it has to labels of 7 points."""
+    return float(size * STYLE["font.size"] / _POINTS)

@@ -322,3 +322,30 @@ def test_a_model_loaded_from_a_folder_is_called_by_it(folder):
     model, tokenizer = load_model(str(folder.parent / "model"), device="cpu")
     seen = look(model, tokenizer, languages=["en", "sw"], segments=3, fit_segments=3, max_length=24)
     assert set(seen.perplexity["model"]) == {str(folder.parent / "model")}
+
+
+# -- figures in another size -----------------------------------------------------------------------------------------
+
+
+def test_figures_are_drawn_again_in_the_size_that_is_asked_for(folder, tmp_path):
+    size = ("--width", 3.1, "--font-size", 9, "--format", "svg")
+    result = prunescope("figures", folder, "--out", tmp_path / "paper", "--kind", "perplexity", *size)
+    assert (result.returncode, result.stdout) == (0, f"1 figure: {tmp_path / 'paper'}\n"), result.stderr
+    (path,) = (tmp_path / "paper").iterdir()
+    assert path.name == "perplexity.svg"
+    assert f'width="{3.1 * 72:g}pt"' in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--kind", "perplexty"), ('did you mean "perplexity"',)),
+        (("--font-size", 0), ("--font-size",)),
+        (("--format", "eps"), ("eps", "pdf")),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(folder, tmp_path, words, said):
+    result = prunescope("figures", folder, "--out", tmp_path / "paper", *words)
+    assert result.returncode == 2
+    assert all(word in result.stderr for word in said)
+    assert not (tmp_path / "paper").exists()

@@ -70,3 +70,28 @@ def test_an_encoder_ends_where_cross_attention_begins():
     frame = pd.DataFrame({"layer": [0, 1, 2, 2, 3], "role": ["q", "q", "q", "cross_k", "cross_q"]})
     assert labels.encoder_blocks(frame) == 2
     assert labels.encoder_blocks(frame[frame["role"] == "q"]) == 0
+
+
+def test_all_text_grows_with_the_labels_and_so_does_the_height():
+    def drawn():
+        panel = charts.Panel("a panel", [charts.Line("a line", [0, 1], [0.0, 1.0], style.BLACK)])
+        figure = charts.line_panels([panel], title="a title", x_label="x", y_label="y", width=style.COLUMN_WIDTH)
+        (axes,) = figure.axes
+        texts = (axes.title, axes.xaxis.label, figure._supylabel, figure._suptitle, *figure.legends[0].get_texts())
+        return [text.get_fontsize() for text in texts], figure.get_size_inches()
+
+    plain, size = drawn()
+    with style.font_size(14):
+        large, larger = drawn()
+    assert large == [2 * points for points in plain]
+    assert list(larger) == [size[0], 2 * size[1]]
+    assert drawn()[0] == plain
+    assert style.points(7) == 7
+
+
+def test_titles_of_panels_are_broken_where_they_would_run_into_each_other():
+    title = "mean over layers and roles; diagonal: two draws of the set"
+    assert style.panel_title(title, 4) == title
+    assert max(map(len, style.panel_title(title, 2).splitlines())) <= 36
+    with style.font_size(14):
+        assert max(map(len, style.panel_title(title, 2).splitlines())) <= 18
