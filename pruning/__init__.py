@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .recipes import Recipe
     from .remedy import Remedy
     from .runner import PruningRun, SetAsideWarning, prune
+    from .subspaces import Subspaces
     from .text.calibration import CalibrationSet
     from .text.sources import Corpus, Segment, text_source
     from .variants.masks import MaskSet
@@ -42,6 +43,7 @@ __all__ = [
     "Remedy",
     "Segment",
     "SetAsideWarning",
+    "Subspaces",
     "Variant",
     "known_methods",
     "known_patterns",

@@ -10,6 +10,8 @@ from .errors import RecipeError, did_you_mean, shortened
 
 #: Value of `refinement`, `correction` and `recover` in a recipe without.
 NONE = "none"
+#: Parameter of methods that can give the language-specific part of their inputs less weight.
+SPECIFIC = "specific"
 
 
 @dataclass(frozen=True)

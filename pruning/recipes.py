@@ -16,21 +16,23 @@ from .files import content_sha256
 from .methods import Method, method_named
 from .models.anatomy import ROLES, role_kind
 from .models.families import is_reader, roles_of
-from .parameters import checked, exact
+from .parameters import SPECIFIC, Parameter, checked, exact
 from .patterns import BLOCKS, MODEL, Pattern, is_structure, n_of_m, pattern_named
 from .quantization import MULTIPLE, WIDTHS, Grid
 from .recovery import recovery_named
 from .statistics import GRAM, OF_INPUTS
+from .subspaces import Subspaces
 from .text.calibration import CalibrationSet
 
 #: Value of the calibration column for variants made without text, and for the dense model.
 UNCALIBRATED = "none"
 #: Value of the scope column for variants pruned everywhere, and for the dense model.
 EVERYWHERE = "all"
-#: Digits of the hash that distinguishes diagnoses in names.
+#: Digits of the hash that distinguishes diagnoses, and subspaces, in names.
 _DIGITS = 6
 #: Number of inputs that share a scale, unless a recipe says otherwise.
 _GROUP = 128
+_OF_PARTS = {SPECIFIC: Parameter(1.0, 0, 1, "weight of the language-specific part of the inputs")}
 _BLOCKS = re.compile(r"(\d*):(\d*)|(\d+)")
 
 
@@ -77,6 +79,10 @@ class Recipe(BaseModel):
     bits, group
         For methods that quantize only: bits of a code (2, 3, 4 or 8), and how many consecutive inputs share a scale
         (a multiple of 8; 0: the whole row; 128 by default).
+    subspaces
+        With the parameter ``specific`` only, which is the weight, 0 to 1, that the language-specific part of the
+        residual stream keeps in the statistics that weights are scored by: the subspaces that this part lies in, such
+        as ``Subspaces.open("subspaces.safetensors")``. For methods that score by sums of squares or the Gram matrix.
     importance
         For allocation ``diagnosis`` only: how much restoring each matrix's dense weights recovers, such as
         ``{"9.down": 0.12}``, for every matrix in scope. See :class:`pruning.Remedy`.
@@ -101,6 +107,7 @@ class Recipe(BaseModel):
     blocks: str = ""
     parameters: tuple[tuple[str, float], ...] = ()
     importance: tuple[tuple[str, float], ...] = ()
+    subspaces: Subspaces | None = None
     bits: int = 0
     group: int = 0
 
@@ -242,10 +249,21 @@ class Recipe(BaseModel):
         known = dict(self.scoring.parameters) | dict(allocation_named(self.allocation).parameters)
         known |= dict(refiner_named(self.refinement).parameters) | dict(corrector_named(self.correction).parameters)
         known |= dict(recovery_named(self.recover).parameters)
+        known |= self._of_parts
         owner = "+".join(f'"{step}"' for step in self._steps)
         given = checked(f"{owner} with {self.allocation} allocation", known, dict(self.parameters))
         object.__setattr__(self, "parameters", tuple(sorted(given.items())))
+        self._check_parts()
         return self
+
+    def _check_parts(self) -> None:
+        if self.specific == 1:
+            object.__setattr__(self, "subspaces", None)  # nothing is given less weight
+        elif self.subspaces is None:
+            raise RecipeError(
+                f"specific = {exact(self.specific)} needs subspaces, the file that prunescope subspaces writes: "
+                'subspaces = "subspaces.safetensors" in a study, subspaces = Subspaces.open(path) in Python'
+            )
 
     def _check_structure(self) -> None:
         if not self.choosing.structure:
@@ -365,6 +383,20 @@ class Recipe(BaseModel):
         return (self.method, *(step for step in (self.refinement, self.correction, self.recover) if step != NONE))
 
     @property
+    def specific(self) -> float:
+        """Weight of the language-specific part of the stream in the statistics that weights are scored by."""
+        return float(dict(self.parameters).get(SPECIFIC, 1.0))
+
+    @property
+    def weighting(self) -> tuple[str, float] | None:
+        """The hash of the subspaces, and the weight of the part in them; ``None`` if all keeps its weight."""
+        return None if self.subspaces is None else (self.subspaces.sha256, self.specific)
+
+    @property
+    def _of_parts(self) -> Mapping[str, Parameter]:
+        return _OF_PARTS if self.scoring.weighs_parts else {}
+
+    @property
     def choosing(self) -> Pattern:
         """The pattern."""
         return pattern_named(self.pattern or "row")  # what quantizes chooses nothing
@@ -454,8 +486,12 @@ class Recipe(BaseModel):
         >>> Recipe(method="wanda", sparsity=0.5, recover="lora", parameters={"steps": 500}).method_label
         'wanda+lora(steps=500)'
         """
-        set_here = [self.method_parameters, self.refinement_parameters, self.correction_parameters]
-        set_here.append(self._of(recovery_named(self.recover).parameters))
+        set_here: list[Mapping[str, float | str]] = [
+            {**self.method_parameters, **self._of(self._of_parts), **self._named_subspaces},
+            self.refinement_parameters,
+            self.correction_parameters,
+            self._of(recovery_named(self.recover).parameters),
+        ]
         labels = zip((self.method, self.refinement, self.correction, self.recover), set_here, strict=True)
         return "+".join(_label(name, inside) for name, inside in labels if name != NONE)
 
@@ -464,6 +500,11 @@ class Recipe(BaseModel):
         """The allocation's name in frames, likewise, and the first digits of the importances' hash if there are any."""
         known = allocation_named(self.allocation).parameters
         return _label(self._allocation_name, {name: value for name, value in self.parameters if name in known})
+
+    @property
+    def _named_subspaces(self) -> dict[str, str]:
+        """The first digits of the hash of the subspaces, if there are any, by what they are called in names."""
+        return {"subspaces": self.subspaces.sha256[:_DIGITS]} if self.subspaces else {}
 
     @property
     def _allocation_name(self) -> str:
@@ -491,6 +532,7 @@ class Recipe(BaseModel):
         parts += [self.pattern_label.replace(":", "of")]
         parts += [self._allocation_name] if self.allocation != UNIFORM else []
         parts += [f"{name}={exact(value)}" for name, value in self.parameters]
+        parts += [f"{name}={value}" for name, value in self._named_subspaces.items()]
         parts += ["+".join(self.roles)] if self.roles else []
         parts += [f"blocks{self.blocks.replace(':', '_')}"] if self.blocks else []
         if calibration is not None:
@@ -500,6 +542,7 @@ class Recipe(BaseModel):
         return "-".join(parts)
 
 
-def _label(name: str, parameters: Mapping[str, float]) -> str:
-    inside = ", ".join(f"{key}={exact(value)}" for key, value in parameters.items())
+def _label(name: str, parameters: Mapping[str, float | str]) -> str:
+    said = {key: value if isinstance(value, str) else exact(value) for key, value in parameters.items()}
+    inside = ", ".join(f"{key}={value}" for key, value in said.items())
     return f"{name}({inside})" if inside else name

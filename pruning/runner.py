@@ -23,7 +23,7 @@ from .engine.recovering import recovering, recovery_work
 from .engine.streams import Progress
 from .engine.sweep import sweep_work
 from .engine.workspace import Workspace, begun, clear
-from .errors import DiskError, ModelError, VariantError
+from .errors import DiskError, ModelError, RecipeError, VariantError
 from .files import content_sha256, put_in_place, write_json
 from .methods.registry import added_code
 from .models.anatomy import Anatomy
@@ -239,6 +239,7 @@ class PruningRun:
         self._exponents: dict[Key, float] = {}
         for recipe in dict.fromkeys(job.recipe for job in jobs):
             check_fits(self.anatomy, recipe)
+            self._check_subspaces(recipe)
         check_calibrated(jobs, corpus)
         self._texts = {
             job.id: calibration_fingerprint(corpus, job.calibration)
@@ -406,6 +407,14 @@ class PruningRun:
             remarks=tuple(remarks),
             key=self.keys[job.id],
         )
+
+    def _check_subspaces(self, recipe: Recipe) -> None:
+        """Raise ``RecipeError`` if a recipe's subspaces are of another model."""
+        if recipe.subspaces and self.fingerprint and recipe.subspaces.model_fingerprint != self.fingerprint:
+            raise RecipeError(
+                f"{recipe.subspaces.path} has the subspaces of a model other than {self._name}; write those of a study "
+                "of this one with prunescope subspaces"
+            )
 
     def _key(self, job: Job) -> str:
         return job_key(job, self.fingerprint, str(self.anatomy.model.dtype), self._texts.get(job.id))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import MethodError
+from .input_parts import InputPart, PartSums
 
 #: Names of the statistics that a method can request.
 SQUARES, GRAM, POSITIVE, ABSOLUTE = "squares", "gram", "positive", "absolute"
@@ -104,6 +105,8 @@ class InputStatistics:
         What to gather: any of ``squares``, ``positive``, ``absolute``, ``moments`` and ``gram``.
     device
         Device of the sums.
+    parts
+        Parts of the inputs that recipes may give less weight, by a name of their own; see :meth:`weighted`.
 
     Attributes
     ----------
@@ -113,7 +116,13 @@ class InputStatistics:
         A method's cache of intermediate results that later recipes can reuse.
     """
 
-    def __init__(self, inputs: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        inputs: int,
+        needs: frozenset[str],
+        device: torch.device | str = "cpu",
+        parts: Mapping[str, InputPart] | None = None,
+    ) -> None:
         self.inputs = inputs
         self.needs = needs
         self.device = torch.device(device)
@@ -123,6 +132,7 @@ class InputStatistics:
         if GRAM in needs:
             self._panels = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
         self._mirrored = False  # whether the panels hold the matrix below the diagonal too
+        self._parts = {name: PartSums(part) for name, part in (parts or {}).items()}
         self.memo: dict[Hashable, Any] = {}
 
     def add(self, x: Float[Tensor, "*tokens inputs"], language: str = "") -> None:
@@ -142,6 +152,9 @@ class InputStatistics:
         if MOMENTS in self.needs and len(rows):
             moments = Moments.of(rows)
             self._moments = moments if self._moments is None else self._moments + moments
+        for part in self._parts.values():
+            self.memo.clear()
+            part.add(rows)
         if self._panels is not None:
             self.memo.clear()
             self._mirrored = False
@@ -160,7 +173,37 @@ class InputStatistics:
         total._moments = reduce(operator.add, both) if both else None
         if self._panels is not None and other._panels is not None:
             total._panels = self._panels + other._panels
+        total._parts = {name: sums + other._parts[name] for name, sums in self._parts.items()}
         return total
+
+    def weighted(self, part: str, weight: float) -> InputStatistics:
+        """Return sums of squares and the Gram matrix, as far as they were gathered, with a part at another weight.
+
+        They are themselves if the inputs have no such part. Languages are not told apart any more.
+
+        Parameters
+        ----------
+        part
+            Its name.
+        weight
+            Share of it that is left, 0 to 1.
+        """
+        if part not in self._parts:
+            return self
+        key = ("weighted", part, weight)
+        if key not in self.memo:
+            sums = self._parts[part]
+            found = InputStatistics(self.inputs, self.needs & {SQUARES}, self.device)
+            found.needs = self.needs & {SQUARES, GRAM}
+            zeros = torch.zeros(self.inputs, device=self.device)
+            squares = sums.squares(self.squares, weight) if SQUARES in self.needs else zeros
+            found.languages = {"": LanguageSums(self.tokens, squares, zeros, zeros)}
+            if self._panels is not None:
+                found._panels = sums.gram(self._panels, weight)
+            self.memo[key] = found
+        found = self.memo[key]
+        assert isinstance(found, InputStatistics)
+        return found
 
     @property
     def tokens(self) -> int:

@@ -10,11 +10,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 import yaml
 
 from analysis.cli import app
 from analysis.study.study_file import parse_study
+from pruning import Subspaces
 from pruning.remedy import Remedy
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +80,12 @@ def test_study_files_are_valid(block, tmp_path, monkeypatch):
             fitted_on="half of the text",
             importance={"0.q": 0.1},
         ).save(tmp_path / "remedy.json")
+    if 'subspaces = "subspaces.safetensors"' in block.replace("# subspaces", ""):
+        monkeypatch.chdir(tmp_path)
+        basis = torch.eye(8, 1)
+        Subspaces.save(
+            tmp_path / "subspaces.safetensors", [basis, basis], model_fingerprint="4f", languages=("en", "sw")
+        )
     parse_study(tomllib.loads(block), "the page")
 
 

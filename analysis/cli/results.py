@@ -70,6 +70,35 @@ def diagnose(
 @app.command(
     rich_help_panel=AFTER,
     epilog=examples(
+        "prunescope subspaces runs/demo",
+        "prunescope subspaces runs/mine --out control.safetensors --random 1",
+    ),
+)
+def subspaces(
+    folder: StudyFolder,
+    out: Annotated[Path | None, typer.Option(help="The file; DIR/subspaces.safetensors by default.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Dimensions; those of the study by default (languages less one).")
+    ] = None,
+    random: Annotated[
+        int | None,
+        typer.Option(min=0, help="Write random subspaces of the same rank instead, with this seed: a control."),
+    ] = None,
+) -> None:
+    """Write the language-specific subspaces of a study's dense model, for recipes with the parameter "specific"."""
+    from ..study.subspaces import write_subspaces
+
+    check_study_in(folder)
+    found = write_subspaces(folder, out, rank, random)
+    typer.echo(
+        f"subspaces: {found.path} (rank {max(found.ranks)}, {len(found.ranks)} blocks, {', '.join(found.languages)})"
+    )
+    typer.echo(f'Next: add subspaces = "{found.path}" and parameters = {{ specific = [1, 0] }} to a recipe of a study')
+
+
+@app.command(
+    rich_help_panel=AFTER,
+    epilog=examples(
         "prunescope power runs/mine --effect 0.05",
         "prunescope power runs/mine --effect 0.1 --metric accuracy_drop --comparison category",
     ),

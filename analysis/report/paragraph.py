@@ -99,6 +99,8 @@ def _recipe(recipe: Recipe) -> str:
     details = [f"sparsity {recipe.sparsity:g}", pattern]
     if recipe.allocation != UNIFORM:
         details.append(f"{recipe.allocation} allocation{_cited(recipe.allocation)}")
+    if recipe.subspaces is not None:
+        details.append(f"language-specific part of the inputs (LSAR{_cited('lsar')}) weighted by {recipe.specific:g}")
     steps = {"refinement": recipe.refinement, "correction": recipe.correction, "fine-tuning": recipe.recover}
     details += [f"{name}: {labels.method_name(step)}{_cited(step)}" for name, step in steps.items() if step != NONE]
     return f"{words} ({', '.join(details)})"

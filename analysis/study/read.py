@@ -197,11 +197,18 @@ def questions_file(context: Context, model: str, language: str) -> Path:
 
 def subspaces(context: Context) -> list[LSAR]:
     """Return the language-specific subspace of the dense model after each block."""
-    means = {
-        language: load_file(_file(context, f"{_FITTING}/{DENSE}/{language}"))["means"][None]
-        for language in context.study.languages
-    }
-    return fit_layers(means, context.study.evaluation.rank)
+    return fitted_subspaces(context.folder, context.study.languages, context.study.evaluation.rank)
+
+
+def fitted_subspaces(folder: Path, languages: Sequence[str], rank: int | None) -> list[LSAR]:
+    """Return the same of the study in a folder, with a rank of languages - 1 if it is ``None``."""
+    means = {language: load_file(fitting_file(folder, language))["means"][None] for language in languages}
+    return fit_layers(means, rank)
+
+
+def fitting_file(folder: Path, language: str) -> Path:
+    """Return the file of the dense model's means on the fitting text of one language."""
+    return _place(folder, f"{_FITTING}/{DENSE}/{language}")
 
 
 def _reading_key(context: Context) -> str:
@@ -211,9 +218,13 @@ def _reading_key(context: Context) -> str:
 
 
 def _file(context: Context, result: str) -> Path:
+    return _place(context.folder, result)
+
+
+def _place(folder: Path, result: str) -> Path:
     kind, model, language = result.split("/")
     suffix = {_HELDOUT: "", _FITTING: "-fitting", _QUESTIONS: "-items", _LENS: "-lens", _MARGINS: "-margins"}[kind]
-    return context.folder / "readings" / model / f"{language}{suffix}.safetensors"
+    return folder / "readings" / model / f"{language}{suffix}.safetensors"
 
 
 # -- what is left ----------------------------------------------------------------------------------------------------

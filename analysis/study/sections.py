@@ -16,7 +16,7 @@ import pruning
 from probes import ItemSource
 from pruning import Corpus, Remedy, text_source
 from pruning.errors import TextError
-from pruning.parameters import NONE
+from pruning.parameters import NONE, SPECIFIC
 from pruning.text.sources import HubDataset, ItemText
 
 _TextSpec = str | HubDataset
@@ -104,7 +104,7 @@ def _axis(value: Any) -> tuple[Any, ...]:
 
 
 class RecipeGrid(Section):
-    """One or several recipes: every key except `roles` and `diagnosis` may be a list, and lists span a grid."""
+    """One or several recipes: every key may be a list, and lists span a grid, but `roles` and names of files."""
 
     method: str | tuple[str, ...]
     sparsity: float | tuple[float, ...] | None = None
@@ -120,9 +120,11 @@ class RecipeGrid(Section):
     bits: int | tuple[int, ...] | None = Field(default=None, description="of a code, for methods that quantize")
     group: int | tuple[int, ...] | None = Field(default=None, description="inputs that share a scale; 0: a whole row")
     diagnosis: str | None = Field(default=None, description='the remedy.json for allocation "diagnosis"')
+    subspaces: str | None = Field(default=None, description='the subspaces.safetensors for the parameter "specific"')
     _remedy: Remedy | None = PrivateAttr(None)
+    _subspaces: Any = PrivateAttr(None)
 
-    @field_validator("diagnosis")
+    @field_validator("diagnosis", "subspaces")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
         return None if path is None else os.path.normpath(Path.cwd() / path)
@@ -135,6 +137,10 @@ class RecipeGrid(Section):
             if DIAGNOSIS not in _axis(self.allocation):
                 raise ValueError(f'diagnosis requires allocation = "{DIAGNOSIS}"; add it, or leave diagnosis out')
             self._remedy = Remedy.open(self.diagnosis)
+        if self.subspaces is not None:
+            if all(weight == 1 for weight in _axis(self.parameters.get(SPECIFIC, 1.0))):
+                raise ValueError(f"subspaces are for parameters = {{ {SPECIFIC} = 0 }}; add it, or leave subspaces out")
+            self._subspaces = pruning.Subspaces.open(self.subspaces)
         self.recipes()
         return self
 
@@ -142,6 +148,12 @@ class RecipeGrid(Section):
     def remedy(self) -> Remedy | None:
         """The remedy in the file `diagnosis`, as of when the study was loaded."""
         return self._remedy
+
+    @property
+    def known_subspaces(self) -> pruning.Subspaces | None:
+        """The subspaces in the file `subspaces`, as of when the study was loaded."""
+        found: pruning.Subspaces | None = self._subspaces
+        return found
 
     def recipes(self) -> list[pruning.Recipe]:
         """Return the recipes of the grid; patterns n:m fix the sparsity, so they are not crossed with it."""
@@ -180,6 +192,8 @@ class RecipeGrid(Section):
                 settings = {**given, "sparsity": sparsity, "roles": self.roles, "parameters": chosen}
                 if given["allocation"] == DIAGNOSIS and self.remedy is not None:
                     settings["importance"] = self.remedy.importance
+                if self.known_subspaces is not None:
+                    settings["subspaces"] = self.known_subspaces
                 recipes.append(pruning.Recipe.model_validate(settings))
         return list(dict.fromkeys(recipes))
 

@@ -23,19 +23,19 @@ from .written import check_keys, content_of, study_named, unknown_key
 def load_study(path: Path) -> StudyConfig:
     """Read and check a study file.
 
-    Relative paths in ``file:`` sources, of the model folder and of diagnoses are relative to the study file.
+    Relative paths in ``file:`` sources, of the model folder, diagnoses and subspaces are relative to the study file.
 
     Raises
     ------
     StudyError
-        If the file is missing, is not TOML, or has an unknown key or an invalid value; or if a diagnosis that it
-        names cannot be read.
+        If the file is missing, is not TOML, or has an unknown key or an invalid value; or if a diagnosis or subspaces
+        that it names cannot be read.
     """
     return _from_file(content_of(path), path)
 
 
 def _from_file(content: dict[str, Any], path: Path) -> StudyConfig:
-    return _anchored(parse_study(_diagnoses_anchored(content, path.parent), str(path)), path.parent)
+    return _anchored(parse_study(_files_anchored(content, path.parent), str(path)), path.parent)
 
 
 def resolved_study(name: str) -> StudyConfig:
@@ -132,16 +132,14 @@ def _anchored(study: StudyConfig, folder: Path) -> StudyConfig:
     return study.model_copy(update=update)
 
 
-def _diagnoses_anchored(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Resolve the paths of diagnoses, before the study is validated, since recipes depend on their content."""
+def _files_anchored(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Resolve the paths of files that recipes depend on, before the study is validated, since that reads them."""
     grids = content.get("recipes")
     if not isinstance(grids, list):
         return content
-    return content | {
-        "recipes": [
-            grid | {"diagnosis": str(folder / grid["diagnosis"])}
-            if isinstance(grid, dict) and isinstance(grid.get("diagnosis"), str)
-            else grid
-            for grid in grids
-        ]
-    }
+
+    def anchored(grid: dict[str, Any]) -> dict[str, Any]:
+        named = {key: grid[key] for key in ("diagnosis", "subspaces") if isinstance(grid.get(key), str)}
+        return grid | {key: str(folder / path) for key, path in named.items()}
+
+    return content | {"recipes": [anchored(grid) if isinstance(grid, dict) else grid for grid in grids]}

@@ -33,6 +33,7 @@ from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import SQUARES, InputStatistics, Passage, Statistics
 from .choosing import Derivatives, finite, not_finite, scored, unseen
 from .jobs import Job, covered_shapes, diagnosed_sparsities
+from .parts import weighted
 from .structures import block_budgets, covered_families, standardized_budgets, unit_budgets
 from .units import block_score, unit_scores
 
@@ -88,6 +89,8 @@ class Survey:
     ) -> None:
         """Add one block."""
         recipe = self.job.recipe
+        if recipe.allocation != CROSS_LINGUAL:  # which compares languages by their plain inputs
+            inputs = weighted(recipe, inputs)
         if recipe.pattern == BLOCKS:
             if recipe.covers_block(layer):
                 self.importance[layer] = block_score(anatomy, layer, recipe, inputs, derivatives, passage)

@@ -19,6 +19,7 @@ from ..recipes import Recipe
 from ..statistics import InputStatistics, Statistics
 from ..variants.masks import pack_bits, unpack_bits
 from .jobs import projection_seed
+from .parts import weighted
 
 
 @dataclass
@@ -151,6 +152,7 @@ def choose_masks(
         Derivatives of the loss, for methods that need them.
     """
     choice = Choice()
+    inputs = weighted(recipe, inputs)
     for group in anatomy.groups(layer):
         roles = [role for role in group.roles if recipe.covers(layer, role)]
         if not roles:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
+from ..input_parts import InputPart
 from ..models.anatomy import Anatomy, InputGroup, Stack
 from ..statistics import SIMILARITY, InputStatistics, Passage, together
 from ..text.calibration import CalibrationSet, Piece
 from ..variants.biases import biased
 from .choosing import Choice
 from .jobs import Job, Schedule
+from .parts import StreamParts
 from .shelves import Joined
 from .streams import Progress, StackStarter, Stream, gather, run_block
 from .workspace import Workspace
@@ -85,6 +87,7 @@ class Flow:
         self._next: dict[Piece, Sequence[Tensor]] = {}
         self._next_own: dict[Job, Stream] = {}
         self._starter: tuple[Stack, StackStarter] | None = None
+        self._stream_parts = StreamParts(anatomy)
         for piece in schedule.pieces(0):
             self.pieces[piece] = self._stream([piece])
 
@@ -131,7 +134,8 @@ class Flow:
             if any(SIMILARITY in self.needs(job) for job in readers):
                 passages[piece] = Passage()
                 sink = _compared(passages[piece], stream, sink)
-            by_piece[piece] = gather(self.anatomy, layer, stream, wanted, self.progress, sink)
+            parts = self._parts(layer, wanted, readers)
+            by_piece[piece] = gather(self.anatomy, layer, stream, wanted, self.progress, sink, parts)
             if shelf is not None:
                 self._next[piece] = shelf.done()
         return StatisticsOf(self.schedule, by_piece, passages)
@@ -141,7 +145,8 @@ class Flow:
         wanted = self._wanted(layer, [job])
         if not wanted:
             return {}
-        return gather(self.anatomy, layer, self.own[job], wanted, self.progress)
+        parts = self._parts(layer, wanted, [job])
+        return gather(self.anatomy, layer, self.own[job], wanted, self.progress, parts=parts)
 
     def through_pruned(self, job: Job, layer: int, choice: Choice) -> None:
         """Pass a job's states through its pruned block, if the job has its own states from here on."""
@@ -169,6 +174,7 @@ class Flow:
         for piece, hidden in self._next.items():
             self.pieces[piece].hidden = hidden
         self.own, self._next_own, self._next = self._next_own, {}, {}
+        self._stream_parts.leave()
 
     def states(self) -> dict[str, dict[str, Sequence[Tensor]]]:
         """Return the states needed to resume before the next block."""
@@ -203,6 +209,11 @@ class Flow:
             if readers:
                 wanted[group] = frozenset().union(*(self.needs(job) for job in readers))
         return wanted
+
+    def _parts(self, layer: int, wanted: Iterable[InputGroup], jobs: Sequence[Job]) -> dict[str, dict[str, InputPart]]:
+        """Return the parts of the requested inputs that jobs give less weight, by leading role."""
+        subspaces = list(dict.fromkeys(job.recipe.subspaces for job in jobs if job.recipe.subspaces is not None))
+        return {group.leader: self._stream_parts.of(layer, group.leader, subspaces) for group in wanted}
 
     def _named(self) -> list[tuple[str, Stream]]:
         pieces = [(_piece_name(piece), stream) for piece, stream in self.pieces.items()]

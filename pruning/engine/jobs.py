@@ -17,6 +17,7 @@ from ..projections import Key
 from ..quantization import MULTIPLE
 from ..recipes import Recipe
 from ..text.calibration import CalibrationSet, CalibrationText, Piece
+from .parts import check_parts
 from .removable import check_blocks_removable
 from .structures import check_blocks, covered_families, unit_budgets
 
@@ -104,8 +105,8 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     RecipeError
         If the model lacks a role or the blocks, its inputs cannot be divided into groups of m, the method or the
         recovery needs the whole model in memory but its weights stay on disk, a diagnosis does not match its matrices,
-        the sparsity removes none of the structures, or blocks cannot be removed; or if a float16 model should be
-        fine-tuned.
+        the sparsity removes none of the structures, or blocks cannot be removed; if a float16 model should be
+        fine-tuned; or if subspaces do not fit the model.
     """
     if anatomy.streamed and recipe.whole:
         raise RecipeError(f"{recipe.whole}, so the whole model must be in memory; load it with stream=False")
@@ -128,6 +129,7 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
     if recipe.quantizes:
         _check_groups(recipe, shapes)
         return
+    check_parts(anatomy, recipe, shapes)
     m = recipe.choosing.group
     for (layer, role), (_, inputs) in shapes.items():
         if m and inputs % m:

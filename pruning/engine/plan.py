@@ -228,12 +228,13 @@ def _kept(jobs: Sequence[Job]) -> int:
     """Return how many matrices as large as a Gram matrix are kept with it for the next recipe on the same set."""
     recipes = [job.recipe for job in jobs]
     factors = {
-        tuple(_value(recipe, name) for name in ("damping", "order"))
+        (recipe.weighting, *(_value(recipe, name) for name in ("damping", "order")))
         for recipe in recipes
         if recipe.scoring.solve is not None or "damping" in recipe.scoring.parameters
     }
     inverses = {tuple(recipe.correction_parameters.items()) for recipe in recipes if recipe.correction != NONE}
-    return len(factors) + len(inverses)
+    weighted = {recipe.weighting for recipe in recipes} - {None}
+    return len(factors) + len(inverses) + len(weighted)
 
 
 def _value(recipe: Recipe, parameter: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..input_parts import InputPart
 from ..models.anatomy import Anatomy, InputGroup, Stack
 from ..statistics import InputStatistics
 
@@ -271,16 +272,20 @@ def gather(
     wanted: dict[InputGroup, frozenset[str]],
     progress: Progress,
     sink: Callable[[Tensor], object] | None = None,
+    parts: Mapping[str, Mapping[str, InputPart]] | None = None,
 ) -> dict[str, InputStatistics]:
     """Run a dense block; return the statistics of the requested inputs, by leading role.
 
     `sink` receives the block's output for each batch. Without it, the forward pass stops as soon as all inputs have
-    been seen, which saves the most expensive matrix product.
+    been seen, which saves the most expensive matrix product. `parts` are those of the inputs, by leading role, that
+    recipes may give less weight.
     """
     block, stack = anatomy.blocks[layer], anatomy.stack_of(layer)
     device = next(block.parameters()).device
     statistics = {
-        group.leader: InputStatistics(anatomy.shape(layer, group.leader)[1], needs, device)
+        group.leader: InputStatistics(
+            anatomy.shape(layer, group.leader)[1], needs, device, (parts or {}).get(group.leader)
+        )
         for group, needs in wanted.items()
     }
     places: dict[str, list[InputGroup]] = {}

@@ -18,6 +18,7 @@ from ..recipes import Recipe
 from ..statistics import InputStatistics, Passage, Statistics
 from . import choosing
 from .choosing import Choice, Derivatives, finite, not_finite, scored, unseen
+from .parts import weighted
 from .structures import covered_families
 
 
@@ -36,7 +37,7 @@ def choose(
     """
     if not recipe.choosing.structure:
         return choosing.choose(anatomy, layer, recipe, budgets, inputs, derivatives, masks)
-    choice = Choice()
+    choice, inputs = Choice(), weighted(recipe, inputs)
     if recipe.pattern == BLOCKS:
         return _whole_block(anatomy, layer, budgets)
     for family in covered_families(anatomy, layer, recipe):

@@ -12,7 +12,7 @@ from ..errors import MethodError, RecipeError, unknown
 from ..extensions import Extension, extensions
 from ..parameters import Parameter
 from ..quantization import Quantized
-from ..statistics import OF_INPUTS, OF_THE_LOSS, STATISTICS
+from ..statistics import GRAM, OF_INPUTS, OF_THE_LOSS, SQUARES, STATISTICS
 
 #: ``score(weight, statistics, **parameters)`` returns a float32 score for every weight; the lowest are pruned.
 Score = Callable[..., Tensor]
@@ -120,6 +120,14 @@ class Method:
     def calibrated(self) -> bool:
         """Whether it needs calibration text."""
         return bool(self.needs)
+
+    @property
+    def weighs_parts(self) -> bool:
+        """Whether it chooses single weights by nothing but sums of squares, or the Gram matrix, of their inputs.
+
+        Then a part of the inputs can be given less weight; see :meth:`pruning.statistics.InputStatistics.weighted`.
+        """
+        return self.calibrated and self.needs <= {SQUARES, GRAM} and self.scores == "weights" and not self.quantize
 
     @property
     def solves(self) -> bool:

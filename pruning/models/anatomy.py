@@ -23,7 +23,9 @@ from torch.nn.functional import linear
 from ..errors import ModelError
 from .head import head_logits, head_of, precise_head_logits
 from .layouts import (
+    ATTENTION_READERS,
     CONTEXT_ROLES,
+    MLP_READERS,
     ROLES,
     SHARED_INPUTS,
     Experts,
@@ -122,6 +124,7 @@ class _Block:
     experts: Experts | None
     n_experts: int
     transposed: bool
+    norms: Mapping[str, str]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -179,7 +182,10 @@ class Anatomy:
             for number, module in enumerate(model.get_submodule(path).children()):
                 count = self._count_experts(layout.experts_of(module), layout.experts)
                 sites = layout.sites_of(module)
-                self._blocks.append(_Block(module, f"{path}.{number}", sites, layout.experts, count, layout.transposed))
+                norms = dict.fromkeys(ATTENTION_READERS, layout.attention_norm)
+                norms |= dict.fromkeys(MLP_READERS, layout.mlp_norm)
+                block = _Block(module, f"{path}.{number}", sites, layout.experts, count, layout.transposed, norms)
+                self._blocks.append(block)
             stacks.append(Stack(layout.body, layout.blocks, layout.norm, first, len(self._blocks)))
         self.stacks = tuple(stacks)
         self.blocks: list[nn.Module] = [block.module for block in self._blocks]
@@ -351,6 +357,13 @@ class Anatomy:
             groups.append(InputGroup((f"gate.{e}", f"up.{e}"), module, expert=e))
             groups.append(InputGroup((f"down.{e}",), module, expert=e, inner=True))
         return tuple(groups)
+
+    def norm_before(self, layer: int, role: str) -> str:
+        """Return the path, below a block, of the norm through which a role reads the residual stream.
+
+        Empty if it reads something else (``o``, ``down``), or the norm of this architecture is not known.
+        """
+        return self._blocks[layer].norms.get(role_kind(role), "")
 
     def shape(self, layer: int, role: str) -> tuple[int, int]:
         """Return ``(outputs, inputs)`` of one projection."""

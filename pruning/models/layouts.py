@@ -48,6 +48,10 @@ SHARED_INPUTS = (
     ("shared_down",),
 )
 
+#: Kinds that read the residual stream through a norm: those of attention, and those of the MLP.
+ATTENTION_READERS = ("q", "k", "v")
+MLP_READERS = ("gate", "up", "shared_gate", "shared_up")
+STREAM_READERS = (*ATTENTION_READERS, *MLP_READERS)
 #: Kinds that read the output of the encoder.
 CONTEXT_ROLES = ("cross_k", "cross_v")
 
@@ -123,6 +127,9 @@ class Layout:
         Whether weights are stored as ``[inputs, outputs]``, as in GPT-2's ``Conv1D``.
     encoder
         Layout of the encoder of an encoder-decoder.
+    attention_norm, mlp_norm
+        Paths, below a block, of the norms through which q, k and v, and gate and up, read the residual stream; empty if
+        they are not known.
     """
 
     sites: Mapping[str, str | Fused]
@@ -132,6 +139,8 @@ class Layout:
     experts: Experts | None = None
     transposed: bool = False
     encoder: Layout | None = None
+    attention_norm: str = ""
+    mlp_norm: str = ""
 
     @property
     def stacks(self) -> tuple[Layout, ...]:
@@ -157,7 +166,10 @@ _SHARED = {
     "shared_up": "mlp.shared_expert.up_proj",
     "shared_down": "mlp.shared_expert.down_proj",
 }
-_LLAMA = Layout(_ATTENTION | _GATED)
+_BEFORE_ATTENTION, _BEFORE_MLP = "input_layernorm", "post_attention_layernorm"
+_LLAMA = Layout(_ATTENTION | _GATED, attention_norm=_BEFORE_ATTENTION, mlp_norm=_BEFORE_MLP)
+_COHERE = replace(_LLAMA, mlp_norm="input_layernorm")  # attention and MLP read the same
+_GEMMA_2 = replace(_LLAMA, mlp_norm="pre_feedforward_layernorm")
 _PHI3 = Layout(
     {
         "q": Fused("self_attn.qkv_proj", 0),
@@ -168,7 +180,9 @@ _PHI3 = Layout(
         "up": Fused("mlp.gate_up_proj", 1),
         "activation": "mlp.activation_fn",
         "down": "mlp.down_proj",
-    }
+    },
+    attention_norm=_BEFORE_ATTENTION,
+    mlp_norm=_BEFORE_MLP,
 )
 _GPT_NEOX = Layout(
     {
@@ -182,6 +196,8 @@ _GPT_NEOX = Layout(
     },
     body="gpt_neox",
     norm="final_layer_norm",
+    attention_norm=_BEFORE_ATTENTION,
+    mlp_norm=_BEFORE_MLP,
 )
 _BLOOM = Layout(
     {
@@ -196,11 +212,15 @@ _BLOOM = Layout(
     body="transformer",
     blocks="h",
     norm="ln_f",
+    attention_norm=_BEFORE_ATTENTION,
+    mlp_norm=_BEFORE_MLP,
 )
 _OPT = Layout(
     _ATTENTION | {"o": "self_attn.out_proj", "up": "fc1", "activation": "activation_fn", "down": "fc2"},
     body="model.decoder",
     norm="final_layer_norm",
+    attention_norm="self_attn_layer_norm",
+    mlp_norm="final_layer_norm",
 )
 _GPT2 = Layout(
     {
@@ -216,6 +236,8 @@ _GPT2 = Layout(
     blocks="h",
     norm="ln_f",
     transposed=True,
+    attention_norm="ln_1",
+    mlp_norm="ln_2",
 )
 _EXPERTS = Experts("mlp.experts")
 
@@ -244,19 +266,20 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "qwen2": (_LLAMA,),
     "qwen3": (_LLAMA,),
     "gemma": (_LLAMA,),
-    "gemma2": (_LLAMA,),
-    "gemma3_text": (_LLAMA,),
-    "gemma3": (replace(_LLAMA, body="model.language_model"),),
-    "cohere": (_LLAMA,),
-    "cohere2": (_LLAMA,),
+    "gemma2": (_GEMMA_2,),
+    "gemma3_text": (_GEMMA_2,),
+    "gemma3": (replace(_GEMMA_2, body="model.language_model"),),
+    "cohere": (_COHERE,),
+    "cohere2": (_COHERE,),
     "phi3": (_PHI3,),
     "gpt_neox": (_GPT_NEOX,),
     "bloom": (_BLOOM,),
-    "opt": (replace(_OPT, norm="project_out"), _OPT),  # OPT-350M's head reads a projection, without a norm
+    # OPT-350M's head reads a projection, without a norm, and its blocks normalise the sum
+    "opt": (replace(_OPT, norm="project_out", attention_norm="", mlp_norm=""), _OPT),
     "gpt2": (_GPT2,),
-    "mixtral": (Layout(_ATTENTION, experts=_EXPERTS),),
-    "qwen2_moe": (Layout(_ATTENTION | _SHARED | _GATED, experts=_EXPERTS),),
-    "qwen3_moe": (Layout(_ATTENTION | _GATED, experts=_EXPERTS),),
+    "mixtral": (replace(_LLAMA, sites=_ATTENTION, experts=_EXPERTS),),
+    "qwen2_moe": (replace(_LLAMA, sites=_ATTENTION | _SHARED | _GATED, experts=_EXPERTS),),
+    "qwen3_moe": (replace(_LLAMA, experts=_EXPERTS),),
     "mt5": _T5,
     "t5": _T5,
     "umt5": _T5,

@@ -94,7 +94,7 @@ def test_n_of_m_settles_the_sparsity():
         (DIAGNOSED | {"importance": [("0.q", 1), ("0.q", 2)]}, "a matrix occurs twice in importance"),
         (DIAGNOSED | {"parameters": {"shuffle": 1.5}}, "shuffle = 1.5 is not a whole number"),
         (DIAGNOSED | {"parameters": {"shuffle": 1e7}}, "is not between 0 and 999999"),
-        (DIAGNOSED | {"parameters": {"outlier": 5}}, 'no parameter "outlier"; .*shuffle, spread'),
+        (DIAGNOSED | {"parameters": {"outlier": 5}}, 'no parameter "outlier"; .*shuffle, specific, spread'),
     ],
 )
 def test_what_does_not_go_together_is_refused(wrong, words):
