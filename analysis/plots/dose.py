@@ -129,7 +129,7 @@ def at_perplexity(perplexity: pd.DataFrame, accuracy: pd.DataFrame, *, width: fl
 
 
 #: What tells series apart beside the calibration set.
-_RECIPE = ("method", "pattern", "allocation", "scope", "propagation")
+_RECIPE = ("method", "pattern", "allocation", "scope", "propagation", "item_share")
 
 
 def series_of(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -130,7 +130,8 @@ def _of_doses(frames: Frames) -> Iterator[ReportFigure]:
     """Yield what remains at which sparsity, of every series of variants that differ in sparsity alone."""
     several = plots.dose.series_of(frames["dose"])
     for series in several:
-        label, name = plots.dose.series_label(series), labels.slug("-".join(map(str, series.values())))
+        label = plots.dose.series_label(series)
+        name = labels.slug("-".join(str(one) for column, one in series.items() if column != "item_share" or one))
         yield ReportFigure(
             ALL_MODELS,
             f"{_RESPONSE}-{name}",

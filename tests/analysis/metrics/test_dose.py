@@ -169,6 +169,18 @@ def test_series_differ_in_sparsity_alone():
         assert len({(columns[name]["calibration"], columns[name]["seed"]) for name in group}) == 1
 
 
+def test_shares_of_items_in_the_calibration_text_are_series_of_their_own():
+    columns = models(calibrations=("en",))
+    asked = {f"items-{name}": own | {"item_share": 0.5} for name, own in columns.items() if name != "dense"}
+    frame, readings = study(
+        columns | asked, lambda described, language: described["sparsity"] * described["item_share"]
+    )
+    found = dose.analyze(frame, readings, columns | asked)
+    plain, mixed = plots.dose.series_of(found)
+    assert (plain["item_share"], mixed["item_share"]) == (0, 0.5)
+    assert plots.dose.series_label(mixed) == f"{plots.dose.series_label(plain)}, calibrated on 50% items"
+
+
 def test_curves_start_at_the_dense_model():
     columns = models()
     frame, readings = study(columns, lambda described, language: described["sparsity"])
