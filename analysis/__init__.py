@@ -6,9 +6,9 @@ import sys
 from typing import TYPE_CHECKING
 
 try:
-    from pruning.lazy import lazy_names
-except ModuleNotFoundError as error:
-    if error.name != "pruning.lazy":
+    from pruning import lazy_names
+except ImportError as error:
+    if error.name != "pruning":  # which is there, but is not prunescope's
         raise
     raise ImportError(
         f'{sys.modules["pruning"]!r} hides prunescope\'s own package "pruning"; rename it, or start Python in another '
