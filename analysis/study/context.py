@@ -51,7 +51,7 @@ class Context:
     @cached_property
     def records(self) -> Records:
         """Records of finished results."""
-        return Records(self.folder, written=self.written)
+        return Records(self.folder, written=self.written, tell=self.tell)
 
     @cached_property
     def texts(self) -> StudyTexts:

@@ -66,7 +66,10 @@ class MakeFrames:
             ):
                 continue
             outputs = tuple(Output(f"{FOLDER}/{name}", frame_key(context, name)) for name in names)
-            if not all(context.records.finished(output.name, output.key) for output in outputs):
+            there = [
+                context.records.finished(output.name, output.key) for output in outputs
+            ]  # of each, for what it sets aside
+            if not all(there):
                 title = f"making the frame{'s' * (len(names) > 1)} {' and '.join(names)}"
                 found.append(Unit(self.name, title, outputs, work=self._work))
         return found

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pruning.errors import StudyError
-from pruning.files import file_sha256, write_text
+from pruning.files import disk_errors, file_sha256, write_text
 
 RECORDS = "records"
 PROVENANCE = "provenance.json"
+#: Folder of files that were altered after they were written.
+ALTERED = "altered"
 
 
 class RecordedFile(BaseModel):
@@ -67,6 +69,8 @@ class Records:
         The study's folder.
     written
         Whether records are written to the folder; if not, new ones are only remembered.
+    tell
+        Called with what was found wrong in the folder.
 
     Raises
     ------
@@ -74,9 +78,10 @@ class Records:
         If the folder has an older layout.
     """
 
-    def __init__(self, folder: Path, *, written: bool = True) -> None:
+    def __init__(self, folder: Path, *, written: bool = True, tell: Callable[[str], None] = lambda words: None) -> None:
         self.folder = folder
         self._written = written
+        self._tell = tell
         self._found: dict[str, Record | None] = {}
         if not (folder / RECORDS).is_dir() and _is_older(folder / PROVENANCE):
             raise StudyError(
@@ -85,21 +90,16 @@ class Records:
             )
 
     def find(self, name: str) -> Record | None:
-        """Return a record; ``None`` if there is none.
-
-        Raises
-        ------
-        StudyError
-            If it is damaged.
-        """
+        """Return a record; ``None`` if there is none, or it is damaged, and then it is set aside."""
         if name not in self._found:
             path = self._path(name)
             try:
                 self._found[name] = Record.model_validate_json(path.read_bytes())
             except FileNotFoundError:
                 self._found[name] = None
-            except ValidationError as error:
-                raise StudyError(f"{path} is damaged; delete it to recompute that result") from error
+            except ValidationError:
+                self._set_aside(path, "is damaged")
+                self._found[name] = None
         return self._found[name]
 
     def forget(self) -> None:
@@ -113,32 +113,34 @@ class Records:
         return record.facts if record is not None and record.key == key else None
 
     def finished(self, name: str, key: str) -> bool:
-        """Whether a result was finished with this key and all its files are intact.
+        """Whether a result was finished with this key and all its files are intact; others are set aside.
 
-        Raises
-        ------
-        StudyError
-            If a file of the result was modified or truncated since.
+        A result with a file that was modified or truncated since is made again, as if the file were missing. The file
+        as it was found is moved to ``DIR/altered``: it may have been changed on purpose.
         """
         record = self.find(name)
         if record is None or record.key != key:
             return False
         now: dict[str, RecordedFile] = {}
+        intact = True
         for file, was in record.files.items():
             path = self.folder / file
             try:
                 stat = path.stat()
             except (FileNotFoundError, NotADirectoryError):
-                return False
+                intact = False
+                continue
             now[file] = was
             if (stat.st_size, stat.st_mtime_ns) == (was.size, was.mtime_ns):
                 continue
             if stat.st_size != was.size or file_sha256(path) != was.sha256:
-                raise StudyError(f"{path} was modified or truncated after it was written; delete it to recompute it")
+                self._set_aside(path, "was modified or truncated after it was written")
+                intact = False
+                continue
             now[file] = RecordedFile.of(path, was.sha256)  # copied or moved: its content need not be read again
-        if now != record.files:
+        if intact and now != record.files:
             self._write(name, record.model_copy(update={"files": now}))
-        return True
+        return intact
 
     def finish(
         self, name: str, key: str, files: Iterable[Path], seconds: float, facts: Mapping[str, Any] | None = None
@@ -182,6 +184,19 @@ class Records:
         names = sorted(path.relative_to(root).as_posix().removesuffix(".json") for path in root.rglob("*.json"))
         found = {name: self.find(name) for name in names}
         return {name: record for name, record in found.items() if record is not None}
+
+    def _set_aside(self, path: Path, what: str) -> None:
+        if not self._written:
+            return
+        place = self.folder / ALTERED / path.relative_to(self.folder)
+        number = 1
+        while place.exists():
+            number += 1
+            place = place.with_name(f"{path.name}.{number}")
+        with disk_errors(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+        self._tell(f"{path} {what}; it is now {place}, and is made again")
 
     def _write(self, name: str, record: Record) -> None:
         if self._written:

@@ -80,12 +80,27 @@ def test_a_copied_folder_is_trusted_when_its_files_are_the_same(folder, tmp_path
 
 
 @pytest.mark.parametrize("content", ["one of 2", "one of twO", ""])
-def test_a_file_that_was_altered_is_one_line(folder, content):
+def test_a_file_that_was_altered_is_set_aside_and_its_result_made_again(folder, content):
     path = folder / "readings" / "one"
-    path.write_text(content)
-    os.utime(path, ns=(1, 1))  # whatever the clock says
-    with pytest.raises(StudyError, match="one was modified or truncated after it was written; delete it"):
-        finished(folder)
+    for number in ("", ".2", ".3"):  # whatever was set aside before is kept
+        path.write_text(content)
+        os.utime(path, ns=(1, 1))  # whatever the clock says
+        told = []
+        assert not Records(folder, tell=told.append).finished("readings/dense/en", "key")
+        aside = folder / "altered" / "readings" / f"one{number}"
+        assert aside.read_text() == content
+        assert not path.exists()
+        said = f"{path} was modified or truncated after it was written; it is now {aside}, and is made again"
+        assert told == [said]
+        assert not finished(folder)
+
+
+def test_a_plan_moves_nothing(folder):
+    path = folder / "readings" / "one"
+    path.write_text("altered")
+    assert not Records(folder, written=False).finished("readings/dense/en", "key")
+    assert path.read_text() == "altered"
+    assert not (folder / "altered").exists()
 
 
 def test_a_result_of_another_key_is_made_again_whatever_its_files_are(folder):
@@ -94,11 +109,16 @@ def test_a_result_of_another_key_is_made_again_whatever_its_files_are(folder):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}', '{"key": "a", "seconds": 1, "files": {"x": "y"}}'])
-def test_a_damaged_record_is_one_line(folder, content):
-    (folder / "records" / "readings" / "dense" / "en.json").write_text(content)
-    with pytest.raises(StudyError, match=r"en\.json is damaged; delete it to recompute that result") as raised:
-        finished(folder)
-    assert "\n" not in str(raised.value)
+def test_a_damaged_record_is_set_aside(folder, content):
+    path = folder / "records" / "readings" / "dense" / "en.json"
+    path.write_text(content)
+    told = []
+    assert not Records(folder, tell=told.append).finished("readings/dense/en", "key")
+    aside = folder / "altered" / "records" / "readings" / "dense" / "en.json"
+    assert aside.read_text() == content
+    assert told == [f"{path} is damaged; it is now {aside}, and is made again"]
+    assert not finished(folder)
+    assert list(Records(folder).everything()) == []
 
 
 @pytest.mark.parametrize("content", [json.dumps({"stages": {}, "seeds": [0]}), '{"stages": {"variant'])

@@ -434,15 +434,34 @@ def test_a_variant_that_cannot_be_made_keeps_no_other_from_being_read(place, tmp
     ],
 )
 @pytest.mark.parametrize("damage", ["truncated", "altered"])
-def test_damaged_file_in_a_study_folder_is_noticed(finished, tmp_path, name, damage):
+def test_a_damaged_file_in_a_study_folder_is_made_again(finished, tmp_path, name, damage):
     out = tmp_path / "damaged"
     shutil.copytree(finished, out)
     whole = (out / name).read_bytes()
-    (out / name).write_bytes(whole[: len(whole) // 2] if damage == "truncated" else whole[:-1] + bytes([whole[-1] ^ 1]))
-    expect_one_line(prunescope("run", finished.parent / "study.toml", "--out", out), name, "delete it")
-    (out / name).unlink()
-    assert prunescope("run", finished.parent / "study.toml", "--out", out).returncode == 0
+    damaged = whole[: len(whole) // 2] if damage == "truncated" else whole[:-1] + bytes([whole[-1] ^ 1])
+    (out / name).write_bytes(damaged)
+    result = prunescope("run", finished.parent / "study.toml", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert f"{out / name} was modified or truncated after it was written" in result.stderr
     assert (out / name).read_bytes() == whole
+    assert (out / "altered" / name).read_bytes() == damaged
+    assert contents(out, *RESULTS) == contents(finished, *RESULTS)
+
+
+def test_a_study_whose_every_file_was_damaged_is_made_again(finished, tmp_path):
+    out = tmp_path / "damaged"
+    shutil.copytree(finished, out)
+    everything = {file for record in Records(out).everything().values() for file in record.files}
+    assert len(everything) > 100
+    for name in everything:
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    result = prunescope("run", finished.parent / "study.toml", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert contents(out, *RESULTS) == contents(finished, *RESULTS)
+    assert {
+        p.relative_to(out / "altered").as_posix() for p in (out / "altered").rglob("*") if p.is_file()
+    } == everything
 
 
 def test_a_folder_that_another_run_writes_into_is_refused(place, tmp_path):
@@ -464,14 +483,13 @@ def test_a_model_larger_than_memory_is_read_from_its_shards(place, finished, tmp
     assert contents(tmp_path / "out", *RESULTS) == contents(finished, *RESULTS)
 
 
-def test_damaged_record_is_noticed(finished, tmp_path):
+def test_a_result_with_a_damaged_record_is_made_again(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     record = tmp_path / "out" / "records" / "frames" / "signal.json"
     record.write_text(record.read_text()[:-20])
-    study = finished.parent / "study.toml"
-    expect_one_line(prunescope("run", study, "--out", tmp_path / "out"), "frames/signal.json", "damaged", "delete it")
-    record.unlink()
-    assert prunescope("run", study, "--out", tmp_path / "out").returncode == 0
+    result = prunescope("run", finished.parent / "study.toml", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert f"{record} is damaged" in result.stderr
     assert contents(tmp_path / "out", *RESULTS) == contents(finished, *RESULTS)
 
 
