@@ -54,6 +54,14 @@ class Context:
         return Records(self.folder, written=self.written, tell=self.tell)
 
     @cached_property
+    def captions(self) -> dict[str, dict[str, str]]:
+        """Captions of the study's figures, and of its tables, by name, under a hash of all that they are made from.
+
+        They are asked for in every round of units, and frames are read to make them.
+        """
+        return {}
+
+    @cached_property
     def texts(self) -> StudyTexts:
         """Text and questions."""
         return StudyTexts(self.study)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 
 from probes import DENSE, Readings
 from pruning.code_version import code_version
 from pruning.files import content_sha256
 
-from ..frames import read_frame
+from ..frames import Frames, read_frame
 from ..plots import save
 from ..report import (
+    KINDS,
     ReportFacts,
     ReportFigure,
+    ReportTable,
     diagnosis_figures,
     figures_of_group,
+    figures_of_kind,
     kinds_of_group,
     map_figures,
     study_figures,
@@ -62,7 +66,7 @@ class DrawFigures:
         """Draw a figure, and record it."""
         (output,) = unit.outputs
         name = output.name.partition("/")[2]
-        self._draw(context, output, next(figure for figure in figures(context) if figure.name == name))
+        self._draw(context, output, figure_named(context, name))
 
     def _draw(self, context: Context, output: Output, figure: ReportFigure) -> None:
         began = time.monotonic()
@@ -77,7 +81,9 @@ class DrawFirstFigures(DrawFigures):
         """Return the remaining figures of the masks; none before their frame is finished."""
         if frames_finished(context) or not frame_finished(context, MASKS):
             return []
-        left = self._left(context, {figure.name: _key_of_masks(context, figure) for figure in mask_figures(context)})
+        left = self._left(
+            context, {one.name: _key_of_masks(context, one.name, one.caption) for one in mask_figures(context)}
+        )
         return [replace(unit, work=1.0) for unit in left]  # the stage's share of the time is that of all figures
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
@@ -97,10 +103,27 @@ def mask_figures(context: Context) -> Iterator[ReportFigure]:
 def figures(context: Context) -> Iterator[ReportFigure]:
     """Yield every figure of a study, in the order of the report."""
     yield from study_figures(StudyFrames(context), report_facts(context))
+    yield from _of_diagnoses(context)
+
+
+def _of_diagnoses(context: Context) -> Iterator[ReportFigure]:
     for diagnosis in diagnoses(context):
         yield from figures_of(diagnosis)
     for request, group in across_languages(context):
         yield from figures_across(request, group)
+
+
+def figure_named(context: Context, name: str) -> ReportFigure:
+    """Return one figure of a study; only the frames that figures of its kind show or mention are read for it."""
+    frames, facts = StudyFrames(context), report_facts(context)
+    kinds = [kind for kind in KINDS if _may_be(name, kind)]
+    likely = (figure for kind in kinds for figure in figures_of_kind(frames, facts, kind))
+    return next(figure for figure in chain(likely, _of_diagnoses(context)) if figure.name == name)
+
+
+def _may_be(name: str, kind: str) -> bool:
+    """Whether a figure of this name may be of a kind: kind, task and recipe make up the name."""
+    return f"{name}-".startswith(f"{kind}-")
 
 
 def figures_of(diagnosis: Diagnosis) -> Iterator[ReportFigure]:
@@ -131,12 +154,11 @@ def figure_keys(context: Context) -> dict[str, str]:
     """Return a hash of everything that each figure depends on, by name."""
     code = code_version("analysis.plots", "analysis.report", "analysis.frames")
     of_frames = content_sha256([code, [frame_key(context, name) for name in NAMES]])
-    facts = report_facts(context)
     found = {
-        figure.name: _key_of_masks(context, figure)
-        if figure.kind in KINDS_OF_MASKS
-        else content_sha256([of_frames, figure.name, figure.caption])
-        for figure in study_figures(StudyFrames(context), facts)
+        name: _key_of_masks(context, name, caption)
+        if any(_may_be(name, kind) for kind in KINDS_OF_MASKS)
+        else content_sha256([of_frames, name, caption])
+        for name, caption in captions_of(context, of_frames, study_figures).items()
     }
     for diagnosis in diagnoses(context):
         found |= {figure.name: content_sha256([code, diagnosis.key, figure.name]) for figure in figures_of(diagnosis)}
@@ -146,9 +168,30 @@ def figure_keys(context: Context) -> dict[str, str]:
     return found
 
 
-def _key_of_masks(context: Context, figure: ReportFigure) -> str:
+def _key_of_masks(context: Context, name: str, caption: str) -> str:
     code = code_version("analysis.plots", "analysis.report", "analysis.frames")
-    return content_sha256([code, frame_key(context, MASKS), figure.name, figure.caption])
+    return content_sha256([code, frame_key(context, MASKS), name, caption])
+
+
+def captions_of(
+    context: Context, of_frames: str, listed: Callable[[Frames, ReportFacts], Iterable[ReportFigure | ReportTable]]
+) -> dict[str, str]:
+    """Return the captions of figures or tables by name.
+
+    Parameters
+    ----------
+    context
+        Of a study whose frames are finished.
+    of_frames
+        A hash of all that the frames depend on.
+    listed
+        Lists the figures or tables that there are.
+    """
+    facts = report_facts(context)
+    key = content_sha256([of_frames, listed.__name__, repr(facts)])
+    if key not in context.captions:
+        context.captions[key] = {one.name: one.caption for one in listed(StudyFrames(context), facts)}
+    return context.captions[key]
 
 
 def report_facts(context: Context) -> ReportFacts:

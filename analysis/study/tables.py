@@ -12,7 +12,7 @@ from ..report import ReportTable, document, latex, methods_latex, methods_paragr
 from .analyses import NAMES
 from .context import Context
 from .diagnose import diagnoses
-from .figures import report_facts, versions
+from .figures import captions_of, report_facts, versions
 from .frames import StudyFrames, frame_key, frames_finished
 from .units import Advance, Output, Unit
 
@@ -72,6 +72,7 @@ def table_keys(context: Context) -> dict[str, str]:
     """Return a hash of everything that each table, the paragraph and the preview depend on, by name."""
     code = code_version("analysis.report", "analysis.frames")
     of_frames = content_sha256([code, [frame_key(context, name) for name in NAMES]])
-    found = {table.name: content_sha256([of_frames, table.name, table.caption]) for table in tables(context)}
+    captions = captions_of(context, of_frames, study_tables)
+    found = {name: content_sha256([of_frames, name, caption]) for name, caption in captions.items()}
     said = [of_frames, context.study.to_toml(), [one.key for one in diagnoses(context)]]
     return found | {METHODS: content_sha256(said), PREVIEW: content_sha256([code, list(found)])}
