@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .metrics import (
         accuracy,
         contrasts,
+        dose,
         geometry,
         lape,
         lens,
@@ -52,6 +53,7 @@ __all__ = [
     "accuracy",
     "contrasts",
     "demo_study",
+    "dose",
     "frames",
     "geometry",
     "lape",

@@ -10,9 +10,11 @@ from analysis.frames import dense_columns
 from analysis.metrics.recovery import Asked, components_of, diagnose
 from probes import Session, item_questions
 from probes.items import Item
+from probes.patching import DamagedModel
 from probes.scoring import score
-from pruning import Anatomy
+from pruning import Anatomy, Recipe, prune
 from pruning.variants.masks import MaskSet
+from pruning.variants.owner import DenseModel
 from pruning.variants.store import VariantRecord
 from pruning.variants.variant import Variant
 
@@ -60,3 +62,16 @@ def diagnosed(model, tokenizer, damage, asked=None, components=None, skip_first=
     asked = asked or questions_that_suffer(session, damage)
     components = components or components_of(session.anatomy, damage.projections, subspaces_of(model), draws=3)
     return diagnose(session, damage, asked, components, COLUMNS, **settings)
+
+
+def pruned_and_diagnosed(language_neurons=None, draws=1, **settings):
+    """A model with three in ten of its weights, questions that suffer from it, and what a diagnosis makes of them."""
+    from conftest import tiny_model, tiny_tokenizer
+
+    model = tiny_model()
+    (variant,) = prune(model, tiny_tokenizer(), Recipe(method="magnitude", sparsity=0.7))
+    session = Session(model, tiny_tokenizer())
+    damage = DamagedModel(DenseModel(model), variant)
+    asked = questions_that_suffer(session, damage)
+    components = components_of(session.anatomy, damage.projections, subspaces_of(model), language_neurons, draws=draws)
+    return session, damage, asked, components, diagnose(session, damage, asked, components, COLUMNS, **settings)

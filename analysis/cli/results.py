@@ -164,10 +164,12 @@ def figures(
 
     check_study_in(folder)
     there = Study.open(folder).figures
-    kinds = dict.fromkeys([*(figure.kind for figure in there.values()), *there])
+    known = list(dict.fromkeys(figure.kind for figure in there.values()))
     for name in kind or []:
-        if name not in kinds:
-            raise StudyError(f'there is no figure "{shortened(name)}" in {folder}; {did_you_mean(name, list(kinds))}')
+        if name not in known and name not in there:
+            raise StudyError(f'there is no figure "{shortened(name)}" in {folder}; {did_you_mean(name, known)}')
+    if out.resolve() == (folder / "figures").resolve():
+        raise StudyError(f"{out} has the figures of the study itself, as its report shows them; choose another folder")
     wanted = [figure for figure in there.values() if not kind or {figure.kind, figure.name} & {*kind}]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from . import labels
 from .added import AddedFrame
 from .files import read_frame, write_frame
 from .schema import ALL, FRAMES, RECIPE_COLUMNS, STUDY_FRAMES, TEXT, VARIANT_COLUMNS, FrameSpec, Metric
-from .tables import Frames, alike, check, dense_columns, joined, of_recipe, recipes_of, tidy
+from .tables import Frames, alike, check, dense_columns, joined, of_recipe, recipes_of, series_of, tidy
 
 __all__ = [
     "ALL",
@@ -27,6 +27,7 @@ __all__ = [
     "of_recipe",
     "read_frame",
     "recipes_of",
+    "series_of",
     "tidy",
     "write_frame",
 ]

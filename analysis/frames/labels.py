@@ -122,13 +122,13 @@ def variant_labels(frame: pd.DataFrame) -> list[str]:
 
 
 def recipe_label(recipe: Mapping[str, Any]) -> str:
-    """Return a recipe in a few words."""
+    """Return a recipe in a few words; without a sparsity it is a series of recipes."""
     grid = _GRID.fullmatch(str(recipe["pattern"]))
     words = [method_name(recipe["method"])]
     if grid:
         words += [f"{grid[1]} bits", _grouped(grid)]
     else:
-        words += [] if maskless(recipe) else [f"sparsity {recipe['sparsity']:g}"]
+        words += [] if _no_sparsity(recipe) else [f"sparsity {recipe['sparsity']:g}"]
         words.append(_pattern_words(recipe["pattern"]))
     words += [f"{recipe['allocation']} allocation"] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
     words += [f"in {recipe['scope']}"] if recipe["scope"] != EVERYWHERE else []
@@ -139,7 +139,7 @@ def recipe_label(recipe: Mapping[str, Any]) -> str:
 
 def recipe_slug(recipe: Mapping[str, Any]) -> str:
     """Return a recipe's part of a figure's file name."""
-    sparsity = [] if maskless(recipe) else [f"{recipe['sparsity']:g}"]
+    sparsity = [] if _no_sparsity(recipe) else [f"{recipe['sparsity']:g}"]
     words = [str(recipe["method"]), *sparsity, str(recipe["pattern"]).replace(":", "of")]
     words += [str(recipe["allocation"])] if recipe["allocation"] not in (UNIFORM, UNKNOWN) else []
     words += [str(recipe["scope"])] if recipe["scope"] != EVERYWHERE else []
@@ -161,6 +161,10 @@ def quantized(recipe: Mapping[str, Any]) -> bool:
 def maskless(recipe: Mapping[str, Any]) -> bool:
     """Whether models have no masks: they were quantized, or all their weights were changed elsewhere."""
     return str(recipe["pattern"]) == CHANGED or quantized(recipe)
+
+
+def _no_sparsity(recipe: Mapping[str, Any]) -> bool:
+    return maskless(recipe) or "sparsity" not in recipe
 
 
 def _grouped(grid: re.Match[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
@@ -96,12 +96,25 @@ def alike(columns: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return list(groups.values())
 
 
-def recipes_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """List the recipes that a frame has pruned models of, by what tells them apart; calibrated ones first."""
-    columns = list(RECIPE_COLUMNS[1:])
+def recipes_of(frame: pd.DataFrame, without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """List the recipes that a frame has pruned models of, by what tells them apart; calibrated ones first.
+
+    Parameters
+    ----------
+    frame
+        The frame.
+    without
+        Columns in which recipes may differ and count as one: those that differ in ``sparsity`` alone are a series.
+    """
+    columns = [column for column in RECIPE_COLUMNS[1:] if column not in without]
     unique = frame[frame["method"] != DENSE][columns].drop_duplicates().sort_values(columns)
     unique = unique.sort_values("propagation", key=lambda column: column == UNCALIBRATED, kind="stable")
     return [{str(key): value for key, value in row.items()} for row in unique.to_dict("records")]
+
+
+def series_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """List the series of a frame: recipes that differ in nothing but sparsity are one."""
+    return recipes_of(frame, without=("sparsity",))
 
 
 def _broadcast(row: Mapping[str, Any], spec: FrameSpec) -> list[pa.Array]:

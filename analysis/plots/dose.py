@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 
 from probes import DENSE
 
-from ..frames import ALL, TEXT, labels, of_recipe
+from ..frames import ALL, RECIPE_COLUMNS, TEXT, labels, of_recipe, series_of
 from . import charts, style
 
 _TEXT_TITLE = "text: log2 perplexity ratio"
+#: Columns of words, which are compared between frames, of which each has its own categories.
+_WORDS = ("model", "method", "pattern", "allocation", "scope", "propagation", "calibration")
 
 
 def response(
@@ -33,7 +35,7 @@ def response(
     perplexity, accuracy
         Frames.
     series
-        The columns that tell a series from others.
+        Recipes that differ in sparsity alone (:func:`analysis.frames.series_of`).
     width
         In inches.
     """
@@ -52,7 +54,7 @@ def response(
         panels.append(charts.Panel(title, lines, _chance(values), whole_x=False))
     return charts.line_panels(
         panels,
-        title=f"What remains at which sparsity ({series_label(series)})",
+        title=f"What remains at which sparsity ({labels.recipe_label(series)})",
         x_label="sparsity",
         y_label="",
         share=False,
@@ -68,7 +70,7 @@ def breaking(frame: pd.DataFrame, series: Mapping[str, Any], *, width: float = s
     frame
         The frame ``dose``.
     series
-        The columns that tell a series from others.
+        Recipes that differ in sparsity alone (:func:`analysis.frames.series_of`).
     width
         In inches.
     """
@@ -84,7 +86,7 @@ def breaking(frame: pd.DataFrame, series: Mapping[str, Any], *, width: float = s
         written[category] = value.map(_sparsity) + "\n" + low.map(_sparsity) + "–" + high.map(_sparsity)
     return charts.heatmaps(
         tables,
-        title=f"Sparsity at which it breaks ({series_label(series)})",
+        title=f"Sparsity at which it breaks ({labels.recipe_label(series)})",
         colour_label="sparsity",
         labels=written,
         low=0.0,
@@ -109,14 +111,14 @@ def at_perplexity(perplexity: pd.DataFrame, accuracy: pd.DataFrame, *, width: fl
     colours: dict[str, str] = {}
     panels = []
     for title, values in _by_category(accuracy).items():
-        keys = [*_RECIPE, "sparsity", "calibration", "seed"]
+        keys = [*RECIPE_COLUMNS, "calibration", "seed"]
         both = values.merge(ratio[[*keys, "value"]], on=keys, suffixes=("", "_text"))
         dense = both[both["method"] == DENSE]
         lines = []
         for recipe in series_of(both):
             own = of_recipe(both, recipe).groupby("sparsity")[["value_text", "value"]].mean()
             x, y = ([float(dense[name].mean()), *own[name]] for name in ("value_text", "value"))
-            label = series_label(recipe)
+            label = labels.recipe_label(recipe)
             lines.append(charts.Line(label, x, y, colours.setdefault(label, style.nth(len(colours)))))
         panels.append(charts.Panel(title, lines, _chance(values), whole_x=False))
     return charts.line_panels(
@@ -128,36 +130,19 @@ def at_perplexity(perplexity: pd.DataFrame, accuracy: pd.DataFrame, *, width: fl
     )
 
 
-#: What tells series apart beside the calibration set.
-_RECIPE = ("method", "pattern", "allocation", "scope", "propagation", "item_share")
-
-
-def series_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """List the series of a frame, without their calibration sets."""
-    columns = list(_RECIPE)
-    unique = frame[frame["method"] != DENSE][columns].drop_duplicates().sort_values(columns)
-    return [{str(key): value for key, value in row.items()} for row in unique.to_dict("records")]
-
-
-def series_label(series: Mapping[str, Any]) -> str:
-    """Return how figures call a series: its recipe without the sparsity."""
-    words = labels.recipe_label({**series, "sparsity": 0.0}).split(", ")
-    return ", ".join(word for word in words if not word.startswith("sparsity "))
-
-
 def _ratio(perplexity: pd.DataFrame) -> pd.DataFrame:
     """Return log2 of the perplexity over the dense model's, mean over languages, of every model."""
-    shown = perplexity[perplexity["metric"] == "perplexity"].astype(dict.fromkeys((*_RECIPE, "calibration"), object))
+    shown = perplexity[perplexity["metric"] == "perplexity"].astype(dict.fromkeys(_WORDS, object))
     dense = shown[shown["method"] == DENSE].set_index("language")["value"]
     shown = shown.assign(value=np.log2(shown["value"] / shown["language"].map(dense).astype(float)))
-    keys = [*_RECIPE, "sparsity", "calibration", "seed"]
+    keys = [*RECIPE_COLUMNS, "calibration", "seed"]
     return shown.groupby(keys, sort=False, as_index=False)["value"].mean()
 
 
 def _by_category(accuracy: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return accuracy over all languages by task and category, on minimal pairs where there are any."""
     found = {}
-    shown = accuracy[accuracy["part"] == ALL].astype(dict.fromkeys((*_RECIPE, "calibration"), object))
+    shown = accuracy[accuracy["part"] == ALL].astype(dict.fromkeys(_WORDS, object))
     tasks = shown["task"].unique()
     for task in tasks:
         for category in labels.categories_of(shown[shown["task"] == task]):

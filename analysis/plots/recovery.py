@@ -103,8 +103,8 @@ def across(frames: Mapping[str, pd.DataFrame], *, width: float = style.PAGE_WIDT
         colour_label="Spearman's ρ",
         low=0.0,
         high=1.0,
-        x_label="second half",
-        y_label="first half",
+        x_label="language",
+        y_label="language",
         width=width,
     )
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pruning.text.languages import named
 
 from .. import plots
-from ..frames import Frames, labels, recipes_of
+from ..frames import Frames, labels, recipes_of, series_of
 from ..metrics import recovery
 from ..metrics.maps import likeness
 from ..metrics.recovery_frame import named_causes
@@ -128,10 +128,8 @@ def _of_all_models(frames: Frames, facts: ReportFacts, kinds: tuple[str, ...]) -
 
 def _of_doses(frames: Frames) -> Iterator[ReportFigure]:
     """Yield what remains at which sparsity, of every series of variants that differ in sparsity alone."""
-    several = plots.dose.series_of(frames["dose"])
-    for series in several:
-        label = plots.dose.series_label(series)
-        name = labels.slug("-".join(str(one) for column, one in series.items() if column != "item_share" or one))
+    for series in series_of(frames["dose"]):
+        label, name = labels.recipe_label(series), labels.recipe_slug(series)
         yield ReportFigure(
             ALL_MODELS,
             f"{_RESPONSE}-{name}",

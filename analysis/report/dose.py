@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from ..frames import TEXT, labels, of_recipe
-from ..plots.dose import series_label, series_of
+from ..frames import TEXT, labels, of_recipe, series_of
 
 
 def breaking_points(frame: pd.DataFrame) -> Iterator[str]:
@@ -24,8 +23,8 @@ def breaking_points(frame: pd.DataFrame) -> Iterator[str]:
         rows = rows[rows["language"].notna()]
         listed = [_category(category, rows[rows["category"] == category]) for category in labels.categories_of(rows)]
         yield (
-            f"With {series_label(series)} (medians over languages, calibration sets and draws; in brackets the lowest "
-            f"and highest), {'; '.join(listed)}."
+            f"With {labels.recipe_label(series)} (medians over languages, calibration sets and draws; in brackets the "
+            f"lowest and highest), {'; '.join(listed)}."
         )
 
 

@@ -232,10 +232,10 @@ def _together_in_words(frame: pd.DataFrame) -> Iterator[str]:
     at_random = random[random["value"] >= _HALF]
     beside = f"{int(at_random['masks'].iloc[0])} masks" if len(at_random) else f"more than {int(random['masks'].max())}"
     yield (
-        f"Undone together, on the half of the questions that did not rank them, {int(first['masks'])} of {every} "
+        f"Undone together on the half of the questions that did not rank them, {int(first['masks'])} of {every} "
         f"masks ({100 * first['weight_share']:.0f} % of the weights in all of these projections) recover "
-        f"{100 * first['value']:.0f} % {_interval(first, 100, 0)} of the drop, the first of 1, 2, 4, … "
-        f"that bring back half of it; of the same roles in random blocks it takes {beside}."
+        f"{100 * first['value']:.0f} % {_interval(first, 100, 0)} of the drop: the fewest, "
+        f"of 1, 2, 4, …, that bring back half of it. With the same roles in random blocks it takes {beside}."
     )
     beyond = frame[(frame["metric"] == "beyond_sum") & (frame["estimated_on"] == BOTH)].sort_values("masks")
     beyond = beyond[beyond["masks"] > 1]

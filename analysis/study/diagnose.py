@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from probes import DENSE, ChoiceScores
 from probes.patching import DAMAGE, RESTORE, Component, Direction, Patched, attribute, patch
+from probes.scoring import Question
 from pruning.code_version import code_version
 from pruning.errors import PrunescopeError, StudyError
 from pruning.files import content_sha256, whole_file, write_text
@@ -58,6 +59,7 @@ class Diagnose:
 
     def __init__(self, *requests: DiagnosisRequest) -> None:
         self.requests = requests
+        self._unfinished: dict[DiagnosisRequest, Diagnosis] = {}  # their components take long to make
 
     def units(self, context: Context) -> Sequence[Unit]:
         """Return the units that can run now; attribution comes first, since it selects the components to patch exactly.
@@ -67,9 +69,10 @@ class Diagnose:
         return [unit for request in self.requests for unit in self._units_of(context, request)]
 
     def _units_of(self, context: Context, request: DiagnosisRequest) -> Sequence[Unit]:
-        diagnosis = Diagnosis(context, request)
+        diagnosis = self._diagnosis(context, request)
         done = context.records.finished
         if done(diagnosis.result, diagnosis.key):
+            del self._unfinished[request]
             return []
         if request.variant in context.variants.set_aside:
             reason = context.variants.set_aside[request.variant]
@@ -100,7 +103,7 @@ class Diagnose:
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
         """Run one unit of the diagnosis, and record its results."""
         began = time.monotonic()
-        several = (Diagnosis(context, request) for request in self.requests)
+        several = (self._diagnosis(context, request) for request in self.requests)
         own = unit.outputs[0].name
         diagnosis = next(one for one in several if own == one.result or own.startswith(f"{one.result}/"))
         body = context.model.facts.body
@@ -117,6 +120,11 @@ class Diagnose:
         seconds = (time.monotonic() - began) / len(unit.outputs)
         for output in unit.outputs:
             context.records.finish(output.name, output.key, files[output.name], seconds)
+
+    def _diagnosis(self, context: Context, request: DiagnosisRequest) -> Diagnosis:
+        if request not in self._unfinished:
+            self._unfinished[request] = Diagnosis(context, request)
+        return self._unfinished[request]
 
     def _unit(self, title: str, outputs: Sequence[Output], work: float) -> Unit:
         return Unit(self.name, title, tuple(outputs), work)
@@ -157,14 +165,14 @@ class Diagnosis:
         """Return the results of exact patching to compute, given the attribution."""
         return {
             direction: [self.part(f"{direction}/{_slug(self._inputs.components[i])}") for i in indices]
-            for direction, indices in self._plan(self._attributed()).exact.items()
+            for direction, indices in self._plan.exact.items()
         }
 
     def together(self) -> dict[str, list[Output]]:
         """Return the results of undoing masks together, given the attribution, by the half that chose them."""
         return {
             half: [self.part(f"{_TOGETHER}/{half}/{one.name}") for one in sets]
-            for half, sets in self._plan(self._attributed()).together.items()
+            for half, sets in self._plan.together.items()
         }
 
     @property
@@ -205,31 +213,30 @@ class Diagnosis:
         }
         (direction,) = {places[name][0] for name in names}
         chosen = [self._inputs.components[places[name][1]] for name in names]
-        found = patch(
-            self.context.model.session,
-            self._inputs.asked.questions,
-            self._inputs.damage,
-            chosen,
-            direction=direction,
-            positions=self.request.positions,
-            progress=progress,
-        )
-        for i, name in enumerate(names):
-            path = self._file(name.removeprefix(f"{self.result}/"))
-            found.exact[i].save(path)
-            yield name, path
+        yield from self._patch(names, self._inputs.asked.questions, chosen, direction, progress)
 
     def undo(self, names: Sequence[str], progress: Advance) -> Iterator[tuple[str, Path]]:
         """Undo some sets of masks that one half chose, on the other half; yield the name and file of each result."""
-        plan = self._plan(self._attributed()).together
+        plan = self._plan.together
         places = {f"{self.result}/{_TOGETHER}/{half}/{s.name}": (half, s) for half, sets in plan.items() for s in sets}
         (half,) = {places[name][0] for name in names}
+        chosen = [places[name][1].component for name in names]
+        yield from self._patch(names, self._inputs.asked.half(OTHER[half]), chosen, RESTORE, progress)
+
+    def _patch(
+        self,
+        names: Sequence[str],
+        questions: Sequence[Question],
+        components: Sequence[Component],
+        direction: Direction,
+        progress: Advance,
+    ) -> Iterator[tuple[str, Path]]:
         found = patch(
             self.context.model.session,
-            self._inputs.asked.half(OTHER[half]),
+            questions,
             self._inputs.damage,
-            [places[name][1].component for name in names],
-            direction=RESTORE,
+            components,
+            direction=direction,
             positions=self.request.positions,
             progress=progress,
         )
@@ -249,7 +256,7 @@ class Diagnosis:
         """Write the frame and the remedy, and return all files."""
         asked, components, variant = self._inputs.asked, self._inputs.components, self._inputs.variant
         estimates = self._attributed()
-        plan = self._plan(estimates)
+        plan = self._plan
         exact = {
             direction: {i: ChoiceScores.open(self._file(f"{direction}/{_slug(components[i])}")) for i in indices}
             for direction, indices in plan.exact.items()
@@ -288,9 +295,11 @@ class Diagnosis:
     def _inputs(self) -> DiagnosisInputs:
         return DiagnosisInputs(StudyMeasured(self.context), self.context.model.session, self.request)
 
-    def _plan(self, estimates: Mapping[str, Patched]) -> Confirmation:
+    @cached_property
+    def _plan(self) -> Confirmation:
+        """What is to be patched exactly; the attribution must be finished."""
         request, inputs = self.request, self._inputs
-        return to_confirm(inputs.asked, inputs.components, estimates, request.confirm, request.sample)
+        return to_confirm(inputs.asked, inputs.components, self._attributed(), request.confirm, request.sample)
 
     def _attributed(self) -> dict[str, Patched]:
         return {half: self._attributed_on(half) for half in HALVES}

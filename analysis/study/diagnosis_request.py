@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from probes import Item
 from probes.patching import COUNTED, Positions
-from pruning.errors import PrunescopeError, StudyError, did_you_mean, shortened
+from pruning.errors import StudyError, did_you_mean, shortened
 from pruning.text.languages import language_tag, named
 
 from ..frames import ALL, TEXT, labels
@@ -82,21 +82,14 @@ class DiagnosisRequest(BaseModel):
 def in_each_language(study: StudyConfig, request: DiagnosisRequest) -> list[DiagnosisRequest]:
     """Return a request in each language of the study, if it is for all of them, else the request itself.
 
-    Of items those languages are left out that have none of the category.
+    Languages without items of the category are left out, unless none has any.
     """
     if request.language != ALL:
         return [request]
     found = [request.model_copy(update={"language": language}) for language in study.languages]
-    if request.category == TEXT or study.item_source() is None:
+    if request.category == TEXT:
         return found
-
-    def has(language: str) -> bool:
-        try:
-            return bool(asked_items(study.items(language), request))
-        except PrunescopeError:
-            return False
-
-    return [one for one in found if has(one.language)] or found[:1]
+    return [one for one in found if asked_items(study.items(one.language), request)] or found
 
 
 def check(study: StudyConfig, request: DiagnosisRequest) -> DiagnosisRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class Records:
         while place.exists():
             number += 1
             place = place.with_name(f"{path.name}.{number}")
-        with disk_errors(place):
+        with disk_errors(place), suppress(FileNotFoundError):  # another worker may have moved it
             place.parent.mkdir(parents=True, exist_ok=True)
             path.rename(place)
         self._tell(f"{path} {what}; it is now {place}, and is made again")

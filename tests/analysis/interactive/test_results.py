@@ -349,3 +349,9 @@ def test_what_cannot_be_drawn_is_said(folder, tmp_path, words, said):
     assert result.returncode == 2
     assert all(word in result.stderr for word in said)
     assert not (tmp_path / "paper").exists()
+
+
+def test_the_figures_of_the_study_itself_are_not_written_over(folder):
+    result = prunescope("figures", folder, "--out", folder / "figures", "--kind", "perplexity")
+    assert result.returncode == 2
+    assert "choose another folder" in result.stderr

@@ -8,7 +8,7 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 
 from analysis import plots
-from analysis.frames import dense_columns
+from analysis.frames import dense_columns, labels, series_of
 from analysis.metrics import accuracy, dose, perplexity
 from analysis.metrics.dose import crossing, falling, series
 from analysis.report.dose import breaking_points
@@ -109,7 +109,7 @@ def test_planted_breaking_points_are_found():
     (said,) = breaking_points(found)
     assert said.startswith("With Wanda, per row (medians ")
     assert "perplexity has doubled at sparsity 0.35 [0.35, 0.35]" in said
-    (one,) = plots.dose.series_of(found)
+    (one,) = series_of(found)
     written = {text.get_text() for axes in plots.dose.breaking(found, one).axes for text in axes.texts}
     assert any(text.startswith("0.35\n") for text in written)
 
@@ -122,16 +122,12 @@ def test_what_does_not_break_has_no_finite_sparsity():
     assert np.isposinf(found["high"]).all()
     (said,) = breaking_points(found)
     assert "knowledge is half way to chance at no sparsity tried in 4 of 4 cases" in said
-    written = {
-        text.get_text()
-        for axes in plots.dose.breaking(found, plots.dose.series_of(found)[0]).axes
-        for text in axes.texts
-    }
+    written = {text.get_text() for axes in plots.dose.breaking(found, series_of(found)[0]).axes for text in axes.texts}
     assert "–\n–––" in written
 
 
 def test_an_interval_may_reach_beyond_the_highest_sparsity():
-    """Text that costs hardly twice as much at the highest sparsity: of its segments some cost less."""
+    """Hardly more than half is lost at the highest sparsity: with some other templates it would be less than half."""
     columns = models((0.5, 0.6, 0.7))
 
     def lost(described, language):
@@ -176,9 +172,9 @@ def test_shares_of_items_in_the_calibration_text_are_series_of_their_own():
         columns | asked, lambda described, language: described["sparsity"] * described["item_share"]
     )
     found = dose.analyze(frame, readings, columns | asked)
-    plain, mixed = plots.dose.series_of(found)
+    plain, mixed = series_of(found)
     assert (plain["item_share"], mixed["item_share"]) == (0, 0.5)
-    assert plots.dose.series_label(mixed) == f"{plots.dose.series_label(plain)}, calibrated on 50% items"
+    assert labels.recipe_label(mixed) == f"{labels.recipe_label(plain)}, calibrated on 50% items"
 
 
 def test_curves_start_at_the_dense_model():
@@ -186,7 +182,7 @@ def test_curves_start_at_the_dense_model():
     frame, readings = study(columns, lambda described, language: described["sparsity"])
     found = perplexity.analyze(readings, columns)
     right = accuracy.analyze(frame)
-    (one,) = plots.dose.series_of(dose.analyze(frame, readings, columns))
+    (one,) = series_of(dose.analyze(frame, readings, columns))
     response = plots.dose.response(found, right, one)
     text, knowledge = response.axes[:2]
     for axes, start in ((text, 0.0), (knowledge, 1.0)):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import COLUMNS, diagnosed, planted_variant, questions_that_suffer, subspaces_of
+from planted import COLUMNS, diagnosed, planted_variant, pruned_and_diagnosed, questions_that_suffer, subspaces_of
 from scipy.stats import t
 
 from analysis import plots
@@ -385,17 +385,7 @@ def test_a_model_that_gained_has_no_causes_either(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def pruned_model():
-    """A model with three in ten of its weights, questions that suffer from it, and what a diagnosis makes of them."""
-    from conftest import tiny_model, tiny_tokenizer
-
-    model = tiny_model()
-    (variant,) = prune(model, tiny_tokenizer(), Recipe(method="magnitude", sparsity=0.7))
-    session = Session(model, tiny_tokenizer())
-    damage = DamagedModel(DenseModel(model), variant)
-    asked = questions_that_suffer(session, damage)
-    components = components_of(session.anatomy, damage.projections, subspaces_of(model), {1: [4, 5]}, draws=3)
-    frame = diagnose(session, damage, asked, components, COLUMNS, confirm=6, sample=5)
-    return session, damage, asked, components, frame
+    return pruned_and_diagnosed({1: [4, 5]}, draws=3, confirm=6, sample=5)
 
 
 def metrics_by_hand(scores):
