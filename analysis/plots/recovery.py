@@ -99,7 +99,7 @@ def across(frames: Mapping[str, pd.DataFrame], *, width: float = style.PAGE_WIDT
     first = next(iter(frames.values())).iloc[0]
     return charts.heatmaps(
         {names[kind]: table for kind, table in likeness(frames).items()},
-        title=f"Agreement of the maps of languages ({labels.category_label(str(first['category']))})",
+        title=f"Agreement between the maps of languages ({labels.category_label(str(first['category']))})",
         colour_label="Spearman's ρ",
         low=0.0,
         high=1.0,

@@ -133,7 +133,7 @@ def _of_doses(frames: Frames) -> Iterator[ReportFigure]:
         yield ReportFigure(
             ALL_MODELS,
             f"{_RESPONSE}-{name}",
-            f"{label}: perplexity and accuracy by sparsity, which is the only thing in which these variants differ. "
+            f"{label}: perplexity and accuracy by sparsity, in which alone these variants differ. "
             "Text: log2 of the perplexity over the dense model's, mean over languages. Accuracy: over all languages "
             "(on minimal pairs, where there are any); categories in which the dense model is not shown to be above "
             "chance are left out. Lines: means over draws of a calibration set; bands: their range.",

@@ -33,6 +33,6 @@ def _category(category: str, rows: pd.DataFrame) -> str:
     what = "perplexity has doubled" if category == TEXT else f"{category} is half way to chance"
     middle, low, high = np.quantile(value, [0.5, 0, 1], method="inverted_cdf")
     if not np.isfinite(middle):
-        return f"{what} at no sparsity tried in {int(np.isinf(value).sum())} of {len(value)} cases"
+        return f"{what} at none of the sparsities tried in {int(np.isinf(value).sum())} of {len(value)} cases"
     end = f"{high:.2f}" if np.isfinite(high) else "beyond the highest tried"
     return f"{what} at sparsity {middle:.2f} [{low:.2f}, {end}]"

@@ -25,12 +25,12 @@ def map_findings(frames: Mapping[str, pd.DataFrame]) -> list[str]:
     said = []
     for kind, table in likeness(frames).items():
         between, low, high, within = summary(table)
-        said.append(f"{_NAMES[kind]} {between:.2f} [{low:.2f}, {high:.2f}], of one language with itself {within:.2f}")
+        said.append(f"{_NAMES[kind]} {between:.2f} [{low:.2f}, {high:.2f}], a language with itself {within:.2f}")
     if not said:
         return []
     return [
-        f"Agreement of the maps of {len(frames)} languages, each on one half of its questions with the others on the "
-        f"other half (Spearman's ρ, mean over pairs with the lowest and highest): {'; '.join(said)}.",
+        f"Agreement between the maps of {len(frames)} languages, one on the first half of its questions and the other "
+        f"on the second (Spearman's ρ: mean over pairs, with the lowest and the highest): {'; '.join(said)}.",
         *_common(frames),
     ]
 
@@ -42,6 +42,6 @@ def _common(frames: Mapping[str, pd.DataFrame]) -> Iterator[str]:
         listed = [f"{describe(row)} ({of} of {len(frames)})" for row, of in zip(rows, table["languages"], strict=True)]
         if listed:
             yield (
-                f"Highest on average over languages, as gradients estimate it ({_NAMES[kind]}; in how many languages "
-                f"on both halves): {'; '.join(listed)}."
+                f"What recovers most on average over languages, as gradients estimate it ({_NAMES[kind]}; in brackets, "
+                f"the number of languages in which it recovers something on both halves): {'; '.join(listed)}."
             )

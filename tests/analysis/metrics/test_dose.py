@@ -121,7 +121,7 @@ def test_what_does_not_break_has_no_finite_sparsity():
     assert np.isposinf(found["value"]).all()
     assert np.isposinf(found["high"]).all()
     (said,) = breaking_points(found)
-    assert "knowledge is half way to chance at no sparsity tried in 4 of 4 cases" in said
+    assert "knowledge is half way to chance at none of the sparsities tried in 4 of 4 cases" in said
     written = {text.get_text() for axes in plots.dose.breaking(found, series_of(found)[0]).axes for text in axes.texts}
     assert "–\n–––" in written
 

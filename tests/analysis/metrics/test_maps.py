@@ -89,7 +89,7 @@ def test_what_is_shared_comes_first():
     assert table.iloc[0].to_dict() == {"value": 1.0, "languages": 3}
     said = map_findings(frames)
     assert "the weights of down in block 7 (3 of 3)" in said[1]
-    assert said[0].startswith("Agreement of the maps of 3 languages")
+    assert said[0].startswith("Agreement between the maps of 3 languages")
     figure = plots.recovery.across(frames)
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["de", "en", "sw"]
 

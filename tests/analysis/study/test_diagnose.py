@@ -302,7 +302,7 @@ def test_diagnoses_in_all_languages_are_compared(copied):
     assert {path.suffix for path in (copied / "figures").glob(f"{name}.*")} == {".pdf", ".png"}
     page = page_of(copied)
     assert f"Diagnoses across languages: {VARIANT}, text" in page
-    assert "Agreement of the maps of 2 languages" in page
+    assert "Agreement between the maps of 2 languages" in page
     shutil.rmtree(copied / "diagnoses" / f"{VARIANT}-en-text")
     assert diagnose(copied, language="sw", category="text").returncode == 0
     assert not list((copied / "figures").glob(f"{name}.*"))
