@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -16,11 +16,12 @@ from .files import content_sha256
 from .methods import Method, method_named
 from .models.anatomy import ROLES, role_kind
 from .models.families import is_reader, roles_of
+from .models.layouts import MLP_READERS
 from .parameters import SPECIFIC, Parameter, checked, exact
 from .patterns import BLOCKS, MODEL, Pattern, is_structure, n_of_m, pattern_named
 from .quantization import MULTIPLE, WIDTHS, Grid
 from .recovery import recovery_named
-from .statistics import GRAM, OF_INPUTS
+from .statistics import OF_INPUTS
 from .subspaces import Subspaces
 from .text.calibration import CalibrationSet
 
@@ -64,7 +65,8 @@ class Recipe(BaseModel):
         update weights refuse it.
     correction
         ``admm`` or ``least-squares`` update the kept weights after the mask is settled, starting from the dense ones;
-        ``none`` by default. With a refinement or a correction, a recipe needs calibration text whatever its method.
+        ``firing`` sets biases so that each MLP neuron fires as often as before; ``none`` by default. With a refinement
+        or a correction, a recipe needs calibration text whatever its method.
     recover
         ``lora`` or ``fine-tune`` train the kept weights on the calibration text after all other steps; removed ones
         stay zero; ``none`` by default. The whole model must be in memory.
@@ -340,8 +342,16 @@ class Recipe(BaseModel):
     def needs(self) -> frozenset[str]:
         """Statistics that the method, the refinement and the correction request."""
         refining = refiner_named(self.refinement).needs if self.refinement != NONE else frozenset()
-        correcting = frozenset({GRAM}) if self.correction != NONE else frozenset()
+        correcting = corrector_named(self.correction).needs if self.correction != NONE else frozenset()
         return self.scoring.needs | refining | correcting
+
+    def spares(self, roles: Collection[str]) -> frozenset[str]:
+        """Return what :attr:`needs` has for a correction alone that leaves projections with these roles as they are."""
+        corrector = corrector_named(self.correction)
+        if corrector.settle is None or not set(MLP_READERS).isdisjoint(roles):
+            return frozenset()
+        refining = refiner_named(self.refinement).needs if self.refinement != NONE else frozenset()
+        return corrector.needs - self.scoring.needs - refining
 
     @property
     def of_inputs(self) -> frozenset[str]:
@@ -356,7 +366,9 @@ class Recipe(BaseModel):
     @property
     def updates(self) -> bool:
         """Whether weights are computed, by the method or by a correction, rather than only chosen."""
-        return self.scoring.solves or self.correction != NONE
+        corrector = corrector_named(self.correction)
+        rescales = corrector.settle is not None and bool(self.correction_parameters.get("scale"))
+        return self.scoring.solves or corrector.correct is not None or rescales
 
     @property
     def recovers(self) -> bool:

@@ -46,7 +46,7 @@ def ria(W: Tensor, X: Tensor, power: float = 0.5) -> Tensor:
 
 
 def m_wanda(W: Tensor, X_by_language: dict[str, Tensor], spread: float = 1.0, firing: float = 1.0) -> Tensor:
-    """M-Wanda (Choenni and Titov, EMNLP 2025), as METHODS.md reconstructs it.
+    """M-Wanda (Choenni and Titov, EMNLP 2025), reconstructed from the paper.
 
     |W| * (mean + spread * std over languages of n_l) * p ** firing.
     """
@@ -134,6 +134,19 @@ def flap(W: Tensor, X: Tensor) -> Tensor:
     """FLAP (An et al., AAAI 2024): for every input its variance times the squared norm of the weights that read it."""
     W, X = W.detach().double(), X.detach().double()
     return ((X - X.mean(dim=0)) ** 2).mean(dim=0) * (W**2).sum(dim=0)
+
+
+def firing(W: Tensor, pruned: Tensor, X: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Return weights and biases with which each output keeps the ratio of its mean and standard deviation."""
+    W, pruned, X = W.detach().double(), pruned.detach().double().clone(), X.detach().double()
+    biases = torch.zeros(len(W), dtype=torch.float64) if bias is None else bias.detach().double().clone()
+    for i in range(len(W)):
+        dense, left = X @ W[i] + biases[i], X @ pruned[i]
+        if scale:
+            pruned[i] *= dense.std(correction=0) / left.std(correction=0)
+            left = X @ pruned[i]
+        biases[i] = dense.mean() * left.std(correction=0) / dense.std(correction=0) - left.mean()
+    return pruned, biases
 
 
 def block_influence(before: Tensor, after: Tensor) -> float:
@@ -366,7 +379,7 @@ def cross_lingual_block_sparsities(
     sign: int = 1,
     sizes: list[int] | None = None,
 ) -> list[float]:
-    """M-Wanda's allocation as METHODS.md reconstructs it, from the mean correlation of n_l between languages.
+    """M-Wanda's allocation as reconstructed from the paper, from the mean correlation of n_l between languages.
 
     A block is a list over groups of inputs of language -> n_l; sizes are the blocks' numbers of weights (None: equal).
     """

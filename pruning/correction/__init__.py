@@ -1,6 +1,7 @@
 """What may follow the choice of a mask: refining it, and correcting the kept weights. Both look at the inputs only.
 
-A refiner exchanges kept and pruned weights whose values stay the dense ones; a corrector then updates the kept weights.
+A refiner exchanges kept and pruned weights whose values stay the dense ones; a corrector then updates the kept weights,
+or the biases of neurons.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from ..errors import RecipeError, unknown
 from ..parameters import NONE
 from .admm import ADMM
 from .dsnot import DSNOT
+from .firing import FIRING
 from .least_squares import LEAST_SQUARES
 from .registry import Corrected, Corrector, Refiner
 from .swaps import SWAPS
 
-_CORRECTORS = {c.name: c for c in (Corrector(NONE, "kept weights have their dense values"), ADMM, LEAST_SQUARES)}
+_AS_IT_IS = Corrector(NONE, "kept weights have their dense values")
+_CORRECTORS = {c.name: c for c in (_AS_IT_IS, ADMM, LEAST_SQUARES, FIRING)}
 _REFINERS = {r.name: r for r in (Refiner(NONE, "the method's mask"), SWAPS, DSNOT)}
 
 

@@ -36,7 +36,7 @@ class Corrected:
 
 @dataclass(frozen=True)
 class Corrector:
-    """Updates the kept weights of a mask.
+    """Updates the kept weights of a mask, or the biases of neurons.
 
     Attributes
     ----------
@@ -49,12 +49,20 @@ class Corrector:
         input, given their dense weights and masks. Raises ``ArithmeticError`` if it cannot.
     parameters
         What a recipe may set.
+    needs
+        Statistics of the inputs that it requests.
+    settle
+        Instead of `correct`: ``settle(weight, pruned, inputs, bias, **parameters)`` returns the weights and the bias of
+        a matrix that computes what MLP neurons fire on, given the dense weights, those of the pruned model and the
+        dense bias, if any. Other matrices are left as they are. Raises ``ArithmeticError`` if it cannot.
     """
 
     name: str
     source: str
     correct: Callable[..., Corrected] | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset({GRAM})
+    settle: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -111,19 +111,38 @@ def _follow(
             choice.remarks.append(f"block {layer}, {' and '.join(roles)}: no calibration token reached them; {undone}")
         return
     weights = [anatomy.weight(layer, role) for role in roles]
-    refine, correct = refiner_named(recipe.refinement).refine, corrector_named(recipe.correction).correct
+    refine, corrector = refiner_named(recipe.refinement).refine, corrector_named(recipe.correction)
     try:
         if refine is not None:
             for role, weight in zip(roles, weights, strict=True):
                 mask = choice.masks[role]
                 choice.masks[role] = refine(weight, mask, inputs, recipe.choosing, **recipe.refinement_parameters)
-        if correct is not None:
+        if corrector.settle is not None:
+            _settle(anatomy, layer, roles, recipe, inputs, choice)
+        if corrector.correct is not None:
             masks = [choice.masks[role] for role in roles]
-            corrected = correct(weights, masks, inputs, **recipe.correction_parameters)
+            corrected = corrector.correct(weights, masks, inputs, **recipe.correction_parameters)
             choice.weights |= dict(zip(roles, corrected.weights, strict=True))
             choice.remarks += [f"block {layer}, {' and '.join(roles)}: {remark}" for remark in corrected.remarks]
     except ArithmeticError as error:
         raise not_finite(layer, roles[0]) from error
+
+
+def _settle(
+    anatomy: Anatomy, layer: int, roles: Sequence[str], recipe: Recipe, inputs: InputStatistics, choice: Choice
+) -> None:
+    """Correct the biases of the projections that compute what neurons fire on, and their weights if that is asked."""
+    settle = corrector_named(recipe.correction).settle
+    assert settle is not None
+    for role in roles:
+        if role in anatomy.firing_roles(layer):
+            weight = anatomy.weight(layer, role)
+            updated = choice.weights.get(role)
+            pruned = weight.masked_fill(~choice.masks[role], 0) if updated is None else updated
+            bias = anatomy.bias(layer, role)
+            found, choice.biases[role] = settle(weight, pruned, inputs, bias, **recipe.correction_parameters)
+            if found is not pruned:
+                choice.weights[role] = found
 
 
 def choose_masks(

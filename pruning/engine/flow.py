@@ -207,7 +207,8 @@ class Flow:
         for group in self.anatomy.groups(layer):
             readers = [job for job in jobs if any(job.recipe.reads(layer, role) for role in group.roles)]
             if readers:
-                wanted[group] = frozenset().union(*(self.needs(job) for job in readers))
+                needed = (self.needs(job) - job.recipe.spares(group.roles) for job in readers)
+                wanted[group] = frozenset().union(*needed)
         return wanted
 
     def _parts(self, layer: int, wanted: Iterable[InputGroup], jobs: Sequence[Job]) -> dict[str, dict[str, InputPart]]:

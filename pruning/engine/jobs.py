@@ -10,6 +10,7 @@ from math import gcd
 import torch
 
 from ..allocation import DIAGNOSIS, diagnosed
+from ..correction import corrector_named
 from ..errors import RecipeError
 from ..models.anatomy import Anatomy
 from ..patterns import BLOCKS, Shape
@@ -106,7 +107,7 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
         If the model lacks a role or the blocks, its inputs cannot be divided into groups of m, the method or the
         recovery needs the whole model in memory but its weights stay on disk, a diagnosis does not match its matrices,
         the sparsity removes none of the structures, or blocks cannot be removed; if a float16 model should be
-        fine-tuned; or if subspaces do not fit the model.
+        fine-tuned; if subspaces do not fit the model; or if neurons' biases should be corrected and cannot be.
     """
     if anatomy.streamed and recipe.whole:
         raise RecipeError(f"{recipe.whole}, so the whole model must be in memory; load it with stream=False")
@@ -130,6 +131,8 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
         _check_groups(recipe, shapes)
         return
     check_parts(anatomy, recipe, shapes)
+    if corrector_named(recipe.correction).settle is not None:
+        _check_biases(anatomy, recipe, shapes)
     m = recipe.choosing.group
     for (layer, role), (_, inputs) in shapes.items():
         if m and inputs % m:
@@ -144,6 +147,21 @@ def check_fits(anatomy: Anatomy, recipe: Recipe) -> None:
         check_blocks_removable(anatomy)
     elif recipe.choosing.structure:
         unit_budgets(anatomy, recipe)
+
+
+def _check_biases(anatomy: Anatomy, recipe: Recipe, covered: Collection[Key]) -> None:
+    """Check that what neurons fire on is in scope, and can have a bias."""
+    keys = [key for key in covered if key[1] in anatomy.firing_roles(key[0])]
+    if not keys:
+        fire = dict.fromkeys(role for layer in range(len(anatomy.blocks)) for role in anatomy.firing_roles(layer))
+        remedy = f"include {' and '.join(fire)}, whose outputs decide it" if fire else "experts have no biases"
+        raise RecipeError(f'correction "{recipe.correction}" sets biases of neurons: {remedy}, or leave it out')
+    for layer, role in keys:
+        if not anatomy.takes_bias(layer, role):
+            raise RecipeError(
+                f'correction "{recipe.correction}" needs a bias of {role}, which shares its module with other '
+                f"projections in this {anatomy.kind} model and has none; leave it out"
+            )
 
 
 def _check_groups(recipe: Recipe, shapes: Mapping[Key, Shape]) -> None:

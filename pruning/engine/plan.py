@@ -10,7 +10,7 @@ import torch
 from humanize import naturaldelta, naturalsize
 
 from ..allocation import allocation_named
-from ..correction import NONE
+from ..correction import NONE, corrector_named
 from ..errors import RecipeError
 from ..methods import magnitude
 from ..models.anatomy import Anatomy
@@ -232,7 +232,8 @@ def _kept(jobs: Sequence[Job]) -> int:
         for recipe in recipes
         if recipe.scoring.solve is not None or "damping" in recipe.scoring.parameters
     }
-    inverses = {tuple(recipe.correction_parameters.items()) for recipe in recipes if recipe.correction != NONE}
+    corrected = [recipe for recipe in recipes if corrector_named(recipe.correction).correct is not None]
+    inverses = {tuple(recipe.correction_parameters.items()) for recipe in corrected}
     weighted = {recipe.weighting for recipe in recipes} - {None}
     return len(factors) + len(inverses) + len(weighted)
 
@@ -430,7 +431,13 @@ class _Needs:
         worst = 0
         schedule = Schedule(self.anatomy, with_gram, self.text)
         for layer in range(len(self.anatomy.blocks)):
-            grams = [self.anatomy.shape(layer, group.leader)[1] ** 2 * _FLOAT for group in self.anatomy.groups(layer)]
+            grams = [
+                self.anatomy.shape(layer, group.leader)[1] ** 2 * _FLOAT
+                for group in self.anatomy.groups(layer)
+                if any(GRAM in job.recipe.needs - job.recipe.spares(group.roles) for job in with_gram)
+            ]
+            if not grams:
+                continue
             sharing = schedule.on_pieces(layer)
             pieces = len(schedule.pieces(layer))
             summed = {job.calibration: len(schedule.pieces_of(job)) > 1 for job in sharing}  # one piece needs no sum

@@ -342,6 +342,21 @@ class Anatomy:
         """Whether the MLP of a block (or its experts) is gated: ``act(gate(x)) * up(x)`` rather than ``act(up(x))``."""
         return any(role_kind(role) == "gate" for role in self._roles[layer])
 
+    def firing_roles(self, layer: int) -> tuple[str, ...]:
+        """Return the roles of a block whose outputs an activation function takes: ``gate``, or ``up`` without a gate.
+
+        Those of experts are left out, which have no biases.
+        """
+        pairs = (("gate", "up"), ("shared_gate", "shared_up"))
+        there = self.sites(layer)
+        found = (next((role for role in pair if role in there), None) for pair in pairs)
+        return tuple(role for role in found if role is not None)
+
+    def takes_bias(self, layer: int, role: str) -> bool:
+        """Whether a projection has a bias or can be given one: without one, it must not share its module."""
+        place = self._blocks[layer].sites.get(role)
+        return place is not None and (self.bias(layer, role) is not None or not isinstance(place, Fused))
+
     def groups(self, layer: int) -> tuple[InputGroup, ...]:
         """Return the projections of one block, grouped by the input that they read, in order of execution."""
         block = self._blocks[layer]

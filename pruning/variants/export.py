@@ -21,6 +21,7 @@ from ..models.anatomy import Anatomy, role_kind
 from ..models.checkpoint import INDEX
 from ..models.quiet import no_progress_bars
 from ..models.streaming import Streamed, residence_of
+from ..parameters import NONE
 from ..projections import Key
 from ..text.languages import named
 from .masks import MaskSet
@@ -98,9 +99,10 @@ def write_checkpoint(variant: Exportable, anatomy: Anatomy, tokenizer: Any, fold
     if own is None and needs_biases(variant, anatomy):
         own, reason = rebuilt(variant, anatomy, ())
         if own is None:
-            raise VariantError(
-                f'"{variant.record.id}" cannot be exported: {reason}; prune with parameters = {{ bias = 0 }}'
-            )
+            instead = "with parameters = { bias = 0 }"
+            if recipe is not None and recipe.correction != NONE:
+                instead = f'without correction = "{recipe.correction}"'
+            raise VariantError(f'"{variant.record.id}" cannot be exported: {reason}; prune {instead}')
     if own is not None:
         with no_progress_bars():
             own.save_pretrained(folder)

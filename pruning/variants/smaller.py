@@ -27,7 +27,7 @@ _WIDTHS = {
 }
 _CALLED = {"down": "MLP", "expert": "expert", "shared_down": "shared expert"}
 #: Switches of a configuration that give projections biases.
-_SWITCHES = {"o": "attention_bias", "down": "mlp_bias"}
+_SWITCHES = {"o": "attention_bias", "gate": "mlp_bias", "up": "mlp_bias", "down": "mlp_bias"}
 #: Largest difference of logits, relative to the largest logit, that counts as rounding.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
