@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -135,6 +135,17 @@ def recipe_label(recipe: Mapping[str, Any]) -> str:
     words += ["dense propagation"] if recipe["propagation"] == "dense" else []
     words += [f"calibrated on {percent(recipe['item_share'])} items"] if recipe.get("item_share") else []
     return ", ".join(words)
+
+
+def apart(names: Sequence[str]) -> dict[str, str]:
+    """Return names of recipes without the words that all of them share.
+
+    >>> apart(["Wanda, sparsity 0.5, per row", "RIA(power=1), sparsity 0.5, per row"])
+    {'Wanda, sparsity 0.5, per row': 'Wanda', 'RIA(power=1), sparsity 0.5, per row': 'RIA(power=1)'}
+    """
+    words = {name: re.split(r", (?![^(]*\))", name) for name in names}
+    shared = set.intersection(*(set(of) for of in words.values())) if len(words) > 1 else set()
+    return {name: ", ".join(word for word in of if word not in shared) or name for name, of in words.items()}
 
 
 def recipe_slug(recipe: Mapping[str, Any]) -> str:

@@ -65,6 +65,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "lens": _WORD,
     "other_language": _WORD,
     "other_calibration": _WORD,
+    "other_recipe": _WORD,
     "other_seed": pa.int32(),
     "contrast": _WORD,
     "other_category": _WORD,
@@ -172,6 +173,7 @@ _LENS = (
 _OVER_SAMPLED = "mean over the sampled positions, the same for all models; 95 % bootstrap interval over their segments"
 _PAIRED = "mean over segments (paired) and draws; interval over both"
 _DROPS = "mean over templates and draws; interval over both"
+_BY_DRAW = "mean over calibration sets that both have, draws and segments or templates (paired); interval over both"
 _MATCHED = "minus what the difference in log perplexity predicts (one slope a category and language, over all variants)"
 
 
@@ -514,6 +516,22 @@ FRAMES: dict[str, FrameSpec] = {
             "margin_drop": Metric("nat", f"the same for the mean margin of the right choice; {_DROPS}"),
             "accuracy_drop_matched": Metric("", f"accuracy_drop {_MATCHED}; {_DROPS}"),
             "margin_drop_matched": Metric("nat", f"margin_drop {_MATCHED}; {_DROPS}"),
+        },
+        tests=True,
+    ),
+    "recipe_contrasts": FrameSpec(
+        ("language", "task", "category", "other_recipe", "at_chance"),
+        {
+            "log_perplexity": Metric("nat", f"log perplexity of this recipe minus that of the other; {_BY_DRAW}"),
+            "snr_db": Metric(
+                "dB", f"the same difference in SNR of the residual stream after the last block; {_BY_DRAW}"
+            ),
+            "accuracy": Metric(
+                "",
+                "the same difference in the share of minimal pairs (items, where there are no pairs) that are right; "
+                f"{_BY_DRAW}",
+            ),
+            "margin": Metric("nat", f"the same difference in the mean margin of the right choice; {_BY_DRAW}"),
         },
         tests=True,
     ),

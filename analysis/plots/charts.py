@@ -283,6 +283,7 @@ def effect_panels(
     x_label: str,
     legend: tuple[str, str] = ("significant (p < 0.05, corrected)", "not significant, or not tested"),
     x_range: tuple[float, float] | None = None,
+    least: float = 1.6,
     width: float = PAGE_WIDTH,
 ) -> Figure:
     """Draw differences from zero with intervals in small multiples.
@@ -297,10 +298,12 @@ def effect_panels(
         What a filled and what an open marker means.
     x_range
         Of the axis; that of the intervals by default.
+    least
+        Inches that a panel takes at least, with the labels beside it, at the default size of text.
     width
         Inches.
     """
-    rows = math.ceil(len(panels) / max(round(width / points(1.6)), 1))
+    rows = math.ceil(len(panels) / max(round(width / points(least)), 1))
     columns = math.ceil(len(panels) / rows)  # as few as fill these rows
     longest = max(len(effects) for effects in panels.values())
     with mpl.rc_context(STYLE):

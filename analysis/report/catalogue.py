@@ -15,6 +15,7 @@ from .. import plots
 from ..frames import Frames, labels, recipes_of, series_of
 from ..metrics import recovery
 from ..metrics.maps import likeness
+from ..metrics.recipe_contrasts import with_reference
 from ..metrics.recovery_frame import named_causes
 from ..metrics.together import DRAWS as TOGETHER_DRAWS
 from ..metrics.together import TOGETHER
@@ -52,10 +53,13 @@ class ReportFigure:
 
 ALL_MODELS = "All models"
 _PERPLEXITY, _LANGUAGES = "perplexity", "routing-languages"
+_RECIPES, _RECIPES_ASKED = "recipes-perplexity", "recipes"
 _RESPONSE, _BREAKING, _AT_PERPLEXITY = "dose-response", "dose-breaking", "accuracy-at-perplexity"
 #: Lens to the kind of its figure.
 _LENSES = {lens: f"{figure}-languages" for lens, figure in OF_LENSES.items()}
-_OF_ALL_MODELS = (_PERPLEXITY, _RESPONSE, _BREAKING, _AT_PERPLEXITY, _LANGUAGES, *_LENSES.values())
+_COMPARED = (_RECIPES, _RECIPES_ASKED)
+_DOSES = (_RESPONSE, _BREAKING, _AT_PERPLEXITY)
+_OF_ALL_MODELS = (_PERPLEXITY, *_COMPARED, *_DOSES, _LANGUAGES, *_LENSES.values())
 #: Every kind of figure of a study, in the order of the report.
 KINDS = (*_OF_ALL_MODELS, *(kind for _, kinds in GROUPS.values() for kind in kinds))
 
@@ -109,7 +113,9 @@ def _of_all_models(frames: Frames, facts: ReportFacts, kinds: tuple[str, ...]) -
             lambda **settings: plots.perplexity.all_models(frames["perplexity"], **settings),
             _PERPLEXITY,
         )
-    if {_RESPONSE, _BREAKING, _AT_PERPLEXITY} & {*kinds} and len(frames["dose"]):
+    if {*_COMPARED} & {*kinds} and len(frames["recipe_contrasts"]):
+        yield from (figure for figure in _of_recipes(frames["recipe_contrasts"]) if figure.kind in kinds)
+    if {*_DOSES} & {*kinds} and len(frames["dose"]):
         yield from (figure for figure in _of_doses(frames) if figure.kind in kinds)
     if _LANGUAGES in kinds and (frames["routing"]["metric"] == "language_distance").any():
         yield ReportFigure(
@@ -124,6 +130,37 @@ def _of_all_models(frames: Frames, facts: ReportFacts, kinds: tuple[str, ...]) -
     for lens, kind in _LENSES.items():
         if kind in kinds and (frames["lens"]["lens"] == lens).any():
             yield _languages_of_tokens(frames, lens, kind)
+
+
+def _of_recipes(frame: pd.DataFrame) -> Iterator[ReportFigure]:
+    """Yield what every recipe keeps more or less than the reference."""
+    _, reference = with_reference(frame)
+    tested = (
+        "Intervals (95 %) hold over draws of the calibration text and what was asked, paired by draw; with a single "
+        "draw there are none, and nothing is tested. Filled markers: p < 0.05 (t-test, Benjamini-Hochberg correction). "
+        "Frame recipe_contrasts has all pairs of recipes, and single calibration sets."
+    )
+    yield ReportFigure(
+        ALL_MODELS,
+        _RECIPES,
+        f"Log perplexity of every recipe minus that of {reference}, on the calibration sets that both have; left of "
+        f"zero is better. {tested}",
+        lambda **settings: plots.recipe_contrasts.effects(frame, **settings),
+        _RECIPES,
+    )
+    for task in frame.loc[frame["metric"] == "accuracy", "task"].unique():
+        yield ReportFigure(
+            ALL_MODELS,
+            f"{_RECIPES_ASKED}-{labels.slug(str(task))}",
+            f"Task {task}: accuracy (on minimal pairs, where there are any) of every recipe minus that of {reference}, "
+            "on the calibration sets that both have, all languages in which the dense model is shown to be above "
+            f"chance; right of zero is better. {tested}",
+            lambda task=str(task), **settings: plots.recipe_contrasts.effects(
+                frame, metric="accuracy", task=task, **settings
+            ),
+            _RECIPES_ASKED,
+            {"task": str(task)},
+        )
 
 
 def _of_doses(frames: Frames) -> Iterator[ReportFigure]:

@@ -19,6 +19,7 @@ from .catalogue import ALL_MODELS, section_of
 from .dose import breaking_points
 from .geometry import geometry_of_dense, geometry_of_recipe
 from .lens import lens_of_dense, lens_of_recipe, margins_of_recipe
+from .recipes import recipes_compared
 from .routing import routing_of_dense, routing_of_recipe
 
 
@@ -45,7 +46,8 @@ def study_findings(frames: Frames) -> Iterator[tuple[str, list[str]]]:
     )
     dense_only = (_knowledge(frames["subspaces"]), geometry_of_dense(frames["geometry"]))
     read = (routing_of_dense(frames["routing"]), lens_of_dense(frames["lens"]))
-    yield ALL_MODELS, [before, after, *breaking_points(frames["dose"]), *chain(*dense_only, *read)]
+    between = (recipes_compared(frames["recipe_contrasts"]), breaking_points(frames["dose"]))
+    yield ALL_MODELS, [before, after, *chain(*between, *dense_only, *read)]
     for recipe in recipes_of(perplexity):
         sentences = [sentence for part in _PARTS for sentence in part(frames, recipe)]
         yield section_of(recipe), sentences

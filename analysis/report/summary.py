@@ -17,6 +17,7 @@ from ..frames import ALL, Frames, labels, of_recipe, recipes_of
 from ..metrics import mask_overlap
 from ..metrics.contrasts import OTHERS, OWN, SIGNIFICANT
 from ..metrics.halves import BOTH
+from ..metrics.recipe_contrasts import with_reference
 from ..metrics.recovery_frame import named_causes
 
 #: How many findings there are at most, and how many of one kind.
@@ -61,7 +62,7 @@ def summary(frames: Frames, diagnoses: Mapping[str, tuple[str, pd.DataFrame]], d
     drawn
         Names of the figures that there are: a finding without its figure is linked to none.
     """
-    found = chain(_of_recipes(frames), _of_diagnoses(diagnoses))
+    found = chain(_of_recipes(frames), _between_recipes(frames["recipe_contrasts"]), _of_diagnoses(diagnoses))
     sure = sorted((f for f in found if f.strength > 1), key=lambda f: -f.strength)
     kinds: Counter[str] = Counter()
     shown = []
@@ -184,6 +185,34 @@ def _masks(frames: Frames, recipe: Mapping[str, Any], name: str, slug: str) -> I
         f"{figure}-{slug}",
         "mask_overlap",
     )
+
+
+def _between_recipes(frame: pd.DataFrame) -> Iterator[Finding]:
+    """Yield what each recipe keeps more or less than the reference, over all calibration sets and languages."""
+    rows, reference = with_reference(frame)
+    rows = rows[rows["calibration"].isna() & rows["language"].isna() & (rows["p_adjusted"] < SIGNIFICANT)]
+    for row in rows.to_dict("records"):
+        recipe = labels.recipe_label(row)
+        if row["metric"] == "log_perplexity":
+            value, low, high = (np.exp(row[key]) for key in ("value", "low", "high"))
+            yield Finding(
+                "recipes, perplexity",
+                f"{recipe}: perplexity is {value:.2f} times [{low:.2f}, {high:.2f}] that of {reference}, over all "
+                "languages and calibration sets.",
+                _strength(row),
+                "recipes-perplexity",
+                "recipe_contrasts",
+            )
+        elif row["metric"] == "accuracy":
+            value, low, high = (100 * row[key] for key in ("value", "low", "high"))
+            yield Finding(
+                "recipes, answers",
+                f"{recipe}: accuracy in {row['category']} ({row['task']}) is {value:+.1f} points "
+                f"[{low:+.1f}, {high:+.1f}] from that of {reference}, over all languages and calibration sets.",
+                _strength(row),
+                f"recipes-{labels.slug(str(row['task']))}",
+                "recipe_contrasts",
+            )
 
 
 def _of_diagnoses(diagnoses: Mapping[str, tuple[str, pd.DataFrame]]) -> Iterator[Finding]:

@@ -28,6 +28,7 @@ from ..metrics import (
     lsar,
     mask_overlap,
     perplexity,
+    recipe_contrasts,
     routing,
     signal,
     task_contrasts,
@@ -206,6 +207,10 @@ def _task_contrasts(of: Measured) -> Analyzed:
     return {"task_contrasts": task_contrasts.analyze(of.frames["items"], of.frames["perplexity"])}
 
 
+def _recipe_contrasts(of: Measured) -> Analyzed:
+    return {"recipe_contrasts": recipe_contrasts.analyze(of.frames["items"], of.readings, of.columns, _ids(of))}
+
+
 def _dose(of: Measured) -> Analyzed:
     return {"dose": dose.analyze(of.frames["items"], of.readings, of.columns)}
 
@@ -230,12 +235,14 @@ ANALYSES: dict[tuple[str, ...], Callable[[Measured], Analyzed]] = {
     ("contrasts",): _contrasts,
     ("items", "accuracy"): _items,
     ("task_contrasts",): _task_contrasts,
+    ("recipe_contrasts",): _recipe_contrasts,
     ("dose",): _dose,
     ("sparsity",): _sparsity,
 }
 #: Frames that are made from others.
 MADE_FROM: dict[tuple[str, ...], tuple[str, ...]] = {
     ("task_contrasts",): ("items", "perplexity"),
+    ("recipe_contrasts",): ("items",),
     ("dose",): ("items", "perplexity"),
 }
 #: Names of all frames that prunescope makes of a study, in order.
