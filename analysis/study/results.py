@@ -14,7 +14,7 @@ from ..frames import dense_columns
 from .study_file import load_study
 
 
-def open_readings(folder: Path) -> tuple[StoredReadings, dict[str, Mapping[str, Any]]]:
+def open_readings(folder: Path | str) -> tuple[StoredReadings, dict[str, Mapping[str, Any]]]:
     """Open the readings of a study's models, which analyzers take as input.
 
     Parameters
@@ -33,6 +33,7 @@ def open_readings(folder: Path) -> tuple[StoredReadings, dict[str, Mapping[str, 
     StudyError
         If there is no study in the folder, or it has no readings yet.
     """
+    folder = Path(folder)
     study = load_study(folder / "study.toml")
     columns: dict[str, Mapping[str, Any]] = {DENSE: dense_columns(study.model_name)}
     for path in sorted((folder / "variants").glob("*/recipe.json")):
