@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -58,9 +60,23 @@ def run(
         device_memory=bytes_of("--device-memory", device_memory),
         on=on,
     )
-    made = next((path.parent.name for path in sorted((folder / "variants").glob("*/recipe.json"))), "ID")
-    diagnose = ("diagnose", folder, "--variant", made, "--language", resolved.languages[0], "--category", "text")
+    variant, language = _worth_diagnosing(folder, resolved.languages)
+    diagnose = ("diagnose", folder, "--variant", variant, "--language", language, "--category", "text")
     ends("report", report, diagnose)
+
+
+def _worth_diagnosing(folder: Path, languages: Sequence[str]) -> tuple[str, str]:
+    """Return a variant of a finished study and a language: if there is one, one that it was not calibrated on."""
+    variants: dict[str, list[str]] = {}
+    for path in sorted((folder / "variants").glob("*/recipe.json")):
+        calibration = json.loads(path.read_text(encoding="utf-8"))["calibration"]
+        variants[path.parent.name] = calibration["languages"] if calibration else []
+    calibrated = [name for name, own in variants.items() if own]
+    for name in calibrated:
+        for language in languages:
+            if language not in variants[name]:
+                return name, language
+    return next(iter(calibrated or variants), "ID"), languages[0]
 
 
 @app.command(

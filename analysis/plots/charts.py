@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -16,13 +17,15 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from ..frames.labels import in_order, layer_label, set_label, sets_of
 from .style import GREY, PAGE_WIDTH, STYLE, panel_title, points, set_style, wrapped
 
 #: Characters of a legend that fit into an inch.
 _CHARACTERS = 17
+#: Characters of a line of a row's name.
+_ROW_LABEL = 30
 #: Colour of cells without a value.
 _EMPTY = "0.9"
 
@@ -129,13 +132,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One of several small plots: its lines, and levels (name to value) drawn across."""
+    """One of several small plots: its lines, and levels (name to value) drawn across.
+
+    `log_x` is the base of a logarithmic axis, 0 of a linear one.
+    """
 
     title: str
     lines: Sequence[Line]
     levels: Mapping[str, float | int] = field(default_factory=dict)
     x_label: str | None = None
-    log_x: bool = False
+    log_x: int = 0
     whole_x: bool = True
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
@@ -233,8 +239,9 @@ def line_panels(
             axes.set_title(panel_title(panel.title, width / columns))
             axes.grid(axis="y")
             if panel.log_x:
-                axes.set_xscale("log")
+                axes.set_xscale("log", base=panel.log_x)
                 axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_locator(NullLocator())
             elif panel.whole_x:
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if panel.x_range:
@@ -283,7 +290,6 @@ def effect_panels(
     x_label: str,
     legend: tuple[str, str] = ("significant (p < 0.05, corrected)", "not significant, or not tested"),
     x_range: tuple[float, float] | None = None,
-    least: float = 1.6,
     width: float = PAGE_WIDTH,
 ) -> Figure:
     """Draw differences from zero with intervals in small multiples.
@@ -298,12 +304,10 @@ def effect_panels(
         What a filled and what an open marker means.
     x_range
         Of the axis; that of the intervals by default.
-    least
-        Inches that a panel takes at least, with the labels beside it, at the default size of text.
     width
         Inches.
     """
-    rows = math.ceil(len(panels) / max(round(width / points(least)), 1))
+    rows = math.ceil(len(panels) / max(round(width / points(1.6)), 1))
     columns = math.ceil(len(panels) / rows)  # as few as fill these rows
     longest = max(len(effects) for effects in panels.values())
     with mpl.rc_context(STYLE):
@@ -333,4 +337,63 @@ def effect_panels(
             (line([], [], color=GREY, marker="o", markersize=3.5, markerfacecolor="white"), legend[1]),
         ]
         figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=3 if width >= PAGE_WIDTH else 1)
+    return figure
+
+
+def grouped_effects(
+    panels: Mapping[str, Mapping[str, Sequence[Effect]]],
+    *,
+    title: str,
+    x_label: str,
+    legend: tuple[str, str] = ("significant (p < 0.05, corrected)", "not significant, or not tested"),
+    width: float = PAGE_WIDTH,
+) -> Figure:
+    """Draw differences from zero with intervals in rows that hold several, beside each other, in small multiples.
+
+    Parameters
+    ----------
+    panels
+        Title of each panel to its rows, and of each row to its differences; the rows of all panels are the same. The
+        differences of a row are told apart by colour, with their labels in the legend.
+    title, x_label, legend, width
+        As for :func:`effect_panels`.
+    """
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    most = max(len(effects) for rows in panels.values() for effects in rows.values())
+    labels = {name: fill(name, _ROW_LABEL) for name in names}
+    high = sum(max(0.14 * (label.count("\n") + 1), 0.09 * most + 0.05) for label in labels.values())
+    grid_rows = math.ceil(len(panels) / max(round((width - points(1.6)) / points(1.1)), 1))
+    columns = math.ceil(len(panels) / grid_rows)
+    colours: dict[str, str] = {}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, points(0.9 + grid_rows * (0.4 + high))), layout="constrained")
+        grid = figure.subplots(grid_rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, (panel, rows) in zip(grid.flat, panels.items(), strict=False):
+            for y, name in enumerate(names):
+                effects = rows.get(name, ())
+                for k, effect in enumerate(effects):
+                    at = y + 0.7 * ((k + 0.5) / len(effects) - 0.5)
+                    axes.plot([effect.low, effect.high], [at, at], color=effect.colour, linewidth=1)
+                    face = effect.colour if effect.significant else "white"
+                    axes.plot([effect.value], [at], "o", color=effect.colour, markerfacecolor=face, markersize=3)
+                    colours.setdefault(effect.label, effect.colour)
+            axes.axvline(0, color=GREY, linewidth=0.6)
+            axes.set_yticks(range(len(names)), [labels[name] for name in names])
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_title(panel_title(panel, width / columns))
+            axes.tick_params(axis="y", length=0)
+            axes.tick_params(labelbottom=True)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        in_last_row = len(panels) - columns * (grid_rows - 1)
+        grid[-1][(in_last_row - 1) // 2].set_xlabel(x_label)
+        figure.suptitle(wrapped(title, width))
+        line = mpl.lines.Line2D
+        keys: list[tuple[Any, str]] = [
+            (line([], [], color=GREY, marker="o", markersize=3), legend[0]),
+            (line([], [], color=GREY, marker="o", markersize=3, markerfacecolor="white"), legend[1]),
+        ]
+        if len(colours) > 1:
+            keys = [(line([], [], color=colour), label) for label, colour in colours.items()] + keys
+        figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=4 if width >= PAGE_WIDTH else 1)
     return figure

@@ -109,7 +109,7 @@ def shift(frame: pd.DataFrame, recipe: Mapping[str, Any], *, width: float = styl
             rows = rows[rows.groupby("dense_firing")["value"].transform("size") == sets]
             lines.append(charts.range_line(rows, "dense_firing", label, colour))
         panels.append(
-            charts.Panel(labels.language_title(language), lines, {"no change": 0.0}, log_x=True, x_range=(1e-3, 1.0))
+            charts.Panel(labels.language_title(language), lines, {"no change": 0.0}, log_x=10, x_range=(1e-3, 1.0))
         )
     return charts.line_panels(
         panels,

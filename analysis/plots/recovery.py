@@ -134,7 +134,7 @@ def together(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
             lines.append(charts.Line(label, x, y, colour, dash, low, high))
         if any(len(line.x) for line in lines):
             levels = {"half of the drop": 0.5} if shares else {}
-            panels.append(charts.Panel(name, lines, levels, log_x=True))
+            panels.append(charts.Panel(name, lines, levels, log_x=2))
     return charts.line_panels(
         panels,
         title=f"Masks undone together ({_title(frame)})",
