@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .lens import LensReadings, LensStream, TokenLanguages
     from .lens_margins import LensMargins, MarginStream
     from .lockstep import read_streams
+    from .pairs import paired_questions
     from .patching import Component, DamagedModel, attribute, patch
     from .readers.base import Reader
     from .readers.firing import NeuronFiring
@@ -74,6 +75,7 @@ __all__ = [
     "attribute",
     "fit_translators",
     "item_questions",
+    "paired_questions",
     "patch",
     "plan_reading",
     "pooled_states",

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pruning.errors import TextError
 from pruning.text.sources import Segment
 
 _B = TypeVar("_B")
 Side = Literal["left", "right"]
+#: The tokens of an item of a minimal pair: those of the words in which it differs from its twin; the last one of the
+#: prompt and those of a choice, from which the choice is predicted (in an encoder-decoder all that its decoder reads);
+#: and the others of the prompt. Each is of one class, a last token of a word that differs too.
+TokenClass = Literal["differing", "last", "elsewhere"]
+TOKEN_CLASSES: tuple[TokenClass, ...] = get_args(TokenClass)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class Batch:
     decoder
         In an encoder-decoder, what the decoder reads while the encoder reads this, row by row; None if only the encoder
         runs, and in a decoder-only model.
+    classes
+        Place of every token's class in :data:`TOKEN_CLASSES`, −1 at padding and in what is no item of a minimal pair,
+        int8 ``[batch, tokens]``; None if nothing is.
     """
 
     segments: tuple[int, ...]
@@ -41,6 +50,7 @@ class Batch:
     real: Tensor
     counted: Tensor
     decoder: Batch | None = None
+    classes: Tensor | None = None
 
     @property
     def predicted(self) -> Tensor:
@@ -51,6 +61,12 @@ class Batch:
     def positions(self) -> Tensor:
         """Position of each token in its segment, whichever side is padded, int64 ``[batch, tokens]``."""
         return (self.real.cumsum(dim=1) - 1).clamp(min=0)
+
+    def of_class(self, tokens: TokenClass) -> Tensor:
+        """Return which tokens are of one class, bool ``[batch, tokens]``; none where nothing is of a minimal pair."""
+        if self.classes is None:
+            return torch.zeros_like(self.real, dtype=torch.bool)
+        return self.classes == TOKEN_CLASSES.index(tokens)
 
     @property
     def last(self) -> Batch:
@@ -214,17 +230,15 @@ class Batcher:
 
     def batch(self, segments: Sequence[int], encoded: Sequence[Sequence[int]], *, encoder: bool = False) -> Batch:
         """Pad token ids to one length; `segments` says which segment each row is of, `encoder` who reads them."""
-        width = max(map(len, encoded))
         filler = self.tokenizer.pad_token_id or 0
-        ids = torch.full((len(encoded), width), filler)
-        real = torch.zeros_like(ids)
-        counted = torch.zeros(ids.shape)
-        for row, tokens in enumerate(encoded):
-            place = slice(0, len(tokens)) if self.padding == "right" else slice(width - len(tokens), width)
-            ids[row, place] = torch.tensor(tokens)
-            real[row, place] = 1
-            counted[row, place] = self.counts(tokens, encoder=encoder).float()
+        ids = self.padded([torch.tensor(tokens, dtype=torch.int64) for tokens in encoded], filler)
+        real = self.padded([torch.ones(len(tokens), dtype=torch.int64) for tokens in encoded])
+        counted = self.padded([self.counts(tokens, encoder=encoder).float() for tokens in encoded])
         return Batch(tuple(segments), ids.to(self.device), real.to(self.device), counted.to(self.device))
+
+    def padded(self, rows: Sequence[Tensor], filler: int = 0) -> Tensor:
+        """Return rows of different lengths as one matrix, filled up on the side that is padded."""
+        return pad_sequence(list(rows), batch_first=True, padding_value=filler, padding_side=self.padding)
 
     def bytes_predicted(self, segment: Segment) -> int:
         """Return the bytes of UTF-8 of the part of a segment that is predicted (:attr:`Batch.predicted`).

@@ -8,7 +8,7 @@ choice is never fed to the model, single-token choices share one row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pruning.files import whole_file
 from pruning.models.anatomy import Anatomy
 from pruning.text.sources import Segment
 
-from .batches import Batch
+from .batches import TOKEN_CLASSES, Batch
 from .items import Item
 from .readers.base import Reader
 from .readers.keep import Keep
@@ -49,6 +49,9 @@ class Question:
         Number of choices, and index of the right one.
     source
         Token ids that the encoder of an encoder-decoder reads beside every row, which is the decoder's.
+    differing
+        Positions of the prompt's tokens that tell an item from its twin, the other one of a minimal pair; None of what
+        has no twin (:func:`probes.pairs.paired_questions`).
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -56,6 +59,7 @@ class Question:
     choices: int
     answer: int
     source: tuple[int, ...] = ()
+    differing: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -66,6 +70,18 @@ class Question:
     def longest(self) -> int:
         """Number of tokens that a row takes at most, with those that the encoder reads."""
         return len(self.source) + max(map(len, self.rows))
+
+    def classes(self) -> tuple[Tensor, list[Tensor]]:
+        """Return the class of every token of the source and of each row, as in :attr:`probes.batches.Batch.classes`."""
+        tokens = [torch.full((len(row),), -1, dtype=torch.int8) for row in (self.source, *self.rows)]
+        if self.differing is not None:
+            differing, last, elsewhere = range(len(TOKEN_CLASSES))
+            for own in tokens:
+                own.fill_(elsewhere)
+                own[[place for place in self.differing if place < len(own)]] = differing
+            for own in tokens[1:]:
+                own[min(position for _, position, *_ in self.targets) :] = last
+        return tokens[0], tokens[1:]
 
 
 @dataclass(frozen=True)
@@ -323,6 +339,8 @@ def _question_batch(session: Session, group: Sequence[int], questions: Sequence[
         batch = session.batcher.paired(owners, [questions[i].source for i in owners], encoded, start_counts=True)
     else:
         batch = session.batcher.batch(owners, encoded)
+    if any(questions[i].differing is not None for i in group):
+        batch = _with_classes(session, batch, [questions[i] for i in group])
     device = batch.ids.device
     lengths = torch.tensor([len(row) for row in encoded])
     shift = batch.last.ids.shape[1] - lengths if session.batcher.padding == "left" else torch.zeros_like(lengths)
@@ -339,6 +357,19 @@ def _question_batch(session: Session, group: Sequence[int], questions: Sequence[
         there=there.to(device),
         answers=answers.to(device),
     )
+
+
+def _with_classes(session: Session, batch: Batch, questions: Sequence[Question]) -> Batch:
+    """Return a batch of these questions with the class of every token."""
+    sources, rows = [], []
+    for question in questions:
+        source, own = question.classes()
+        sources += [source] * len(own)
+        rows += own
+    found = [session.batcher.padded(each, filler=-1).to(batch.ids.device) for each in (sources, rows)]
+    if batch.decoder is None:
+        return replace(batch, classes=found[1])
+    return replace(batch, classes=found[0], decoder=replace(batch.decoder, classes=found[1]))
 
 
 def _common_start(sequences: Sequence[Sequence[int]]) -> int:

@@ -159,7 +159,10 @@ _PATCHED = (
     f"{_DIAGNOSED}. A cause has a position, its rank on the half that chose it, in the row of the other half; "
     "both: average of two such rows; all: on those that chose it too. Controls: mean, and in low and high the "
     "range, over n draws. sample: random if it was drawn to be patched exactly. agnostic_added: what restoring the "
-    "language-agnostic part after the block brings back beyond the whole stream after the block before"
+    "language-agnostic part after the block brings back beyond the whole stream after the block before. "
+    "residual_differing, residual_last, residual_elsewhere: the stream at some tokens of minimal pairs alone, over the "
+    "items of these: of the words in which the two prompts differ; the last one of the prompt and those of the choice "
+    "(in an encoder-decoder, what the decoder reads); the others of the prompt"
 )
 _SHARES = "only where that drop is significant on the same questions; intervals as above"
 _RETRIEVAL = (

@@ -76,7 +76,7 @@ class Diagnosed:
         return Figures(shown)
 
     def figure(self, kind: str, *, width: float | None = None) -> Figure:
-        """Draw a figure: ``curves``, ``map``, ``heads``, ``together`` or ``causes``.
+        """Draw a figure: ``curves``, ``positions``, ``map``, ``heads``, ``together`` or ``causes``.
 
         Parameters
         ----------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from probes.batches import TOKEN_CLASSES
 from probes.patching import (
     Component,
     expert_output,
@@ -14,6 +15,7 @@ from probes.patching import (
     head,
     neurons,
     residual,
+    residual_at,
     role_output,
     role_weights,
     stream_part,
@@ -22,6 +24,10 @@ from pruning.models.anatomy import HEADS, Anatomy
 
 from .controls import DRAWS, random_neurons, random_subspaces
 from .lsar import LSAR
+
+#: Kinds of the components that are the stream at one class of the tokens of minimal pairs: words in which the two
+#: prompts differ, the last token and those of a choice, all others.
+AT_TOKENS = tuple(f"residual_{tokens}" for tokens in TOKEN_CLASSES)
 
 
 def components_of(
@@ -32,6 +38,7 @@ def components_of(
     *,
     errors: Sequence[np.ndarray] | None = None,
     rates: np.ndarray | None = None,
+    pairs: bool = False,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> list[Component]:
@@ -53,6 +60,8 @@ def components_of(
         Without them they have the rank alone in common.
     rates
         How often neurons fire in the dense model, ``[layers, neurons]``: what random neurons are matched in.
+    pairs
+        Whether minimal pairs are asked, so that the stream can be restored at :data:`AT_TOKENS` apart.
     draws, seed
         Of the controls.
     """
@@ -78,4 +87,14 @@ def components_of(
         found.append(neurons("neurons", anatomy, {layer: torch.tensor(own) for layer, own in chosen.items()}))
         for draw, others in enumerate(random_neurons(chosen, anatomy.n_neurons, rates, draws=draws, seed=seed)):
             found.append(neurons("random_neurons", anatomy, others, draw=draw))
-    return found
+    return [*found, *(_at_tokens(anatomy) if pairs else ())]
+
+
+def _at_tokens(anatomy: Anatomy) -> Iterator[Component]:
+    """Yield the stream at the classes of tokens that each block has: the decoder of an encoder has last ones only."""
+    for stack in anatomy.stacks:
+        in_encoder, in_decoder = (anatomy.encoder_decoder and own for own in (stack.first == 0, stack.first > 0))
+        for layer in range(stack.first, stack.stop):
+            for tokens in TOKEN_CLASSES:
+                if not (in_encoder if tokens == "last" else in_decoder):
+                    yield residual_at(layer, tokens)

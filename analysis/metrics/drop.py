@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -56,12 +58,23 @@ class Drop:
         half = halves(templates, strata)
         self._there = {EVERY: np.ones(len(half), dtype=bool), **{name: half == i for i, name in enumerate(HALVES)}}
         self._templates = np.asarray(templates)
+        self._paired = np.array([question.differing is not None for question in questions])
         self.dense, self.pruned = self._values(dense), self._values(pruned)
         self._lost = {on: self._means((self.dense - self.pruned)[None], on) for on in self._there}
 
+    @cached_property
+    def pairs(self) -> Drop:
+        """The same on the questions that are one of a minimal pair alone."""
+        if self._paired.all():
+            return self
+        found = copy(self)
+        found._there = {on: there & self._paired for on, there in self._there.items()}
+        found._lost = {on: found._means((self.dense - self.pruned)[None], on) for on in self._there}
+        return found
+
     def n(self, on: str) -> int:
         """Number of questions that an estimate rests on."""
-        return len(self._templates) if on == BOTH else int(self._there[on].sum())
+        return int(self._there[EVERY if on == BOTH else on].sum())
 
     def lost(self, on: str = EVERY) -> Estimate:
         """Return the mean drop in every metric, ``[1, metrics]``."""

@@ -36,7 +36,7 @@ from pruning.errors import StudyError
 from pruning.projections import Key
 
 from .added import AGNOSTIC_ADDED, Added, added
-from .components import components_of
+from .components import AT_TOKENS, components_of
 from .drop import Drop
 from .halves import HALVES, OTHER, halves
 from .recovery_frame import EVERYTHING, importance, main_metric, recovery_frame
@@ -70,7 +70,7 @@ CAUSES = ("weights", "neurons", "head", "specific", "output", AGNOSTIC_ADDED)
 #: Kinds that are what causes are compared with.
 CONTROLS = ("random", "random_neurons")
 #: Kinds that are patched exactly after every block, as curves.
-_CURVES = ("residual", "agnostic", "specific")
+_CURVES = ("residual", "agnostic", "specific", *AT_TOKENS)
 
 
 @dataclass(frozen=True)

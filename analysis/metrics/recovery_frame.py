@@ -13,6 +13,7 @@ from probes.scoring import ChoiceScores
 
 from ..frames import tidy
 from .added import AGNOSTIC_ADDED, Added
+from .components import AT_TOKENS
 from .drop import LOST, Drop
 from .halves import BOTH, EVERY, FIRST, HALVES, OTHER, SECOND
 
@@ -70,9 +71,16 @@ def recovery_frame(
             own = {"component": EVERYTHING, "estimated_on": on, "metric": metrics, **found, "n": drop.n(on)}
             rows.append({**place, **own})
     for direction, scores in exact.items():
-        patched = _Patched(drop, components, additions, scores, direction)
+        if not scores:  # no cause was chosen
+            continue
+        of_pairs = {i: own for i, own in scores.items() if components[i].kind in AT_TOKENS}
+        others = {i: own for i, own in scores.items() if i not in of_pairs}
+        patched = _Patched(drop, components, additions, others, direction)
         positions = _positions(patched, chosen, causes) if direction == RESTORE else {}
-        for component, on, values in patched.rows(chosen, curves):
+        estimated = list(patched.rows(chosen, curves))
+        if of_pairs:
+            estimated += _Patched(drop.pairs, components, (), of_pairs, direction).rows(chosen, curves)
+        for component, on, values in estimated:
             where = {**place, "direction": direction, **_where(component), "estimated_on": on}
             where["position"] = positions.get(on, {}).get(component.label)
             rows += ({**where, **own} for own in values)
@@ -193,16 +201,18 @@ def _attributed(
             own.append(i)
     groups = [[i] for i, c in enumerate(components) if c.draw is None] + list(controls.values())
     for on in (EVERY, *HALVES):
-        lost = float(drop.lost(on).value[0, 0])
-        shares = bool(drop.significant(on)[0])
         for group in groups:
+            of = drop.pairs if components[group[0]].kind in AT_TOKENS else drop
+            if not of.n(on):
+                continue
+            lost, shares = float(of.lost(on).value[0, 0]), bool(of.significant(on)[0])
             sums = np.array([sum(effects[half][i] for half in HALVES if on in (EVERY, half)) for i in group])
-            means = sums / drop.n(on)
+            means = sums / of.n(on)
             where = {**_where(components[group[0]]), "estimated_on": on}
             control = components[group[0]].draw is not None
             for metric, values in (("restored", means), ("recovery", means / lost if shares else None)):
                 if values is not None:
-                    own_values = _over_draws(values) if control else {"value": float(values[0]), "n": drop.n(on)}
+                    own_values = _over_draws(values) if control else {"value": float(values[0]), "n": of.n(on)}
                     yield {**where, "metric": f"attributed_{metric}", **own_values}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -153,29 +153,20 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
     patched.
     """
     shares = shares_known(frame)
-    what = "recovery" if shares else "restored"
-    exact = frame[(frame["direction"] == RESTORE) & (frame["estimated_on"].astype(str) == EVERY)]
-    units = ("margin", "accuracy", "loss") if shares else ("margin (nats)", "accuracy", "loss (nats)")
-    titles = {f"{name.split()[0]}_{what}": name for name in units}
     names = {
         "residual": ("whole residual stream", style.GREY, "-"),
         "agnostic": ("language-agnostic part", style.TWO_COLOURS[1], "-"),
         "specific": ("language-specific part", style.TWO_COLOURS[0], "-"),
         "random": ("matched random subspaces, range of draws", style.BLACK, ""),
     }
-    drawn = exact[exact["component"].isin(names) & exact["metric"].isin(titles)]["value"]
-    shown_range = (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1)) if shares else None
+    exact, titles, shown_range = _restored(frame, names)
     panels = []
     for metric, title in titles.items():
-        lines = []
-        for kind, (label, colour, dash) in names.items():
-            rows = exact[(exact["metric"] == metric) & (exact["component"] == kind)].sort_values("layer")
-            low, high = rows["low"].tolist(), rows["high"].tolist()
-            if kind == "residual":
-                low = high = None
-            x, y = rows["layer"].tolist(), rows["value"].tolist()
-            lines.append(charts.Line(label, x, y, colour, dash, low, high, points=kind == "random"))
-        if metric == main_metric(frame, what):
+        lines = [
+            _line(exact, metric, kind, *look, band=kind != "residual", points=kind == "random")
+            for kind, look in names.items()
+        ]
+        if metric == main_metric(frame, "recovery" if shares else "restored"):
             rows = exact[(exact["metric"] == _attributed(shares)) & (exact["component"] == "random")]
             x, y, low, high = (rows.sort_values("layer")[name].tolist() for name in ("layer", "value", "low", "high"))
             lines.append(charts.Line("the same, estimated from gradients", x, y, style.GREY, ":", low, high))
@@ -190,6 +181,65 @@ def curves(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
         share=shares,
         width=width,
     )
+
+
+def positions(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:
+    """Draw the recovery from restoring the stream after each block at one class of the tokens of minimal pairs alone.
+
+    In the units of :func:`curves`, beside the whole stream.
+    """
+    names = {
+        "residual": ("all tokens", style.GREY, "-"),
+        "residual_differing": ("words in which the pair differs", style.TWO_COLOURS[0], "-"),
+        "residual_last": ("last token, and those of the choice", style.TWO_COLOURS[1], "-"),
+        "residual_elsewhere": ("other tokens", style.GREEN, "-"),
+    }
+    shares = shares_known(frame)
+    exact, titles, shown_range = _restored(frame, names)
+    panels = []
+    for metric, title in titles.items():
+        lines = [_line(exact, metric, kind, *look, band=kind != "residual") for kind, look in names.items()]
+        if any(len(line.x) for line in lines[1:]):
+            panels.append(charts.Panel(title, lines, {"full recovery": 1.0} if shares else {}, y_range=shown_range))
+    return charts.line_panels(
+        panels,
+        title=f"Recovery from restoring the residual stream at some tokens ({_title(frame)})",
+        x_label="after block",
+        encoder=labels.encoder_blocks(frame),
+        y_label="share of the drop" if shares else "restored",
+        share=shares,
+        width=width,
+    )
+
+
+def _restored(
+    frame: pd.DataFrame, kinds: Iterable[str]
+) -> tuple[pd.DataFrame, dict[str, str], tuple[float, float] | None]:
+    """Return the exact rows on all questions, the title of each metric, and the range of the shares of some kinds."""
+    shares = shares_known(frame)
+    what = "recovery" if shares else "restored"
+    exact = frame[(frame["direction"] == RESTORE) & (frame["estimated_on"].astype(str) == EVERY)]
+    units = ("margin", "accuracy", "loss") if shares else ("margin (nats)", "accuracy", "loss (nats)")
+    titles = {f"{name.split()[0]}_{what}": name for name in units}
+    drawn = exact[exact["component"].isin(list(kinds)) & exact["metric"].isin(titles)]["value"]
+    return exact, titles, (min(-0.25, drawn.min() - 0.1), max(1.25, drawn.max() + 0.1)) if shares else None
+
+
+def _line(
+    exact: pd.DataFrame,
+    metric: str,
+    kind: str,
+    label: str,
+    colour: str,
+    dash: str,
+    *,
+    band: bool = True,
+    points: bool = False,
+) -> charts.Line:
+    """Return one kind of component over the blocks."""
+    rows = exact[(exact["metric"] == metric) & (exact["component"] == kind)].sort_values("layer")
+    x, y, low, high = (rows[name].tolist() for name in ("layer", "value", "low", "high"))
+    return charts.Line(label, x, y, colour, dash, low if band else None, high if band else None, points=points)
 
 
 def causes(frame: pd.DataFrame, *, width: float = style.PAGE_WIDTH) -> Figure:

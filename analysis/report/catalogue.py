@@ -14,6 +14,7 @@ from pruning.text.languages import named
 from .. import plots
 from ..frames import Frames, labels, recipes_of, series_of
 from ..metrics import recovery
+from ..metrics.components import AT_TOKENS
 from ..metrics.maps import likeness
 from ..metrics.recipe_contrasts import with_reference
 from ..metrics.recovery_frame import named_causes
@@ -289,6 +290,20 @@ def diagnosis_figures(
         lambda **settings: plots.recovery.curves(frame, **settings),
         "diagnosis-curves",
     )
+    kinds = set(frame["component"].astype(str))
+    at_tokens = frame[frame["component"].isin(AT_TOKENS) & (frame["metric"] == recovery.main_metric(frame, "restored"))]
+    if len(at_tokens):
+        yield ReportFigure(
+            section,
+            f"diagnosis-positions-{name}",
+            f"Recovery when the dense model's residual stream is patched into {variant} after one block at some tokens "
+            f"only ({category} in {named(language)}, n = {int(at_tokens['n'].max())} items of minimal pairs): those of "
+            "the words in which the two prompts of a pair differ; the last token of the prompt, from which the choice "
+            "is predicted, and those of a choice of several (in an encoder-decoder all that the decoder reads); all "
+            f"others of the prompt. In grey, all tokens. {whole} Bands: 95 % intervals over templates.",
+            lambda **settings: plots.recovery.positions(frame, **settings),
+            "diagnosis-positions",
+        )
     yield ReportFigure(
         section,
         f"diagnosis-map-{name}",
@@ -298,7 +313,6 @@ def diagnosis_figures(
         lambda **settings: plots.recovery.heatmap(frame, **settings),
         "diagnosis-map",
     )
-    kinds = set(frame["component"].astype(str))
     if "head" in kinds:
         yield ReportFigure(
             section,

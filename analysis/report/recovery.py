@@ -27,6 +27,11 @@ _KINDS = {
     "specific": "the language-specific part",
     "agnostic": "the language-agnostic part",
 }
+_TOKENS = {
+    "residual_differing": "at the words in which the prompts of a pair differ",
+    "residual_last": "at the last token",
+    "residual_elsewhere": "at all others",
+}
 #: Causes that are listed.
 _LISTED = 3
 #: Share of the drop that masks undone together are counted up to.
@@ -54,6 +59,7 @@ def diagnosis_findings(frame: pd.DataFrame) -> list[str]:
     shown = _Shown(frame)
     sentences += _without_shares(lost, shown)
     sentences += _stream_in_words(shown)
+    sentences += _tokens_in_words(shown)
     sentences += _causes_in_words(frame, shown)
     sentences += _together_in_words(frame)
     sentences += _neurons_in_words(shown)
@@ -147,12 +153,7 @@ def _without_shares(lost: pd.DataFrame, shown: _Shown) -> Iterator[str]:
 
 def _stream_in_words(shown: _Shown) -> Iterator[str]:
     """Say by which block half of the drop comes back; the block is found on one half and its share on the other."""
-    found: dict[str, int] = {}
-    for half in HALVES:
-        curve, drop = shown.curve("residual", half), shown.lost[half]
-        if len(curve) and drop > 0:
-            reached = curve[curve >= drop / 2]
-            found[half] = int(reached.index.min()) if len(reached) else int(curve.idxmax())
+    found = _half_back(shown)
     if not found:
         return
     said = [
@@ -175,6 +176,41 @@ def _stream_in_words(shown: _Shown) -> Iterator[str]:
             f"After block {layer}, where random subspaces were patched too, restoring the language-specific part "
             f"recovers {shown.words('specific', layer)}{_beside_controls(shown, layer)}."
         )
+
+
+def _half_back(shown: _Shown) -> dict[str, int]:
+    """Return the first block after which the whole stream restores half of the drop, or else most, by half."""
+    found: dict[str, int] = {}
+    for half in HALVES:
+        curve, drop = shown.curve("residual", half), shown.lost[half]
+        if len(curve) and drop > 0:
+            reached = curve[curve >= drop / 2]
+            found[half] = int(reached.index.min()) if len(reached) else int(curve.idxmax())
+    return found
+
+
+def _tokens_in_words(shown: _Shown) -> Iterator[str]:
+    """Say what is restored at which tokens of minimal pairs, and from which block on it is at the last one."""
+    for layer in dict.fromkeys(_half_back(shown).values()):
+        there = {kind: words for kind, words in _TOKENS.items() if layer in shown.curve(kind, EVERY)}
+        if there:
+            said = ", ".join(f"{words} {shown.words(kind, layer)}" for kind, words in there.items())
+            yield f"After block {layer}, restoring the stream at some tokens alone recovers: {said}."
+    from_here = {}
+    for half in HALVES:
+        curves = pd.DataFrame({kind: shown.curve(kind, half) for kind in _TOKENS}).dropna()
+        before = curves.index[curves["residual_differing"] >= curves["residual_last"]]
+        later = curves.index if not len(before) else curves.index[curves.index > before.max()]
+        if len(later):
+            from_here[half] = int(later.min())
+    if len(from_here) == len(HALVES):
+        first, second = from_here.values()
+        where = (
+            f"after block {first} on either half of the questions"
+            if first == second
+            else f"after block {first} on the first half of the questions and after block {second} on the second"
+        )
+        yield f"The last token alone recovers more than the differing words {where}, and after every later block."
 
 
 def _control_layers(shown: _Shown) -> list[int]:

@@ -21,6 +21,7 @@ from pruning.projections import Key
 from pruning.remedy import REMEDY_FILE
 
 from ..frames import ALL, write_frame
+from ..metrics.components import AT_TOKENS
 from ..metrics.controls import DRAWS
 from ..metrics.halves import HALVES, OTHER
 from ..metrics.recovery import ADDED, CONFIRMED, SAMPLED, Confirmation, collect, to_confirm
@@ -41,8 +42,8 @@ _TOGETHER = "together"
 _COMPONENTS = 32
 #: Cost of attribution in forward passes: the dense run, and one with gradients.
 _ATTRIBUTION = 4
-#: Curves that are patched exactly after each block.
-_CURVES = 3
+#: Curves that are patched exactly after each block; and those of minimal pairs, at each class of tokens.
+_CURVES, _CURVES_OF_PAIRS = 3, len(AT_TOKENS)
 _DIRECTIONS: tuple[Direction, ...] = (RESTORE, DAMAGE)
 
 
@@ -82,7 +83,8 @@ class Diagnose:
         left = [output for output in attributions if not done(output.name, output.key)]
         if left:
             blocks = context.model.facts.blocks
-            later = _CURVES * blocks + 4 * (request.confirm + 2 * ADDED) + 3 * request.sample + 4 * DRAWS
+            curves = _CURVES + (_CURVES_OF_PAIRS if diagnosis.pairs else 0)
+            later = curves * blocks + 4 * (request.confirm + 2 * ADDED) + 3 * request.sample + 4 * DRAWS
             later += (1 + TOGETHER_DRAWS) * len(diagnosis.projections).bit_length()
             return [
                 self._unit(f"{title}: attribution", [output], diagnosis.work((_ATTRIBUTION + later) // 2))
@@ -179,6 +181,11 @@ class Diagnosis:
     def projections(self) -> tuple[Key, ...]:
         """The projections that were pruned."""
         return self._inputs.variant.projections
+
+    @property
+    def pairs(self) -> int:
+        """How many questions are items of minimal pairs."""
+        return self._inputs.pairs
 
     def work(self, passes: int) -> float:
         """Return the multiply-adds of `passes` passes over the questions."""

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from probes import DENSE, Component, DamagedModel, Session, item_questions, text_questions
+from probes import DENSE, Component, DamagedModel, Session, paired_questions, text_questions
 from pruning import Remedy, Variant
 
 from ..frames import TEXT
@@ -51,9 +51,14 @@ class DiagnosisInputs:
             questions = text_questions(self._session, segments)
             return Asked(TEXT, TEXT, request.language, questions, [segment.id for segment in segments])
         items = asked_items(measured.items[request.language], request)
-        questions = item_questions(self._session, items)
+        questions = paired_questions(self._session, items)
         templates = [item.template for item in items]
         return Asked(measured.task, request.category, request.language, questions, templates, item_strata(items))
+
+    @property
+    def pairs(self) -> int:
+        """How many questions are items of minimal pairs."""
+        return sum(question.differing is not None for question in self.asked.questions)
 
     @cached_property
     def variant(self) -> Variant:
@@ -76,6 +81,7 @@ class DiagnosisInputs:
             neurons,
             errors=self.errors,
             rates=rates,
+            pairs=self.pairs > 0,
         )
 
     @cached_property

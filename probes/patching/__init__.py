@@ -7,7 +7,8 @@ encoder acts on the rest of the encoder, and through its output on the whole dec
 model's values into the pruned model; *damaging* patches the pruned model's values into the dense one. Both runs read
 the same tokens, so values correspond position by position. By default activations are patched where tokens count
 (:meth:`probes.batches.Batcher.counts`), so not at the first one unless the session was told to count it; weights act on
-every token. The start token of a decoder is always patched: the first token is predicted from it.
+every token. The start token of a decoder is always patched: the first token is predicted from it. Of minimal pairs the
+stream can also be patched at one class of tokens alone (:data:`probes.batches.TOKEN_CLASSES`).
 
 Exact patching needs one run per component. Attribution patching (Nanda, 2023; Syed et al., 2024, 2310.10348) estimates
 all effects at once from gradients of the patched run. It is a first-order approximation, and of a component in several
@@ -25,6 +26,7 @@ from .components import (
     head,
     neurons,
     residual,
+    residual_at,
     role_output,
     role_weights,
     stream_part,
@@ -51,6 +53,7 @@ __all__ = [
     "neurons",
     "patch",
     "residual",
+    "residual_at",
     "role_output",
     "role_weights",
     "stream_part",

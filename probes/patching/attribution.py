@@ -72,11 +72,10 @@ def attribute(
                 gradients = _differentiate(session, batch, second, sites, bool(wanted), biases, own)
                 progress(3 * batch.batch.n_tokens)
                 if placed:
-                    masks = {
-                        site: patched_tokens(part_at(session.anatomy, *site, batch.batch), positions) for site in sites
-                    }
+                    parts = {site: part_at(session.anatomy, *site, batch.batch) for site in sites}
+                    masks = {site: patched_tokens(part, positions) for site, part in parts.items()}
                     by_expert = _by_expert(gradients, theirs, own, masks)
-                    rows = _effects([components[i] for i in placed], gradients, values, masks, by_expert)
+                    rows = _effects([components[i] for i in placed], gradients, values, parts, masks, by_expert)
                     np.add.at(sums.T, np.array(batch.batch.segments), rows.T.cpu().numpy())
                 for key, gradient in gradients.weights.items():
                     if key in wanted:
@@ -186,12 +185,13 @@ def _effects(
     components: Sequence[Component],
     run: _Gradients,
     others: Mapping[Site, Tensor],
+    parts: Mapping[Site, Batch],
     masks: Mapping[Site, Tensor],
     by_expert: Mapping[Site, Tensor],
 ) -> Tensor:
     """Return the estimated effect of patching each component on the objective, float64 ``[components, rows]``.
 
-    `masks` says which tokens are patched at every site.
+    `parts` says whose tokens a site has values of, and `masks` which of them are patched at all.
     """
     changes = {site: (others[site] - run.values[site]) * masks[site][..., None] for site in run.gradients}
     any_mask = next(iter(masks.values()))
@@ -202,5 +202,6 @@ def _effects(
             if site in by_expert:
                 own += by_expert[site]
             elif site in changes:
-                own += place.product(changes[site], run.gradients[site]).sum(dim=1)
+                effects = place.product(changes[site], run.gradients[site])
+                own += (effects if place.tokens is None else effects * parts[site].of_class(place.tokens)).sum(dim=1)
     return found

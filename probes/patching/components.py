@@ -11,6 +11,8 @@ from torch import Tensor
 from pruning.models.anatomy import EXPERTS, HEADS, Anatomy, expert_site
 from pruning.projections import Key
 
+from ..batches import TokenClass
+
 Site = tuple[int, str]
 
 
@@ -28,6 +30,9 @@ class Place:
         Patches the orthogonal complement of the basis instead.
     columns
         Patches only these dimensions, int64 ``[n]``.
+    tokens
+        Patches only this class of the tokens of minimal pairs, and nothing in what is no pair; None patches whatever
+        token is patched. Not of what an expert adds.
     """
 
     layer: int
@@ -35,6 +40,7 @@ class Place:
     basis: Tensor | None = None
     outside: bool = False
     columns: Tensor | None = None
+    tokens: TokenClass | None = None
 
     def part(self, values: Tensor) -> Tensor:
         """Return this part of ``[..., width]`` values: projected onto the basis, the columns alone, or all of them."""
@@ -71,8 +77,8 @@ class Component:
     Attributes
     ----------
     kind
-        One of ``residual``, ``specific``, ``agnostic``, ``random``, ``output``, ``head``, ``weights``, ``neurons``,
-        ``random_neurons``.
+        One of ``residual``, ``residual_differing``, ``residual_last``, ``residual_elsewhere``, ``specific``,
+        ``agnostic``, ``random``, ``output``, ``head``, ``weights``, ``neurons``, ``random_neurons``.
     layer, role
         Block and role, if the component belongs to a single one; of a head ``"head.3"``.
     places
@@ -115,6 +121,11 @@ class Component:
 def residual(layer: int) -> Component:
     """Return the whole residual stream after a block."""
     return Component("residual", layer, places=(Place(layer, "residual"),))
+
+
+def residual_at(layer: int, tokens: TokenClass) -> Component:
+    """Return the residual stream after a block at one class of the tokens of minimal pairs."""
+    return Component(f"residual_{tokens}", layer, places=(Place(layer, "residual", tokens=tokens),))
 
 
 def stream_part(kind: str, layer: int, basis: Tensor, *, outside: bool = False, draw: int | None = None) -> Component:

@@ -87,4 +87,5 @@ class _Put:
         return self.place.site
 
     def change(self, value: Tensor, batch: Batch) -> Tensor:
-        return torch.where(patched_tokens(batch, self.positions)[..., None], self.place.put(value, self.other), value)
+        tokens = patched_tokens(batch, self.positions, self.place.tokens)
+        return torch.where(tokens[..., None], self.place.put(value, self.other), value)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruning.models.anatomy import HEADS, ROLES, Anatomy
 
-from ..batches import Batch, within_memory
+from ..batches import Batch, TokenClass, within_memory
 from ..readers.base import Reader
 from ..readers.keep import Keep
 from ..scoring import ChoiceScores, Progress, Question, QuestionBatch, ScoreTable, final_states, question_batches
@@ -67,9 +67,10 @@ def sites_of(places: Iterable[Place]) -> dict[Site, None]:
     return dict.fromkeys((place.layer, place.site) for place in places)
 
 
-def patched_tokens(batch: Batch, positions: Positions) -> Tensor:
-    """Return which tokens are patched, bool ``[batch, tokens]``."""
-    return (batch.counted if positions == COUNTED else batch.real).bool()
+def patched_tokens(batch: Batch, positions: Positions, tokens: TokenClass | None = None) -> Tensor:
+    """Return which tokens are patched, bool ``[batch, tokens]``: all, or those of one class."""
+    patched = (batch.counted if positions == COUNTED else batch.real).bool()
+    return patched if tokens is None else patched & batch.of_class(tokens)
 
 
 def run(

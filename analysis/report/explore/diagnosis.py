@@ -19,6 +19,11 @@ _STREAM = {
     "specific": "language-specific part",
     "random": "random subspaces",
 }
+_AT_TOKENS = {
+    "residual_differing": "words in which the pair differs",
+    "residual_last": "last token, and those of the choice",
+    "residual_elsewhere": "other tokens",
+}
 _OF_ROLES = {"output": "outputs", "weights": "weights", "head": "heads"}
 
 
@@ -80,12 +85,16 @@ def _rows(heading: str, frame: pd.DataFrame) -> pd.DataFrame:
     stream = stream.assign(
         kind="parts of the stream", component=stream["component"].map(_STREAM), how="patched exactly"
     )
+    tokens = rows[rows["component"].isin(_AT_TOKENS) & (rows["metric"] == main_metric(frame, what))]
+    tokens = tokens.assign(
+        kind="stream at some tokens", component=tokens["component"].map(_AT_TOKENS), how="patched exactly"
+    )
     single = rows[rows["component"].isin(_OF_ROLES) & rows["role"].notna() & (rows["metric"] == f"attributed_{what}")]
     single = single.assign(
         kind=single["component"].map(_OF_ROLES), component=single["role"], how="estimated from gradients"
     )
-    both = pd.concat([stream, single])
-    both = both.assign(
-        diagnosis=heading, unit="share of the drop" if shares else "nats", block=both["layer"].astype(int)
+    shown = pd.concat([stream, tokens, single])
+    shown = shown.assign(
+        diagnosis=heading, unit="share of the drop" if shares else "nats", block=shown["layer"].astype(int)
     )
-    return both[["diagnosis", "kind", "component", LAYER, "value", "low", "high", "unit", "how"]]
+    return shown[["diagnosis", "kind", "component", LAYER, "value", "low", "high", "unit", "how"]]

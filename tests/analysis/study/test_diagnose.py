@@ -139,15 +139,18 @@ def test_a_diagnosis_is_printed_and_kept(diagnosed):
 def test_the_report_has_a_section_with_sentences_and_figures(diagnosed):
     folder, result = diagnosed
     page = page_of(folder)
-    names = [f"diagnosis-{kind}-{VARIANT}-sw-reasoning" for kind in ("curves", "map", "heads", "together", "causes")]
+    names = [
+        f"diagnosis-{kind}-{VARIANT}-sw-reasoning"
+        for kind in ("curves", "positions", "map", "heads", "together", "causes")
+    ]
     for name in names:
         assert {path.suffix for path in (folder / "figures").glob(f"{name}.*")} == {".pdf", ".png"}
     assert re.search(rf"<h[23][^>]*>\s*{re.escape(TITLE)}", page)
-    assert page.count("<img") == page.count('"data:image"') == 5
+    assert page.count("<img") == page.count('"data:image"') == 6
     for sentence in result.stdout.splitlines()[:2]:
         assert sentence.removeprefix("- ") in page
     captions = re.findall(r"<figcaption>(.*?)<small>", page, re.DOTALL)
-    assert len(captions) == 5
+    assert len(captions) == 6
     assert all("reasoning in Swahili" in caption and "n = 20" in caption for caption in captions)
     assert not re.search(r"\bnan\b", page)
 
@@ -289,7 +292,7 @@ def test_where_nothing_was_lost_nothing_is_blamed(copied):
     page = page_of(copied)
     assert "fluency in Swahili" in page
     assert "no causes are named" in page
-    assert page.count("<img") == 5  # those of the other diagnosis
+    assert page.count("<img") == 6  # those of the other diagnosis
 
 
 def test_diagnoses_in_all_languages_are_compared(copied):
@@ -297,6 +300,8 @@ def test_diagnoses_in_all_languages_are_compared(copied):
     assert result.returncode == 0, result.stderr
     headings = [line for line in result.stdout.splitlines() if line.startswith("Diagnosis: ")]
     named = ('English ("en")', 'Swahili ("sw")')
+    assert list((copied / "figures").glob("diagnosis-curves-*-text.pdf"))
+    assert not list((copied / "figures").glob("diagnosis-positions-*-text.pdf"))  # text has no minimal pairs
     assert headings == [f"Diagnosis: {VARIANT}, text in {language}" for language in named]
     name = f"diagnosis-languages-{VARIANT}-all-text"
     assert {path.suffix for path in (copied / "figures").glob(f"{name}.*")} == {".pdf", ".png"}
