@@ -181,6 +181,25 @@ def figures(
 
 @app.command(
     rich_help_panel=AFTER,
+    epilog=examples(
+        "prunescope combine runs/llama runs/aya --out runs/both",
+        "prunescope combine runs/mc4 runs/flores runs/wiki --out runs/texts",
+    ),
+)
+def combine(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR DIR...", help="Folders of finished studies.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page, the data and the figures.")],
+) -> None:
+    """Show several studies side by side, and pool the effects that they have in common."""
+    from ..study.combine import combine_studies
+
+    for folder in folders:
+        check_study_in(folder)
+    ends("report", combine_studies(folders, out, lambda words: typer.echo(words, err=True)))
+
+
+@app.command(
+    rich_help_panel=AFTER,
     epilog=examples("prunescope export runs/demo checkpoint --variant wanda-0.5-row-pruned-sw-s0"),
 )
 def export(

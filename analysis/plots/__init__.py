@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import (
     accuracy,
+    combined,
     contrasts,
     dose,
     geometry,
@@ -30,6 +31,7 @@ __all__ = [
     "PAGE_WIDTH",
     "accuracy",
     "colour",
+    "combined",
     "contrasts",
     "dose",
     "font_size",

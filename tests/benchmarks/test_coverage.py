@@ -15,6 +15,7 @@ from benchmarks.harness import number
 from simulated import Design, accuracy_rates, change_rate, overlap_rates, rates, recovery_rate, share_rate
 from simulated_geometry import verdict_rates, wrongly
 
+from analysis.stats.meta import pooled
 from analysis.stats.power import Components, power, simulate
 
 DESIGNS = [
@@ -90,6 +91,22 @@ def test_verdicts_on_planted_geometry(capsys):
         shown(capsys, found, f"verdicts, {segments} segments, {hidden} dimensions: per cent")
         worst[segments, hidden] = max(wrongly(row, name) for name, row in found.iterrows())
     assert max(worst.values()) <= 0.06 + 3 * np.sqrt(0.06 / max(runs() // 10, 20)), worst
+
+
+def test_effects_pooled_over_studies(capsys):
+    rng = np.random.default_rng(0)
+    found = {}
+    for k, tau in product((2, 3, 5, 10), (0.0, 0.1, 0.3)):
+        inside = []
+        for _ in range(runs()):
+            errors = rng.uniform(0.1, 0.4, k)
+            mean = pooled(0.2 + tau * rng.normal(size=k) + errors * rng.normal(size=k), errors)
+            inside.append((mean.low <= 0.2 <= mean.high, mean.high - mean.low))
+        cover, width = np.array(inside, dtype=float).T
+        found[f"{k} studies, tau {tau}"] = {"interval": cover.mean(), "width": np.median(width) / 100}
+    table = pd.DataFrame(found).T
+    shown(capsys, table, "pooled effects: per cent of studies; median width")
+    assert (table["interval"] > 0.92 - 3 * np.sqrt(0.07 / runs())).all()
 
 
 def test_power_that_is_predicted(capsys):
