@@ -43,6 +43,12 @@ def diagnose(
     positions: Annotated[
         Literal["counted", "all"], typer.Option(help="Patch where tokens count, or the first and special ones too.")
     ] = "counted",
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from", help='Put states of items asked in this language into these; several times, or "all" languages.'
+        ),
+    ] = None,
     memory: Memory = None,
     device_memory: DeviceMemory = None,
 ) -> None:
@@ -55,6 +61,7 @@ def diagnose(
 
     check_study_in(folder)
     settings: dict[str, Any] = {"half": half, "confirm": confirm, "sample": sample, "positions": positions}
+    settings["sources"] = tuple(sources or ())
     requests = [DiagnosisRequest(variant=variant, language=own, category=category, **settings) for own in language]
     report, found = diagnose_study(
         folder, requests, memory=bytes_of("--memory", memory), device_memory=bytes_of("--device-memory", device_memory)

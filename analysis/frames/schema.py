@@ -38,6 +38,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "calibration": _WORD,
     "seed": pa.int32(),
     "language": _WORD,
+    "source_language": _WORD,
     "task": _WORD,
     "category": _WORD,
     "part": _WORD,
@@ -617,6 +618,34 @@ FRAMES: dict[str, FrameSpec] = {
             ),
         },
     ),
+    "crossing": FrameSpec(
+        ("language", "source_language", "task", "category", "layer"),
+        {
+            "swing": Metric(
+                "nat",
+                "mean margin of an item's answer minus its margin when the twin is asked instead, in the same language "
+                f"and model (no layer); {_OVER_TEMPLATES}",
+            ),
+            "twin_moved": Metric(
+                "nat",
+                "mean margin of an item's answer minus its margin when the stream after the block has, at the last "
+                "token of the prompt (or of what the choices begin with alike; in an encoder-decoder: of what the "
+                "decoder reads), the state of the item's twin asked "
+                f"in source_language, in the same model; {_OVER_TEMPLATES}",
+            ),
+            "control_moved": Metric(
+                "nat",
+                "the same with the state of an item of another template that has the twin's answer; as twin_moved",
+            ),
+            "twin_share": Metric(
+                "",
+                "twin_moved as a share of swing (ratio of sums), only where the interval of swing lies above 0: 0: the "
+                "item's own answer, ½: as good as none, 1: its twin's; the same language is the ceiling; "
+                f"{_OVER_TEMPLATES}",
+            ),
+            "control_share": Metric("", "control_moved as a share of swing; as twin_share"),
+        },
+    ),
     "dose": FrameSpec(
         ("language", "task", "category"),
         {
@@ -632,5 +661,7 @@ FRAMES: dict[str, FrameSpec] = {
     ),
     "sparsity": FrameSpec(("layer", "role"), {"sparsity": Metric("", "share of weights removed")}, estimates=False),
 }
-#: Those that lie in a study's folder; ``recovery`` lies beside each diagnosis.
-STUDY_FRAMES = [name for name, spec in FRAMES.items() if not spec.on_demand and name != "recovery"]
+#: Those that lie beside each diagnosis.
+DIAGNOSIS_FRAMES = ("recovery", "crossing")
+#: Those that lie in a study's folder.
+STUDY_FRAMES = [name for name, spec in FRAMES.items() if not spec.on_demand and name not in DIAGNOSIS_FRAMES]

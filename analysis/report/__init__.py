@@ -5,6 +5,7 @@ from __future__ import annotations
 from .catalogue import (
     KINDS,
     ReportFigure,
+    crossing_figures,
     diagnosis_figures,
     figures_of_group,
     figures_of_kind,
@@ -13,6 +14,7 @@ from .catalogue import (
     study_figures,
 )
 from .cells import ReportTable
+from .crossing import crossing_findings
 from .facts import ReportFacts
 from .findings import study_findings
 from .latex import document, latex
@@ -27,6 +29,8 @@ __all__ = [
     "ReportFacts",
     "ReportFigure",
     "ReportTable",
+    "crossing_figures",
+    "crossing_findings",
     "diagnosis_figures",
     "diagnosis_findings",
     "document",

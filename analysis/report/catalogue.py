@@ -255,6 +255,26 @@ def map_figures(
         )
 
 
+def crossing_figures(
+    frame: pd.DataFrame, *, section: str, name: str, variant: str, language: str, category: str
+) -> Iterator[ReportFigure]:
+    """Yield the figure of a diagnosis's frame ``crossing``; the parameters are those of :func:`diagnosis_figures`."""
+    if not len(frame):
+        return
+    yield ReportFigure(
+        section,
+        f"diagnosis-crossing-{name}",
+        f"Items asked in {named(language)} ({category}, n = {int(frame['n'].max())}), with the residual stream at the "
+        "last token of the prompt replaced after one block by that of the item's twin, which has the opposite answer, "
+        f"asked in each of several languages: in the dense model (left) and in {variant} (right), each with its own "
+        "states. As a share of the way to the margin that the twin has in the language asked (½: as good as no answer; "
+        "1: the twin's), or in nats where that is not significant. The same language is the ceiling. Dashed: states of "
+        "items of other templates that have the twin's answer. Bands: 95 % intervals over templates.",
+        lambda **settings: plots.crossing.crossing(frame, **settings),
+        "diagnosis-crossing",
+    )
+
+
 def diagnosis_figures(
     frame: pd.DataFrame, *, section: str, name: str, variant: str, language: str, category: str
 ) -> Iterator[ReportFigure]:

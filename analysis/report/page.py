@@ -25,6 +25,7 @@ from ..frames import Frames, labels
 from ..frames.added import all_specs
 from .catalogue import ReportFigure
 from .cells import ReportTable
+from .crossing import crossing_findings
 from .explore import CALIBRATION, EVERYTHING, LANGUAGE, LAYER, RECIPE, ROLE, Chart, charts, columns_of, menus
 from .facts import ReportFacts
 from .findings import study_findings
@@ -56,6 +57,7 @@ def write_report(
     tables: Sequence[ReportTable],
     diagnoses: Mapping[str, tuple[str, pd.DataFrame]] | None = None,
     across: Mapping[str, Mapping[str, pd.DataFrame]] | None = None,
+    crossings: Mapping[str, pd.DataFrame] | None = None,
 ) -> None:
     """Write ``report.html``: no other file and no network is needed to read it.
 
@@ -77,6 +79,8 @@ def write_report(
         Heading of each diagnosis to its name and its frame ``recovery``.
     across
         Heading of diagnoses that differ in language alone to the frames by language.
+    crossings
+        Heading of a diagnosis to its frame ``crossing``, if it has one.
     """
     environment = Environment(
         loader=PackageLoader("analysis.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -84,6 +88,8 @@ def write_report(
     environment.filters |= {"digits": labels.three_digits, "factor": labels.short}
     diagnoses = diagnoses or {}
     said = {heading: diagnosis_findings(frame) for heading, (_, frame) in diagnoses.items()}
+    for heading, frame in (crossings or {}).items():
+        said[heading] += crossing_findings(frame)
     said |= {heading: found for heading, frames_ in (across or {}).items() if (found := map_findings(frames_))}
     explored = list(charts(frames, diagnoses))
     html = environment.get_template("report.html.j2").render(

@@ -27,6 +27,7 @@ from ..metrics.halves import HALVES, OTHER
 from ..metrics.recovery import ADDED, CONFIRMED, SAMPLED, Confirmation, collect, to_confirm
 from ..metrics.together import DRAWS as TOGETHER_DRAWS
 from .context import Context
+from .crossings import CROSSING, Crossings
 from .diagnosis_inputs import DiagnosisInputs
 from .diagnosis_request import DiagnosisRequest, check
 from .frames import StudyMeasured
@@ -44,6 +45,8 @@ _COMPONENTS = 32
 _ATTRIBUTION = 4
 #: Curves that are patched exactly after each block; and those of minimal pairs, at each class of tokens.
 _CURVES, _CURVES_OF_PAIRS = 3, len(AT_TOKENS)
+#: What does not tell diagnoses apart that are compared across languages.
+_LEFT_OUT = {"language": ALL, "confirm": CONFIRMED, "sample": SAMPLED, "sources": ()}
 _DIRECTIONS: tuple[Direction, ...] = (RESTORE, DAMAGE)
 
 
@@ -91,6 +94,10 @@ class Diagnose:
                 for output in left
             ]
         found = []
+        for output in (one for one in diagnosis.crossings() if not done(one.name, one.key)):
+            _, model, source = output.name.rsplit("/", 2)
+            words = f"{title}: states of {source}, {model} model" if model == DENSE else f"{title}: states of {source}"
+            found.append(self._unit(words, [output], diagnosis.work(2 + context.model.facts.blocks)))
         parts = {f"{direction}, %s components": (outputs, 1.0) for direction, outputs in diagnosis.patched().items()}
         for half, outputs in diagnosis.together().items():
             parts[f"masks together, as chosen on the {half} half, %s sets"] = outputs, 0.5
@@ -115,6 +122,8 @@ class Diagnose:
         elif f"/{_ATTRIBUTED}/" in unit.outputs[0].name:
             half = unit.outputs[0].name.rpartition("/")[2]
             files = {unit.outputs[0].name: [diagnosis.attribute(half, lambda tokens: advance(tokens * body))]}
+        elif diagnosis.of_crossing(own):
+            files = {own: [diagnosis.cross(own, lambda tokens: advance(tokens * body))]}
         else:
             names = [output.name for output in unit.outputs]
             patch = diagnosis.undo if f"/{_TOGETHER}/" in names[0] else diagnosis.patch
@@ -154,10 +163,15 @@ class Diagnosis:
         """Path of the frame ``recovery``."""
         return self.folder / "recovery.parquet"
 
+    @property
+    def crossing(self) -> Path:
+        """Path of the frame ``crossing``, which is there if states of other languages were asked for."""
+        return self.folder / "crossing.parquet"
+
     @cached_property
     def key(self) -> str:
         """Hash of everything that the diagnosis depends on."""
-        return content_sha256([self._base, self.request.model_dump(mode="json")])
+        return content_sha256([self._base, self.request.model_dump(mode="json"), self._crossings.keys])
 
     def part(self, name: str) -> Output:
         """Return one part as a separate result; it does not depend on how many causes are confirmed."""
@@ -176,6 +190,19 @@ class Diagnosis:
             half: [self.part(f"{_TOGETHER}/{half}/{one.name}") for one in sets]
             for half, sets in self._plan.together.items()
         }
+
+    def crossings(self) -> list[Output]:
+        """Return the results with states of other languages, of the dense model and the variant."""
+        return [Output(f"{self.result}/{name}", key) for name, key in self._crossings.keys.items()]
+
+    def of_crossing(self, name: str) -> bool:
+        """Return whether a result is one with states of another language."""
+        return name.removeprefix(f"{self.result}/").partition("/")[0] == CROSSING
+
+    def cross(self, name: str, progress: Advance) -> Path:
+        """Compute one result with states of another language, and return its file."""
+        part = name.removeprefix(f"{self.result}/")
+        return self._crossings.compute(part, self._file(part), progress)
 
     @property
     def projections(self) -> tuple[Key, ...]:
@@ -277,6 +304,10 @@ class Diagnosis:
             asked, components, variant.columns(), estimates, exact, plan, together, weights, self._inputs.errors
         )
         files = [write_frame(self.folder, "recovery", frame), self.write_request()]
+        self.crossing.unlink(missing_ok=True)  # it may belong to an earlier request
+        if self.request.sources:
+            parts = {name: self._file(name) for name in self._crossings.keys}
+            files.append(write_frame(self.folder, "crossing", self._crossings.frame(parts)))
         (self.folder / REMEDY_FILE).unlink(missing_ok=True)  # it may belong to an earlier version of this variant
         remedy = self._inputs.remedy(frame)
         if remedy is not None:
@@ -297,6 +328,10 @@ class Diagnosis:
         own = readings_key(context, request.variant, language)
         what = [request.variant, language, request.category, request.half, request.positions]
         return content_sha256([code, own, read, fitted, asked, what, context.study.evaluation.rank])
+
+    @cached_property
+    def _crossings(self) -> Crossings:
+        return Crossings(self.context, self.request, lambda: self._inputs, self._base)
 
     @cached_property
     def _inputs(self) -> DiagnosisInputs:
@@ -340,7 +375,7 @@ def across_languages(context: Context) -> Iterator[tuple[DiagnosisRequest, dict[
     """Yield the finished diagnoses that differ in language alone: the request for all languages, and each diagnosis."""
     groups: dict[DiagnosisRequest, dict[str, Diagnosis]] = {}
     for diagnosis in diagnoses(context):
-        request = diagnosis.request.model_copy(update={"language": ALL, "confirm": CONFIRMED, "sample": SAMPLED})
+        request = diagnosis.request.model_copy(update=_LEFT_OUT)
         groups.setdefault(request, {})[diagnosis.request.language] = diagnosis
     yield from ((request, group) for request, group in groups.items() if len(group) > 1)
 

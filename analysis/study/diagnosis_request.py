@@ -13,6 +13,7 @@ from pruning.errors import StudyError, did_you_mean, shortened
 from pruning.text.languages import language_tag, named
 
 from ..frames import ALL, TEXT, labels
+from ..metrics.crossing import Pairing
 from ..metrics.halves import HALVES, halves, item_strata
 from ..metrics.recovery import CONFIRMED, SAMPLED
 from .configuration import StudyConfig
@@ -44,6 +45,8 @@ class DiagnosisRequest(BaseModel):
         predict exact patching.
     positions
         ``"counted"`` patches activations where tokens count, ``"all"`` the first and special tokens too.
+    sources
+        Languages of the study whose states are put into the items, at the last token of the prompt; none by default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +58,7 @@ class DiagnosisRequest(BaseModel):
     confirm: int = CONFIRMED
     sample: int = SAMPLED
     positions: Positions = COUNTED
+    sources: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -84,6 +88,8 @@ def in_each_language(study: StudyConfig, request: DiagnosisRequest) -> list[Diag
 
     Languages without items of the category are left out, unless none has any.
     """
+    if ALL in request.sources:
+        request = request.model_copy(update={"sources": tuple(study.languages)})
     if request.language != ALL:
         return [request]
     found = [request.model_copy(update={"language": language}) for language in study.languages]
@@ -136,9 +142,8 @@ def checked(
     if request.variant not in variants:
         known = did_you_mean(request.variant, variants)
         raise StudyError(f'this study has no variant "{shortened(request.variant)}"; {known}')
-    language = language_tag(request.language)
-    if language not in languages:
-        raise StudyError(f"{named(language)} is not in this study; it has {', '.join(languages)}")
+    language = _in_study(request.language, languages)
+    sources = tuple(dict.fromkeys(_in_study(source, languages) for source in request.sources))
     if request.category == TEXT:
         number = len(asked_segments(range(segments), request))
     else:
@@ -161,7 +166,32 @@ def checked(
             f'too few questions of category "{request.category}" in {named(language)}{which}: each half of a diagnosis '
             f"needs two templates (minimal pairs, items or segments) at least, and there are {number} for both"
         )
-    return request.model_copy(update={"language": language})
+    if sources:
+        _check_sources(request, language, sources, items)
+    return request.model_copy(update={"language": language, "sources": sources})
+
+
+def _in_study(language: str, languages: Sequence[str]) -> str:
+    tag = language_tag(language)
+    if tag not in languages:
+        raise StudyError(f"{named(tag)} is not in this study; it has {', '.join(languages)}")
+    return tag
+
+
+def _check_sources(
+    request: DiagnosisRequest, language: str, sources: Sequence[str], items: Callable[[str], Sequence[Item]] | None
+) -> None:
+    """Check that the items have pairs in all these languages."""
+    if request.category == TEXT or items is None:
+        raise StudyError("states of other languages are put into items, and text has none; leave out --from")
+    own = asked_items(items(language), request)
+    for source in sources:
+        others = asked_items(items(source), request.model_copy(update={"half": ALL}))
+        if not len(Pairing.of(own, others).items):
+            raise StudyError(
+                f'no minimal pair of category "{request.category}" in {named(language)} is in {named(source)} too, '
+                f"with the same ids and answers; leave out --from {source}, or ask items that are translated"
+            )
 
 
 def asked_items(items: Sequence[Item], request: DiagnosisRequest) -> list[Item]:

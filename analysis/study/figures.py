@@ -19,6 +19,7 @@ from ..report import (
     ReportFacts,
     ReportFigure,
     ReportTable,
+    crossing_figures,
     diagnosis_figures,
     figures_of_group,
     figures_of_kind,
@@ -129,14 +130,10 @@ def _may_be(name: str, kind: str) -> bool:
 def figures_of(diagnosis: Diagnosis) -> Iterator[ReportFigure]:
     """Yield the figures of one diagnosis."""
     request = diagnosis.request
-    yield from diagnosis_figures(
-        read_frame(diagnosis.frame),
-        section=request.title,
-        name=request.name,
-        variant=request.variant,
-        language=request.language,
-        category=request.category,
-    )
+    what = {name: getattr(request, name) for name in ("name", "variant", "language", "category")}
+    yield from diagnosis_figures(read_frame(diagnosis.frame), section=request.title, **what)
+    if request.sources:
+        yield from crossing_figures(read_frame(diagnosis.crossing), section=request.title, **what)
 
 
 def figures_across(request: DiagnosisRequest, group: Mapping[str, Diagnosis]) -> Iterator[ReportFigure]:

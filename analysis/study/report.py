@@ -66,5 +66,6 @@ class WriteReport:
                 request.title_of_all: {language: read_frame(one.frame) for language, one in group.items()}
                 for request, group in across_languages(context)
             },
+            {d.request.title: read_frame(d.crossing) for d in diagnoses(context) if d.request.sources},
         )
         context.records.finish(output.name, output.key, [path], time.monotonic() - began)

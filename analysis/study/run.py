@@ -16,7 +16,7 @@ from pruning.files import disk_errors, remove_partials, write_json, write_text
 from pruning.runner import VARIANTS
 
 from ..frames import read_frame
-from ..report import diagnosis_findings
+from ..report import crossing_findings, diagnosis_findings
 from .benchmark import Benchmark
 from .configuration import StudyConfig
 from .context import Context
@@ -115,7 +115,12 @@ def diagnose_study(
         for diagnosis in each:
             diagnosis.write_request()
         _carry_out(context, [*_MEASURING, Diagnose(*several), *_REPORTING], ThisProcess(context), console)
-        return folder / REPORT_FILE, {one.request.title: diagnosis_findings(read_frame(one.frame)) for one in each}
+        return folder / REPORT_FILE, {one.request.title: _said(one) for one in each}
+
+
+def _said(diagnosis: Diagnosis) -> list[str]:
+    crossed = crossing_findings(read_frame(diagnosis.crossing)) if diagnosis.request.sources else []
+    return [*diagnosis_findings(read_frame(diagnosis.frame)), *crossed]
 
 
 #: Stages of every study, before and after a diagnosis.

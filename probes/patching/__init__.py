@@ -31,6 +31,7 @@ from .components import (
     role_weights,
     stream_part,
 )
+from .crossing import Crossed, cross
 from .damaged import DamagedModel
 from .exact import patch
 from .runs import COUNTED, DAMAGE, EVERY, RESTORE, Direction, Patched, Positions
@@ -41,12 +42,14 @@ __all__ = [
     "EVERY",
     "RESTORE",
     "Component",
+    "Crossed",
     "DamagedModel",
     "Direction",
     "Patched",
     "Place",
     "Positions",
     "attribute",
+    "cross",
     "expert_output",
     "experts_output",
     "head",

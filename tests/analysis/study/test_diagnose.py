@@ -75,6 +75,12 @@ def riddles(folder):
             )
             for item, category, own in zip(items, categories, lost, strict=True)
         ]
+        choices = ("!", "+")
+        written[language] += [  # minimal pairs that both languages have
+            Item(id=f"p{i}{k}", twin=f"p{i}", category="pairs", prompt=f"{text(6)} {k}?", choices=choices, answer=k)
+            for i in range(6)
+            for k in (0, 1)
+        ]
     return written
 
 
@@ -314,10 +320,48 @@ def test_diagnoses_in_all_languages_are_compared(copied):
     assert "across languages" not in page_of(copied)
 
 
+def test_states_of_other_languages_are_put_into_items(copied):
+    result = diagnose(copied, "--from", "en", "--from", "sw", category="pairs")
+    assert result.returncode == 0, result.stderr
+    place = copied / "diagnoses" / f"{VARIANT}-sw-pairs"
+    frame = read_frame(place / "crossing.parquet")
+    assert set(frame["source_language"]) == {"en", "sw"}
+    assert set(frame["language"]) == {"sw"}
+    assert set(frame["method"]) == {"dense", "magnitude"}
+    assert set(frame["n"]) == {12}
+    own = frame[(frame["source_language"] == "sw") & (frame["metric"] == "twin_moved")]
+    swing = frame[(frame["source_language"] == "sw") & (frame["metric"] == "swing")].set_index("method")["value"]
+    for method, rows in own.groupby("method", observed=True):  # after the last block nothing else counts
+        assert rows.set_index("layer")["value"][2] == pytest.approx(swing[method], abs=1e-3)
+    assert [line for line in result.stdout.splitlines() if " asking an item's twin " in line or "of the way" in line]
+    names = {path.name for path in (copied / "figures").glob(f"diagnosis-crossing-{VARIANT}-sw-pairs.*")}
+    assert len(names) == 2
+    page = page_of(copied)
+    assert "the residual stream at the last token of the prompt replaced after one block" in page
+    again = diagnose(copied, "--from", "en", "--from", "sw", category="pairs")
+    assert (again.returncode, again.stdout) == (0, result.stdout)
+    assert "states of" not in again.stderr
+    assert diagnose(copied, category="pairs").returncode == 0
+    assert not (place / "crossing.parquet").exists()
+    assert not list((copied / "figures").glob("diagnosis-crossing-*"))
+
+
+@pytest.mark.parametrize(
+    ("category", "source", "words"),
+    [
+        ("text", "en", ["states of other languages are put into items", "leave out --from"]),
+        ("reasoning", "en", ['no minimal pair of category "reasoning" in Swahili', "--from en"]),
+        ("pairs", "ru", ["Russian", "not in this study; it has en, sw"]),
+    ],
+)
+def test_languages_whose_states_cannot_be_put_in_are_refused(finished, category, source, words):
+    expect_one_line(diagnose(finished, "--from", source, category=category), *words)
+
+
 def test_a_changed_study_drops_diagnoses_that_are_stale(place, copied, tmp_path):
     shutil.copytree(place / "model", tmp_path / "model")
     items = riddles(place)
-    turned = {"reasoning": "fluency", "fluency": "reasoning", "few": "few"}
+    turned = {"reasoning": "fluency", "fluency": "reasoning", "few": "few", "pairs": "pairs"}
     items["sw"] = [item.model_copy(update={"category": turned[item.category]}) for item in items["sw"]]
     write_riddles(tmp_path, items)
     (tmp_path / "study.toml").write_text(STUDY)
@@ -387,7 +431,7 @@ def test_a_folder_without_a_study_is_refused(place, tmp_path):
         ("[tasks]", "[tasks]\nper_category = { reasonign = 4 }", ("tasks.per_category", 'did you mean "reasoning"?')),
         (
             "[tasks]",
-            "[tasks]\nper_category = { reasoning = 0, fluency = 0, few = 0 }",
+            "[tasks]\nper_category = { reasoning = 0, fluency = 0, few = 0, pairs = 0 }",
             ("tasks.per_category leaves no items in English",),
         ),
         ("[tasks]", '[tasks]\nharness = ["belebele_xyz"]', ("belebele_xyz",)),
