@@ -22,7 +22,7 @@ LETTERS = {"en": ("xy", "AB"), "de": ("uv", "CD"), "sw": ("pq", "EF")}
 SAID, ANSWER = {"en": 0, "de": 0, "sw": 1}, {"en": 2, "de": 2, "sw": 3}
 
 
-def items_of(language, templates=24):
+def items_of(language, templates=14):
     """A pair a template: its letter stands at different places, in prompts of different length; what it says is the same in all languages."""
     letters, choices = LETTERS[language]
     found = []
@@ -95,7 +95,7 @@ def test_an_answer_moves_between_languages_that_share_it_from_the_block_on_that_
     assert shares(frame, "en", "control_share") == pytest.approx([0, 1, 1], abs=0.2)  # the answer is all that is there
     swing = frame[frame["metric"] == "swing"]
     assert (swing["value"] > 0.1).all()
-    assert (frame["n"] == 48).all()
+    assert (frame["n"] == 28).all()
 
 
 def test_it_is_said_and_drawn(frame, tmp_path):
@@ -103,7 +103,7 @@ def test_it_is_said_and_drawn(frame, tmp_path):
     assert len(said) == 6
     english = next(line for line in said if "dense" in line and "asked in English" in line)
     assert english.startswith(
-        "In the dense model (reasoning in German, n = 48), the state at the last token of the twin asked in English "
+        "In the dense model (reasoning in German, n = 28), the state at the last token of the twin asked in English "
         "moves the margin 100 % "
     )
     assert "after block 1, the first after which the interval lies above 75 %" in english

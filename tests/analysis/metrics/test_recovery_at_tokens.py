@@ -58,7 +58,7 @@ class DamagedAtLetters(DamagedModel):
                 hook.remove()
 
 
-def items_of(number=16):
+def items_of(number=12):
     """Pairs whose prompts differ in a word of x, y and z; two in five items have no twin."""
     rng = np.random.default_rng(4)
 
