@@ -263,7 +263,9 @@ def plan(
     out: Out = None,
     memory: Memory = None,
     device_memory: DeviceMemory = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Schedule the units on this many workers.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Cut the work for this many workers, and schedule it on them.")
+    ] = None,
     tflops: Annotated[
         float | None,
         typer.Option(help="Effective TFLOPS of one worker, instead of a trial; weights are not loaded."),
@@ -287,6 +289,7 @@ def plan(
         memory=bytes_of("--memory", memory),
         device_memory=bytes_of("--device-memory", device_memory),
         figures=Figures.given(tflops, bandwidth),
+        workers=workers or 1,
     )
     options = [("--memory", memory), ("--device-memory", device_memory)]
     printed(Console(), plan_text(found, command_line(study, str(folder), options), workers=workers))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from .units import Advance, Output, Unit
 _TOKENS = 4096
 #: A group for one of several workers is closed with this part of its share of all tokens, so that none is much larger.
 _SHARE = 0.8
+#: Models that one of several workers reads at least: beside them it reads the dense one anew.
+_FEWEST = 8
 _HELDOUT, _FITTING, _QUESTIONS, _LENS, _MARGINS = "readings", "fitting", "questions", "lens", "margins"
 
 
@@ -54,7 +57,7 @@ class Read:
     def units(self, context: Context) -> Sequence[Unit]:
         """Return what is left to read, in groups of languages."""
         left = [part for language in context.study.languages if (part := _left(context, language)).anything]
-        groups = list(_grouped(context, left))
+        groups = list(_shared_out(context, list(_grouped(context, left))))
         return [self._unit(context, group, i, len(groups)) for i, group in enumerate(groups, start=1)]
 
     def run(self, context: Context, unit: Unit, advance: Advance) -> None:
@@ -258,6 +261,17 @@ class _Left:
     def anything(self) -> bool:
         return bool(self.models)
 
+    def of(self, models: Collection[str]) -> _Left:
+        """Return what is left for some of the models."""
+
+        def some(own: Sequence[str]) -> list[str]:
+            return [model for model in own if model in models]
+
+        fitting = self.fitting and DENSE in models
+        return _Left(
+            self.language, some(self.heldout), some(self.questions), some(self.lens), some(self.margins), fitting
+        )
+
 
 def _left(context: Context, language: str) -> _Left:
     left = _Left(language)
@@ -328,6 +342,21 @@ def _grouped(context: Context, left: Sequence[_Left]) -> Iterator[list[_Left]]:
         tokens += _read_tokens(context, part)
     if group:
         yield group
+
+
+def _shared_out(context: Context, groups: Sequence[Sequence[_Left]]) -> Iterator[list[_Left]]:
+    """Yield groups of languages, cut by models where there are more workers than groups.
+
+    With a tuned lens groups stay whole: what fits it would be read in every part of the first.
+    """
+    parts = math.ceil(context.workers / max(len(groups), 1))
+    for group in groups:
+        models = list(dict.fromkeys(model for left in group for model in left.models))
+        number = 1 if context.study.lens.tuned else max(1, min(parts, len(models) // _FEWEST))
+        size = math.ceil(len(models) / number)
+        for start in range(0, len(models), size):
+            some = frozenset(models[start : start + size])
+            yield [own for left in group if (own := left.of(some)).anything]
 
 
 def _read_tokens(context: Context, left: _Left) -> int:

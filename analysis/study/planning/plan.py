@@ -103,6 +103,7 @@ def plan_study(
     memory: int | None = None,
     device_memory: int | None = None,
     figures: Figures | None = None,
+    workers: int = 1,
 ) -> StudyPlan:
     """Estimate what a study, or what is left of it, will need; nothing is written to its folder.
 
@@ -118,6 +119,8 @@ def plan_study(
     figures
         Speed of a machine elsewhere: the model's weights are then not loaded, and need not be there. By default, a
         batch of text is timed on this machine.
+    workers
+        How many workers there will be: units are cut for as many.
 
     Raises
     ------
@@ -140,6 +143,7 @@ def plan_study(
         lambda words: said.print(words, highlight=False, markup=False, soft_wrap=True),
         written=False,
         described=figures is not None,
+        workers=workers,
     )
     context.model.check_device()
     context.texts.check()

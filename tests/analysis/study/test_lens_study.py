@@ -7,6 +7,7 @@ import torch
 from studies import STUDY
 
 from analysis.frames import read_frame
+from analysis.study import read
 from analysis.study.context import Context
 from analysis.study.frames import MakeFrames
 from analysis.study.planning.estimates import by_stage
@@ -22,9 +23,9 @@ SMALL = STUDY.replace('"en", "sw", "zh"]', '"en", "sw"]').replace('["en", "sw", 
 SMALL = SMALL.replace('extra = [["sw", 1]]\n', "").replace("per_category = 2", 'items = "none"')
 
 
-def run(study, folder, *stages):
+def run(study, folder, *stages, workers=1):
     """Run stages without figures or a report; return the context and the names of results, unit by unit."""
-    context = Context(study, folder)
+    context = Context(study, folder, workers=workers)
     made = []
     for stage in stages:
         for unit in stage.units(context):
@@ -62,9 +63,9 @@ def test_a_lens_that_is_added_later_is_read_alone_and_gives_the_same(place, tmp_
     assert set().union(*made) == {name for name in expected if name.startswith("lens/")}
     alone = lens_readings(after)
     assert alone.keys() == together.keys()
-    for key, read in together.items():
-        torch.testing.assert_close(read.sums, alone[key].sums)
-        torch.testing.assert_close(read.mass, alone[key].mass)
+    for key, own in together.items():
+        torch.testing.assert_close(own.sums, alone[key].sums)
+        torch.testing.assert_close(own.mass, alone[key].mass)
 
     _, again = run(with_lens, folder, Read())
     assert again == []
@@ -102,10 +103,10 @@ def test_a_tuned_lens_is_fitted_once_and_read_beside_the_other(place, tmp_path):
     files = sorted((folder / "readings" / DENSE / "translators").iterdir())
     assert [path.stem for path in files] == [str(layer) for layer in range(facts.blocks - 1)]
     when = [path.stat().st_mtime_ns for path in files]
-    for read in lens_readings(context).values():
-        assert len(read.sums) == 2
-        torch.testing.assert_close(read.sums[0, -1], read.sums[1, -1])
-        assert not torch.allclose(read.sums[0, 0], read.sums[1, 0])
+    for own in lens_readings(context).values():
+        assert len(own.sums) == 2
+        torch.testing.assert_close(own.sums[0, -1], own.sums[1, -1])
+        assert not torch.allclose(own.sums[0, 0], own.sums[1, 0])
 
     context, made = run(
         study(place, tmp_path, LENS.replace("40", "30") + "tuned = true\n"), folder, Read(), MakeFrames()
@@ -123,3 +124,27 @@ def test_a_tuned_lens_is_fitted_once_and_read_beside_the_other(place, tmp_path):
 def test_a_tuned_lens_needs_tokens(place, tmp_path):
     with pytest.raises(StudyError, match="tokens = 256"):
         study(place, tmp_path, "[lens]\ntuned = true\n")
+
+
+def test_more_workers_than_languages_read_some_models_each_and_get_the_same(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "_FEWEST", 1)
+    content, files = study(place, tmp_path, LENS), {}
+    for workers in (1, 6):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        context, made = run(content, folder, Prune(), workers=workers)
+        context, made = run(content, folder, Read(), workers=workers)
+        models = {DENSE, *context.variants.names}
+        parts = len(models) if workers > 1 else 1  # three parts of each language, as far as there are models
+        assert len(made) == (2 * min(3, parts) if workers > 1 else 1)
+        assert sum(map(len, made)) == len(set().union(*made))  # no result twice
+        found = (path for path in (folder / "readings").rglob("*.safetensors"))
+        files[workers] = {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    assert files[1] == files[6]
+
+
+def test_a_tuned_lens_is_not_cut_by_models(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "_FEWEST", 1)
+    content = study(place, tmp_path, LENS + "tuned = true\n")
+    units = Read().units(Context(content, tmp_path / "none", written=False, workers=6))
+    assert len(units) == 2

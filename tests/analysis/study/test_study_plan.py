@@ -75,7 +75,7 @@ def test_a_plan_counts_every_stage_and_writes_nothing(place):
     assert list(table) == ["Stage", "prune", "read", "frames", "figures", "tables", "report", "total"]
     assert table["prune"][:2] == ["2", "5 variants"]  # magnitude needs no text: a wave of its own
     assert table["read"][1] == "6 models in 3 languages: text, questions, subspaces"
-    assert table["frames"][1] == "18 frames"
+    assert table["frames"][1] == "19 frames"
     assert table["figures"][1] == "listed once there are frames"
     for stage in ("frames", "figures", "tables", "report"):
         assert table[stage][-1].endswith("*")
