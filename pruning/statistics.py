@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -393,8 +393,3 @@ class Statistics:
 
 def _not_asked_for(need: str) -> MethodError:
     return MethodError(f"a method reads {need} without requesting it; add it to the needs of its Method")
-
-
-def together(parts: Iterable[InputStatistics]) -> InputStatistics:
-    """Return the statistics of several texts as those of one."""
-    return reduce(operator.add, parts)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from ..input_parts import InputPart
 from ..models.anatomy import Anatomy, InputGroup, Stack
-from ..statistics import SIMILARITY, InputStatistics, Passage, together
+from ..statistics import SIMILARITY, InputStatistics, Passage
 from ..text.calibration import CalibrationSet, Piece
 from ..variants.biases import biased
 from .choosing import Choice
@@ -22,26 +22,43 @@ from .workspace import Workspace
 
 
 class StatisticsOf:
-    """Statistics of one block by job: sums over the pieces of its text, computed once per calibration set."""
+    """Statistics of one block by job: sums over the pieces of its text, once per calibration set.
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        by_piece: Mapping[Piece, Mapping[str, InputStatistics]],
-        passages: Mapping[Piece, Passage],
-    ) -> None:
+    A piece is added to the sums of its sets as it comes, in the order of each set, and kept no longer than that takes
+    (:func:`pruning.engine.jobs.most_held`).
+    """
+
+    def __init__(self, schedule: Schedule, layer: int) -> None:
         self._schedule = schedule
-        self._by_piece = by_piece
-        self._passages = passages
+        self._passages: dict[Piece, Passage] = {}
+        self._pieces: dict[Piece, dict[str, InputStatistics]] = {}
         self._by_set: dict[CalibrationSet, dict[str, InputStatistics]] = {}
+        self._left = schedule.pieces_by_set(layer)
+
+    def take(self, piece: Piece, statistics: dict[str, InputStatistics], passage: Passage | None = None) -> None:
+        """Add those of one piece."""
+        self._pieces[piece] = statistics
+        if passage is not None:
+            self._passages[piece] = passage
+        for calibration, left in self._left.items():
+            while left and left[0] in self._pieces:
+                self._add(calibration, self._pieces[left.pop(0)])
+        wanted = {piece for left in self._left.values() for piece in left}
+        self._pieces = {piece: own for piece, own in self._pieces.items() if piece in wanted}
+
+    def _add(self, calibration: CalibrationSet, own: dict[str, InputStatistics]) -> None:
+        if calibration not in self._by_set:
+            self._by_set[calibration] = dict(own)
+            return
+        sums = self._by_set[calibration]
+        for leader in list(sums):  # one after the other: only one sum is there beside what it is of
+            if leader in own:
+                sums[leader] = sums[leader] + own[leader]
+            else:  # other sets alone read it
+                del sums[leader]
 
     def __call__(self, job: Job) -> dict[str, InputStatistics]:
         assert job.calibration is not None
-        if job.calibration not in self._by_set:
-            pieces = [self._by_piece[piece] for piece in self._schedule.pieces_of(job)]
-            self._by_set[job.calibration] = {
-                leader: together(piece[leader] for piece in pieces) for leader in pieces[0]
-            }
         return self._by_set[job.calibration]
 
     def passage(self, job: Job) -> Passage:
@@ -122,8 +139,7 @@ class Flow:
         """Pass every shared piece of text through the dense block."""
         jobs = self.schedule.on_pieces(layer)
         go_on = set(self.schedule.pieces(layer + 1)) if layer + 1 < self.schedule.blocks else set()
-        by_piece: dict[Piece, dict[str, InputStatistics]] = {}
-        passages: dict[Piece, Passage] = {}
+        statistics = StatisticsOf(self.schedule, layer)
         for piece in self.schedule.pieces(layer):
             readers = [job for job in jobs if piece in self.schedule.pieces_of(job)]
             wanted = self._wanted(layer, readers)
@@ -131,14 +147,16 @@ class Flow:
             if piece in go_on:
                 shelf = self.workspace.shelf(layer + 1, _piece_name(piece), "hidden", len(stream.tokens))
             sink: Callable[[Tensor], object] | None = None if shelf is None else shelf.add
-            if any(SIMILARITY in self.needs(job) for job in readers):
-                passages[piece] = Passage()
-                sink = _compared(passages[piece], stream, sink)
+            passage = Passage() if any(SIMILARITY in self.needs(job) for job in readers) else None
+            if passage is not None:
+                sink = _compared(passage, stream, sink)
             parts = self._parts(layer, wanted, readers)
-            by_piece[piece] = gather(self.anatomy, layer, stream, wanted, self.progress, sink, parts)
+            found = gather(self.anatomy, layer, stream, wanted, self.progress, sink, parts)
+            statistics.take(piece, found, passage)
+            del found  # the sums have it
             if shelf is not None:
                 self._next[piece] = shelf.done()
-        return StatisticsOf(self.schedule, by_piece, passages)
+        return statistics
 
     def own_statistics(self, job: Job, layer: int) -> dict[str, InputStatistics]:
         """Pass the states of one job through the dense block."""

@@ -207,6 +207,45 @@ def projection_seed(key: Key) -> int:
     return zlib.crc32(f"{key[0]}.{key[1]}".encode())
 
 
+def most_held(pieces: Sequence[Piece], sets: Iterable[Sequence[Piece]]) -> int:
+    """Return how many statistics of text are held at most while pieces come one by one and are summed by set.
+
+    A piece is held until all sets that it is of have added it, each in its own order; the sums of sets are held, where
+    they are of more than one piece. One more is counted for a sum that is being made.
+
+    Parameters
+    ----------
+    pieces
+        In the order in which they come.
+    sets
+        The pieces of every set, in its order.
+
+    Examples
+    --------
+    >>> en, sw, zh = (Piece(language, 8, 0, 1) for language in ("en", "sw", "zh"))
+    >>> most_held([en, sw, zh], [[en], [sw], [zh]]), most_held([en, sw, zh], [[en, sw, zh]])
+    (3, 3)
+    """
+    left = [list(own) for own in sets]
+    added = [0] * len(left)
+    there: set[Piece] = set()  # those that a set has yet to add
+    first: dict[int, Piece] = {}  # of sets of one piece so far, which it is itself
+    most = 0
+    for piece in pieces:
+        there.add(piece)
+        adding = 0
+        for number, own in enumerate(left):
+            while own and own[0] in there:
+                first[number] = own.pop(0)
+                added[number] += 1
+                adding = max(adding, int(added[number] > 1))
+        sums = sum(count > 1 for count in added)
+        itself = {first[number] for number, count in enumerate(added) if count == 1}
+        most = max(most, len(there | itself) + sums + adding)
+        there = {piece for own in left for piece in own} & there
+    return most
+
+
 class Schedule:
     """Which text passes through which block, and for which jobs.
 
@@ -249,6 +288,11 @@ class Schedule:
     def pieces(self, layer: int) -> list[Piece]:
         """Return the shared text that passes through a dense block."""
         return list(dict.fromkeys(piece for job in self.on_pieces(layer) for piece in self.pieces_of(job)))
+
+    def pieces_by_set(self, layer: int) -> dict[CalibrationSet, list[Piece]]:
+        """Return the shared text of every calibration set, in the order in which its statistics are summed."""
+        jobs = {job.calibration: job for job in self.on_pieces(layer) if job.calibration}
+        return {calibration: list(self.pieces_of(job)) for calibration, job in jobs.items()}
 
     def on_their_own(self, layer: int) -> list[Job]:
         """Return the unfinished jobs with their own states before a block."""

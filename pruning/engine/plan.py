@@ -23,7 +23,7 @@ from ..spectrum import squared_singular_values, tail_exponent
 from ..statistics import CURVATURE, GRAM
 from ..text.calibration import CalibrationText
 from ..variants.masks import pack_bits
-from .jobs import Job, Schedule, choices, covered_shapes
+from .jobs import Job, Schedule, choices, covered_shapes, most_held
 from .loss import GRADIENT_TOKENS
 from .recovering import recovery_memory, recovery_tokens
 from .shelves import Place
@@ -439,11 +439,10 @@ class _Needs:
             if not grams:
                 continue
             sharing = schedule.on_pieces(layer)
-            pieces = len(schedule.pieces(layer))
-            summed = {job.calibration: len(schedule.pieces_of(job)) > 1 for job in sharing}  # one piece needs no sum
-            kept = sum(summed.values()) + len(summed) * _kept(sharing)
+            sets = schedule.pieces_by_set(layer)
+            held = most_held(schedule.pieces(layer), sets.values()) + len(sets) * _kept(sharing)
             working = 4 if any(job.recipe.correction != NONE for job in with_gram) else 2
-            worst = max(worst, sum(grams) * max(pieces + kept, 1) + max(grams) * working)
+            worst = max(worst, sum(grams) * max(held, 1) + max(grams) * working)
         stacked = max(
             sum(self.anatomy.shape(layer, role)[0] * self.anatomy.shape(layer, role)[1] for role in group.roles)
             for layer in range(len(self.anatomy.blocks))
