@@ -3,7 +3,7 @@
 A neuron fires where its activation function gets a positive input, z = w·x + b. Pruning w changes the mean of z and
 its spread, so that some neurons fire more rarely, some more often, and the rarest are the first to fall silent. Means
 and covariances of x are known from the text; if z is normally distributed, the neuron fires with probability
-Φ(mean / standard deviation), and a bias can bring it back to that of the dense row.
+Φ(mean / standard deviation), and a bias can bring it back to that of the dense row on the same inputs.
 """
 
 from __future__ import annotations
