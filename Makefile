@@ -32,7 +32,7 @@ benchmarks: $(READY)
 
 # Draws which part imports which.
 imports: $(READY)
-	$(BIN)/python tests/imports.py docs/figures/imports.svg
+	$(BIN)/python -P tests/imports.py docs/figures/imports.svg
 
 # Builds the documentation as a site, .site/index.html; a link that leads nowhere is an error.
 docs: $(READY)
