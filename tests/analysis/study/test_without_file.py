@@ -253,7 +253,8 @@ def test_what_no_option_says_is_asked_for(tmp_path, monkeypatch):
 
 def test_every_command_has_an_example_in_its_help():
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
-    of_studies = {"new", "run", "prune", "plan", "studies", "diagnose", "power", "figures", "subspaces", "export"}
+    of_studies = {"new", "run", "prune", "plan", "studies", "diagnose", "power", "figures", "combine"}
+    of_studies |= {"subspaces", "export"}
     assert of_studies | {"look", "compare"} == set(names)
     for name in names:
         result = prunescope(name, "--help")
