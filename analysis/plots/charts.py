@@ -326,17 +326,7 @@ def effect_panels(
             axes.set_title(panel_title(name, width / columns))
             axes.tick_params(axis="y", length=0)
             axes.tick_params(labelbottom=True)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
-        in_last_row = len(panels) - columns * (rows - 1)
-        grid[-1][(in_last_row - 1) // 2].set_xlabel(x_label)
-        figure.suptitle(wrapped(title, width))
-        line = mpl.lines.Line2D
-        keys: list[tuple[Any, str]] = [
-            (line([], [], color=GREY, marker="o", markersize=3.5), legend[0]),
-            (line([], [], color=GREY, marker="o", markersize=3.5, markerfacecolor="white"), legend[1]),
-        ]
-        figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=3 if width >= PAGE_WIDTH else 1)
+        _finish_effects(figure, grid, len(panels), wrapped(title, width), x_label, legend, columns=3, width=width)
     return figure
 
 
@@ -383,17 +373,37 @@ def grouped_effects(
             axes.set_title(panel_title(panel, width / columns))
             axes.tick_params(axis="y", length=0)
             axes.tick_params(labelbottom=True)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
-        in_last_row = len(panels) - columns * (grid_rows - 1)
-        grid[-1][(in_last_row - 1) // 2].set_xlabel(x_label)
-        figure.suptitle(wrapped(title, width))
-        line = mpl.lines.Line2D
-        keys: list[tuple[Any, str]] = [
-            (line([], [], color=GREY, marker="o", markersize=3), legend[0]),
-            (line([], [], color=GREY, marker="o", markersize=3, markerfacecolor="white"), legend[1]),
-        ]
-        if len(colours) > 1:
-            keys = [(line([], [], color=colour), label) for label, colour in colours.items()] + keys
-        figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=4 if width >= PAGE_WIDTH else 1)
+        named = colours if len(colours) > 1 else {}
+        _finish_effects(
+            figure, grid, len(panels), wrapped(title, width), x_label, legend, named, columns=4, width=width
+        )
     return figure
+
+
+def _finish_effects(
+    figure: Figure,
+    grid: np.ndarray,
+    panels: int,
+    title: str,
+    x_label: str,
+    legend: tuple[str, str],
+    colours: Mapping[str, str] | None = None,
+    *,
+    columns: int,
+    width: float,
+) -> None:
+    """Hide what is left of a grid of panels of differences, and write title, label and legend.
+
+    `legend` says what a filled and what an open marker means, `colours` what each colour is of; the legend has as many
+    columns at the width of a page.
+    """
+    for axes in grid.flat[panels:]:
+        axes.set_visible(False)
+    in_last_row = panels - grid.shape[1] * (grid.shape[0] - 1)
+    grid[-1][(in_last_row - 1) // 2].set_xlabel(x_label)
+    figure.suptitle(title)
+    line = mpl.lines.Line2D
+    keys: list[tuple[Any, str]] = [(line([], [], color=colour), label) for label, colour in (colours or {}).items()]
+    for face, meaning in zip((GREY, "white"), legend, strict=True):
+        keys.append((line([], [], color=GREY, marker="o", markersize=3.5, markerfacecolor=face), meaning))
+    figure.legend(*zip(*keys, strict=True), loc="outside lower center", ncols=columns if width >= PAGE_WIDTH else 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from pruning.errors import StudyError
-from pruning.files import disk_errors, whole_file, write_text
+from pruning.files import PARTIAL, disk_errors, whole_file, write_text
 
 from .. import plots
 from ..frames import labels, read_frame, recipes_of
@@ -17,7 +17,9 @@ from ..metrics.combined import COMBINED, combine
 from ..report.combined import answers, write_page
 from .study_file import load_study
 
-FRAME_FILE = "combined.parquet"
+FRAME_FILE, TABLE_FILE, PAGE_FILE, FIGURES = "combined.parquet", "combined.csv", "report.html", "figures"
+#: What a run leaves, finished or killed.
+_WRITTEN = (FRAME_FILE, TABLE_FILE, PAGE_FILE, FIGURES)
 
 
 def combine_studies(folders: Sequence[Path], out: Path, progress: Callable[[str], None] = lambda words: None) -> Path:
@@ -50,7 +52,7 @@ def combine_studies(folders: Sequence[Path], out: Path, progress: Callable[[str]
                 f"{folder} lacks frames that this version makes; bring it up to date: prunescope run "
                 f"{folder / 'study.toml'} --out {folder}"
             )
-    if out.is_dir() and any(out.iterdir()) and not (out / FRAME_FILE).is_file():
+    if out.is_dir() and not all(path.name.removesuffix(PARTIAL) in _WRITTEN for path in out.iterdir()):
         raise StudyError(f"{out} has something else in it; choose another folder, or a new one")
     models = Counter(config.model_name for config in configs.values())
     names = {
@@ -67,14 +69,14 @@ def combine_studies(folders: Sequence[Path], out: Path, progress: Callable[[str]
             "in two of them, and calibration sets drawn twice (calibration.seeds)"
         )
     with disk_errors(out):
-        (out / "figures").mkdir(parents=True, exist_ok=True)
+        (out / FIGURES).mkdir(parents=True, exist_ok=True)
     with whole_file(out / FRAME_FILE) as partial:
         rows.to_parquet(partial, index=False)
-    write_text(out / "combined.csv", rows.to_csv(index=False))
+    write_text(out / TABLE_FILE, rows.to_csv(index=False))
     shown = list(answers(rows))
     for answer in shown:
         progress(f"drawing {answer.question.name}")
-        plots.save(answer.draw(), out / "figures", answer.question.name)
+        plots.save(answer.draw(), out / FIGURES, answer.question.name)
     described = {
         names[folder]: {
             "model": config.model_name,

@@ -14,6 +14,7 @@ from scipy.stats import t
 from analysis.frames import dense_columns, tidy, write_frame
 from analysis.metrics.combined import COMBINED, KEYS, combine
 from analysis.stats.meta import pooled
+from pruning.files import PARTIAL
 
 RECIPE = {"method": "wanda", "sparsity": 0.5, "pattern": "row", "allocation": "uniform", "scope": "all"}
 RECIPE |= {"propagation": "pruned", "bits": 9.0}
@@ -134,6 +135,8 @@ def test_the_page_has_every_study_and_says_what_they_show_together(studies):
     assert len(table) == len(combine(EFFECTS)) == len(pd.read_csv(studies / "both" / "combined.csv"))
     drawn = {path.stem for path in (studies / "both" / "figures").glob("*.png")}
     assert drawn == {"own-language-perplexity", "categories", "recipes-perplexity"}
+    (studies / "both" / "combined.parquet").unlink()  # as if it had been killed before that was there
+    (studies / "both" / f"report.html{PARTIAL}").touch()
     again = prunescope("combine", *(studies / model for model in EFFECTS), "--out", studies / "both")
     assert again.returncode == 0, again.stderr
 
